@@ -1,0 +1,79 @@
+"""GPT-Neo, exact past the window and near the limit of the chip.
+
+    model = gptneo_fast.load("EleutherAI/gpt-neo-1.3B")
+    print(model.generate_text("Once upon a time", max_new_tokens=50))
+
+Names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "auto": ("load",),
+    "cache": ("KVCache", "cache_bytes"),
+    "config": ("GPTNeoConfig",),
+    "errors": ("GPTNeoFastError", "GPTNeoFastWarning"),
+    "generation": ("GenerationConfig",),
+    "heads": (
+        "GPTNeoForCausalLM",
+        "GPTNeoForQuestionAnswering",
+        "GPTNeoForSequenceClassification",
+        "GPTNeoForTokenClassification",
+        "GPTNeoModel",
+    ),
+    "pretrained": ("GPTNeoPreTrainedModel",),
+    "tokenizer": ("GPT2Tokenizer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+if TYPE_CHECKING:
+    from .auto import load
+    from .cache import KVCache, cache_bytes
+    from .config import GPTNeoConfig
+    from .errors import GPTNeoFastError, GPTNeoFastWarning
+    from .generation import GenerationConfig
+    from .heads import (
+        GPTNeoForCausalLM,
+        GPTNeoForQuestionAnswering,
+        GPTNeoForSequenceClassification,
+        GPTNeoForTokenClassification,
+        GPTNeoModel,
+    )
+    from .pretrained import GPTNeoPreTrainedModel
+    from .tokenizer import GPT2Tokenizer
+
+__all__ = [
+    "GPT2Tokenizer",
+    "GPTNeoConfig",
+    "GPTNeoFastError",
+    "GPTNeoFastWarning",
+    "GPTNeoForCausalLM",
+    "GPTNeoForQuestionAnswering",
+    "GPTNeoForSequenceClassification",
+    "GPTNeoForTokenClassification",
+    "GPTNeoModel",
+    "GPTNeoPreTrainedModel",
+    "GenerationConfig",
+    "KVCache",
+    "cache_bytes",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        from .errors import nearest
+
+        raise AttributeError(f"module 'gptneo_fast' has no attribute {name!r}{nearest(name, __all__)}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,172 @@
+"""KVCache: the keys and values of past tokens. Global layers grow; local layers are a ring, bounded at the window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import GPTNeoConfig
+from .errors import CacheError
+
+SLACK = 128                 # slots of a ring beyond its window
+STEP = SLACK + 1            # longest step that may be appended before it attends: window - 1 + STEP slots
+_GROWTH = 64                # slots are allocated in multiples of this
+
+
+def ring_slots(config: GPTNeoConfig, layer: int) -> int:
+    """R, the most slots that a layer ever has: window + 128 where it is local, all positions where it is global."""
+    window = config.window(layer)
+    return min(window + SLACK, config.max_position_embeddings) if window else config.max_position_embeddings
+
+
+def cache_bytes(config: GPTNeoConfig, batch: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes that keys and values of `batch` rows of `length` tokens take, after `KVCache(..., max_length=length)`."""
+    slots = sum(min(length, ring_slots(config, layer)) for layer in range(config.num_layers))
+    return 2 * batch * slots * config.hidden_size * dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of the tokens that a batch has seen, per layer [B, H, slots, D].
+
+    Token t of a row lives in slot t mod R. Slots hold real tokens only: left padding of an input is never stored, so rows
+    of a batch may hold different numbers of tokens (`lengths`). The columns of the inputs, padding included, are counted
+    by `get_seq_length()`; column c of row b is token `c - (get_seq_length() - lengths[b])`.
+
+    Args:
+        config: of the model.
+        batch_size: rows.
+        dtype, device: of the model.
+        max_length: columns to allocate for at once; without it the cache grows as it fills.
+    """
+
+    def __init__(
+        self,
+        config: GPTNeoConfig,
+        batch_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_length: int | None = None,
+    ) -> None:
+        self.config = config
+        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)    # tokens of each row
+        self.ragged = False                                 # whether any row holds fewer tokens than columns were seen
+        self._seen = 0                                      # columns
+        self._written = 0                                   # the most columns ever written; crop does not lower it
+        self._slots = [ring_slots(config, layer) for layer in range(config.num_layers)]
+        empty = torch.empty(batch_size, config.num_heads, 0, config.head_dim, dtype=dtype, device=device)
+        self.keys: list[Tensor] = [empty] * config.num_layers
+        self.values: list[Tensor] = [empty] * config.num_layers
+        if max_length is not None:
+            self._grow(max_length, exact=True)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.lengths.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen so far, left padding included: where the next input begins. The same for every layer."""
+        return self._seen
+
+    def reserve(self, T: int) -> None:
+        """Make room for T more columns in every layer.
+
+        Raises:
+            CacheError: past the model's positions, or a call that failed midway has overwritten what this one needs.
+        """
+        end, limit = self._seen + T, self.config.max_position_embeddings
+        if end > limit:
+            raise CacheError(f"{self._seen} cached + {T} new tokens exceed the model's {limit} positions")
+        if self._seen < self._oldest():
+            raise CacheError("an earlier call failed midway and overwrote keys that are still needed; start a new cache")
+        self._grow(end)
+        self._written = max(self._written, end)
+
+    def past(self, layer: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Views [B, H, min(columns, R), D] of the slots that hold the first `columns` columns."""
+        used = min(columns, self._slots[layer])
+        return self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
+
+    def in_order(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Copies [B, H, P, D] of the newest P = min(seen, R) columns, oldest first; a padding column holds garbage."""
+        P = min(self._seen, self._slots[layer])
+        token = self.lengths[:, None] - P + torch.arange(P, device=self.lengths.device)     # [B, P]
+        k, v = self.past(layer, P)
+        slots = token.remainder(max(P, 1))[:, None, :, None].expand_as(k)
+        return k.gather(2, slots), v.gather(2, slots)
+
+    def advance(self, T: int, starts: Tensor | None) -> None:
+        """Count T columns, of which `starts` [B] were left padding, once every layer has appended them."""
+        self._seen += T
+        self.lengths = self.lengths + (T if starts is None else T - starts)
+        self.ragged = self.ragged or starts is not None
+
+    def crop(self, max_length: int) -> None:
+        """Forget all columns from `max_length` on; a negative number forgets that many.
+
+        Raises:
+            CacheError: the ring of a local layer no longer holds the window before that place.
+        """
+        length = max_length if max_length >= 0 else self._seen + max_length
+        if length >= self._seen:
+            return
+        if length < max(0, self._oldest()):
+            raise CacheError(
+                f"cannot crop to {length} columns: local layers keep the newest {max(self._slots_of_rings())} of "
+                f"{self._written} columns, so {self._oldest()} is the shortest; fork() before going on, or start again"
+            )
+        padding = self._seen - self.lengths                 # int32 [B]
+        self._seen = length
+        self.lengths = (length - padding).clamp(min=0)
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        self._seen = self._written = 0
+        self.lengths = torch.zeros_like(self.lengths)
+        self.ragged = False
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Keep these rows in this order, repeats allowed. rows: int64 [B']."""
+        self.lengths = self.lengths.index_select(0, rows)
+        self.keys = [t.index_select(0, rows) for t in self.keys]
+        self.values = [t.index_select(0, rows) for t in self.values]
+
+    def fork(self) -> KVCache:
+        """An independent copy, to continue the same past in another way."""
+        other = object.__new__(KVCache)
+        other.__dict__.update(self.__dict__)
+        other.lengths = self.lengths.clone()
+        other.keys, other.values = [t.clone() for t in self.keys], [t.clone() for t in self.values]
+        return other
+
+    def _slots_of_rings(self) -> list[int]:
+        return [self._slots[i] for i, kind in enumerate(self.config.attention_layers) if kind == "local"] or [0]
+
+    def _oldest(self) -> int:
+        """The shortest length that the rings still hold the window of; a token of slot s is gone once s + R is written."""
+        ring = max(self._slots_of_rings())
+        if ring == 0 or self._written <= ring:
+            return 0
+        return self._written - ring + self.config.window_size - 1
+
+    def _grow(self, columns: int, exact: bool = False) -> None:
+        for layer, most in enumerate(self._slots):
+            old = self.keys[layer].shape[2]
+            if old >= min(columns, most):
+                continue
+            slots = columns if exact else max(columns, old + old // 2)
+            slots = min(slots if exact else -(-slots // _GROWTH) * _GROWTH, most)
+            for tensors in (self.keys, self.values):        # nothing has wrapped yet: slots are still token numbers
+                B, H, _, D = tensors[layer].shape
+                grown = tensors[layer].new_zeros(B, H, slots, D)
+                grown[:, :, :old] = tensors[layer]
+                tensors[layer] = grown
+
+    def __repr__(self) -> str:
+        return f"KVCache({self.batch_size} rows, {self._seen} columns, {self.nbytes / 2**20:.1f} MiB)"

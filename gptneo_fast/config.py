@@ -1,0 +1,314 @@
+"""GPTNeoConfig: parse, validate, aliases. Every fault of a configuration is reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from .errors import ConfigError, nearest
+from .hub import Source
+
+_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")            # two names of one function
+_LIMITS = {                                                 # field -> largest value that is not a mistake
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**20,
+    "hidden_size": 2**17,
+    "num_layers": 1024,
+    "num_heads": 2**12,
+    "intermediate_size": 2**20,
+    "window_size": 2**31 - 1,
+}
+_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+
+
+@dataclass(init=False)
+class GPTNeoConfig:
+    """What a GPT-Neo checkpoint says of itself, with the names and defaults of its `config.json`.
+
+    The fields that shape the weights are read-only once built (`replace` makes another configuration); token ids, labels
+    and flags may be set. `num_hidden_layers` and `num_attention_heads` are aliases.
+
+    Raises:
+        ConfigError: lists every fault of the values given.
+    """
+
+    model_type: ClassVar[str] = "gpt_neo"
+    aliases: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "torch_dtype": "dtype",
+    }
+
+    vocab_size: int = 50257
+    max_position_embeddings: int = 2048
+    hidden_size: int = 2048
+    num_layers: int = 24
+    attention_types: Any = None                             # [[["global", "local"], 12]]: a pattern and its repeats
+    attention_layers: tuple[str, ...] = ()                  # "global" or "local" of each layer; from attention_types
+    num_heads: int = 16
+    intermediate_size: int | None = None                    # None: 4 * hidden_size
+    window_size: int = 256                                  # keys that a local query sees, itself included
+    activation_function: str = "gelu_new"
+    resid_dropout: float = 0.0
+    embed_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    classifier_dropout: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    id2label: Any = None                                    # dict[int, str]; None: two labels
+    label2id: Any = None
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    architectures: list[str] | None = None
+    dtype: str | None = None                                # "float32" ...: what the checkpoint was saved in
+    name_or_path: str = ""
+
+    def __init__(self, *, num_labels: int | None = None, **values: Any) -> None:
+        given = {self.aliases.get(k, k): v for k, v in values.items()}
+        names = {f.name for f in dataclasses.fields(self)}
+        unknown = [k for k in given if k not in names]
+        if unknown:
+            raise ConfigError(f"GPTNeoConfig has no field {unknown[0]!r}{nearest(unknown[0], names)}")
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, given.get(field.name, field.default))
+        faults: list[str] = []
+        _fill(self, num_labels, faults)
+        faults += [m for f in dataclasses.fields(self) if (m := _fault(f.name, getattr(self, f.name)))]
+        if not faults:
+            faults += _structure(self)
+        if faults:
+            raise ConfigError("the configuration is not a GPT-Neo's: " + "; ".join(faults))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        name = self.aliases.get(name, name)
+        if name == "num_labels":
+            faults: list[str] = []
+            _fill(self, value, faults)
+            if faults:
+                raise ConfigError(faults[0])
+            return
+        if name in _SHAPE:
+            raise ConfigError(f"{name} shapes the weights and cannot be set to {value!r}; use config.replace({name}=...)")
+        if fault := _fault(name, value):
+            raise ConfigError(fault)
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in GPTNeoConfig.aliases:
+            return getattr(self, GPTNeoConfig.aliases[name])
+        raise AttributeError(f"GPTNeoConfig has no field {name!r}")
+
+    @property
+    def num_labels(self) -> int:
+        """Labels of the classification heads: the length of `id2label`."""
+        return len(self.id2label)
+
+    @property
+    def head_dim(self) -> int:
+        """D: hidden_size / num_heads."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """F: intermediate_size, or four times the hidden size."""
+        return self.intermediate_size or 4 * self.hidden_size
+
+    def window(self, layer: int) -> int:
+        """Keys that a query of this layer sees, itself included; 0 for all."""
+        return self.window_size if self.attention_layers[layer] == "local" else 0
+
+    def replace(self, **changes: Any) -> GPTNeoConfig:
+        """A copy with other values; what depends on them (attention_layers, label maps) is worked out again."""
+        changes = {self.aliases.get(k, k): v for k, v in changes.items()}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if "num_labels" in changes and "id2label" not in changes:
+            values["id2label"] = values["label2id"] = None
+        if "attention_types" in changes:
+            values["attention_layers"] = ()
+        elif "attention_layers" in changes:
+            values["attention_types"] = None
+        elif changes.get("num_layers", self.num_layers) != self.num_layers:
+            values["attention_types"], values["attention_layers"] = None, ()
+        return GPTNeoConfig(**(values | changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `config.json` holds them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name_or_path"}
+        values["attention_layers"] = list(self.attention_layers)
+        values["id2label"] = {str(k): v for k, v in self.id2label.items()}
+        return values | {"model_type": self.model_type}
+
+    def to_json_string(self) -> str:
+        """The text of `config.json`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GPTNeoConfig:
+        """A configuration from the keys of a `config.json`; keys that no field has are ignored, as legacy files need.
+
+        Raises:
+            ConfigError: the model type is not gpt_neo, or a value is out of range.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"a configuration is a JSON object, not {type(values).__name__}")
+        if (found := values.get("model_type")) != cls.model_type:
+            raise ConfigError(f"model_type is {found!r}; gptneo_fast runs 'gpt_neo' only")
+        known = {f.name for f in dataclasses.fields(cls)} | set(cls.aliases) | {"num_labels"}
+        kept = {k: v for k, v in values.items() if k in known and k != "name_or_path"}
+        if kept.get("id2label") is None and kept.get("num_labels") is None:
+            kept.pop("label2id", None)
+        kept = {cls.aliases.get(k, k): v for k, v in kept.items()}
+        overrides = {cls.aliases.get(k, k): v for k, v in overrides.items()}
+        if "num_labels" in overrides:
+            kept = {k: v for k, v in kept.items() if k not in ("id2label", "label2id")}
+        return cls(**(kept | overrides))
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPTNeoConfig:
+        """The configuration in one `config.json`."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{os.fspath(path)} is not JSON: {error}") from error
+        try:
+            return cls.from_dict(values, **overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{os.fspath(path)}: {error}") from None
+
+    @classmethod
+    def from_source(cls, source: Source, **overrides: Any) -> GPTNeoConfig:
+        """The configuration of a folder or hub repository."""
+        path = source.file("config.json")
+        if path is None:
+            raise ConfigError(f"{source.name!r} holds no config.json; a GPT-Neo checkpoint needs one beside its weights")
+        return cls.from_json_file(path, **({"name_or_path": source.name} | overrides))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> GPTNeoConfig:
+        """The configuration of a folder or hub id; options are `Source`'s (revision, token, ...) or fields to override."""
+        about = {f.name for f in dataclasses.fields(Source)} - {"name", "folder"}
+        source = Source.of(name_or_path, **{k: options.pop(k) for k in list(options) if k in about})
+        return cls.from_source(source, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `config.json` into `folder`, which is made where it is missing."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(self.to_json_string(), encoding="utf-8")
+
+
+_SHAPE = frozenset(
+    "vocab_size max_position_embeddings hidden_size num_layers attention_types attention_layers num_heads "
+    "intermediate_size window_size activation_function layer_norm_epsilon tie_word_embeddings".split()
+)
+_FLAGS = frozenset("use_cache tie_word_embeddings output_attentions output_hidden_states return_dict".split())
+_RATES = frozenset("resid_dropout embed_dropout attention_dropout classifier_dropout".split())
+
+
+def _fill(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> None:
+    """Work out the fields that follow from others: attention layers, label maps, the dtype's name."""
+
+    def put(name: str, value: Any) -> None:
+        object.__setattr__(config, name, value)
+
+    given, layers = config.attention_types, list(config.attention_layers or ())
+    if given is not None:
+        try:
+            if sum(int(repeats) * len(kinds) for kinds, repeats in given) > 2 * _LIMITS["num_layers"]:
+                raise ValueError
+            expanded = [kind for kinds, repeats in given for _ in range(repeats) for kind in kinds]
+        except (TypeError, ValueError):
+            faults.append(f"attention_types {str(given)[:200]} is not a list such as [[['global', 'local'], 12]]")
+            expanded = layers
+        if layers and layers != expanded:
+            faults.append(f"attention_layers {layers} and attention_types {given} disagree; keep one")
+        layers = expanded
+    elif layers:
+        put("attention_types", [[layers, 1]])
+    elif isinstance(config.num_layers, int) and 0 < config.num_layers <= _LIMITS["num_layers"]:
+        layers = [("global", "local")[i % 2] for i in range(config.num_layers)]
+        put("attention_types", [[layers, 1]])
+    put("attention_layers", tuple(layers))
+
+    if num_labels is not None and (not _is_int(num_labels) or not 0 < num_labels <= 2**20):
+        faults.append(f"num_labels {num_labels!r} is not an integer from 1 to {2**20}")
+        num_labels = None
+    if config.id2label is None or (num_labels is not None and len(config.id2label) != num_labels):
+        put("id2label", {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)})
+        put("label2id", None)
+    if isinstance(config.id2label, dict):
+        try:
+            put("id2label", {int(k): v for k, v in config.id2label.items()})
+        except (TypeError, ValueError):
+            faults.append(f"id2label {str(config.id2label)[:200]} has keys that are not integers")
+        if config.label2id is None:
+            put("label2id", {v: k for k, v in config.id2label.items()})
+    else:
+        faults.append(f"id2label {str(config.id2label)[:200]} is not a map from index to label")
+        put("id2label", {0: "LABEL_0", 1: "LABEL_1"})
+    if config.dtype is not None:
+        put("dtype", str(config.dtype).removeprefix("torch."))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _fault(name: str, value: Any) -> str | None:
+    """What is wrong with one value, or None."""
+    if name in _LIMITS:
+        if name == "intermediate_size" and value is None:
+            return None
+        if not _is_int(value) or not 0 < value <= _LIMITS[name]:
+            return f"{name} {value!r} is not an integer from 1 to {_LIMITS[name]}"
+    elif name in _FLAGS:
+        if not isinstance(value, bool):
+            return f"{name} {value!r} is not true or false"
+    elif name in _RATES:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+            return f"{name} {value!r} is not a probability from 0 to 1"
+    elif name in ("layer_norm_epsilon", "initializer_range"):
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value < 0 or (value == 0 and name == "layer_norm_epsilon"):
+            return f"{name} {value!r} is not a positive finite number"
+    elif name in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(_is_int(i) and -(2**31) < i < 2**31 for i in ids):
+            return f"{name} {value!r} is not a token id"
+    elif name == "activation_function":
+        if value not in _ACTIVATIONS:
+            return f"activation_function {value!r} is unknown; GPT-Neo's are {', '.join(_ACTIVATIONS)}"
+    elif name == "attention_layers":
+        if unknown := sorted({str(k) for k in value} - {"global", "local"}):
+            return f"attention type {unknown[0]!r} is unknown; use 'global' or 'local'"
+    elif name == "problem_type" and value not in _PROBLEM_TYPES:
+        return f"problem_type {value!r} is unknown; use one of {_PROBLEM_TYPES[1:]}"
+    return None
+
+
+def _structure(config: GPTNeoConfig) -> list[str]:
+    """Faults between fields that are each right by themselves."""
+    faults = []
+    if config.hidden_size % config.num_heads:
+        faults.append(
+            f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads} "
+            "(head_dim = hidden_size / num_heads)"
+        )
+    if len(config.attention_layers) != config.num_layers:
+        faults.append(
+            f"num_layers {config.num_layers} and {len(config.attention_layers)} attention layers "
+            f"(attention_types {config.attention_types}) differ"
+        )
+    return faults

@@ -1,0 +1,61 @@
+"""Devices and dtypes by name, and why one cannot be had on this machine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from .errors import DeviceError, InputError
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """A torch dtype from itself or its name; None for "auto".
+
+    Raises:
+        InputError: not a floating-point dtype that models run in.
+    """
+    if dtype == "auto":
+        return None
+    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise InputError(f"dtype {dtype!r} is unknown; use 'auto', {', '.join(_DTYPES)}")
+    return found
+
+
+def as_device(device: Any) -> torch.device:
+    """One device from a device, its name, "auto", or a `device_map` with one entry for the whole model.
+
+    Raises:
+        InputError: a map that splits the model.
+        DeviceError: CUDA was asked for and there is none; says why.
+    """
+    if isinstance(device, dict):
+        if len(device) != 1 or "" not in device:
+            raise InputError(f"device_map {str(device)[:200]} splits the model; give one device, or {{'': device}}")
+        device = device[""]
+    if device is None:
+        return torch.device("cpu")
+    if device in ("auto", "balanced", "sequential"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device {device!r} is unknown; use 'cpu', 'cuda', 'cuda:1', ...") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device {str(found)!r} was asked for, but {why_no_cuda()}; use device='cpu'")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {str(found)!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def why_no_cuda() -> str:
+    """The reason that torch sees no CUDA device."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return 'CUDA_VISIBLE_DEVICES="" hides every device'
+    return "torch finds no NVIDIA driver or device"

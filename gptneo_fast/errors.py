@@ -1,0 +1,75 @@
+"""One family of errors: each names the thing, its value, the limit and the way out, and derives from the natural builtin."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable
+
+
+class GPTNeoFastError(Exception):
+    """Base of every error that gptneo_fast raises on purpose."""
+
+
+class ModelNotFoundError(GPTNeoFastError, FileNotFoundError):
+    """A folder, a repository or one of its files is not there."""
+
+
+class CheckpointError(GPTNeoFastError, ValueError):
+    """Weight files that cannot be read, or that do not fit the configuration."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A weight file that would run code, or that asks for more memory than it holds."""
+
+
+class UnsafePathError(CheckpointError):
+    """A file name that leaves its folder."""
+
+
+class ConfigError(GPTNeoFastError, ValueError):
+    """A configuration that describes no GPT-Neo."""
+
+
+class TokenizerError(GPTNeoFastError, ValueError):
+    """Tokenizer files that cannot be read."""
+
+
+class InputError(GPTNeoFastError, ValueError):
+    """An argument of a call is out of range or of the wrong kind."""
+
+
+class UnknownOptionError(GPTNeoFastError, TypeError):
+    """A keyword that does not exist."""
+
+
+class CacheError(GPTNeoFastError, ValueError):
+    """A cache that does not fit the call, or that no longer holds what is asked of it."""
+
+
+class SetupError(GPTNeoFastError, RuntimeError):
+    """Something that the request needs is missing on this machine or in this version."""
+
+
+class DeviceError(SetupError):
+    """A device that is absent or cannot do what is asked of it."""
+
+
+class GPTNeoFastWarning(UserWarning):
+    """Base of every warning that gptneo_fast gives."""
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Give a warning the first time that this process meets it."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, GPTNeoFastWarning, stacklevel=3)
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the option nearest to `name`, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

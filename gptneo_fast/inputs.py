@@ -1,0 +1,124 @@
+"""Checks of what a caller passes, on the host, before anything is computed: each error names value, place and limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .config import GPTNeoConfig
+from .errors import CacheError, InputError, UnknownOptionError, nearest
+
+_FORWARD = (
+    "input_ids past_key_values attention_mask token_type_ids position_ids inputs_embeds labels use_cache start_positions "
+    "end_positions output_attentions output_hidden_states return_dict logits_to_keep num_items_in_batch"
+).split()
+_HARMLESS = ("cache_position",)                             # transformers' callers pass it; positions are known here
+
+
+def check_unknown(keywords: dict[str, Any], owner: str) -> None:
+    """Refuse keywords that no argument of `owner.forward` takes, with the nearest that one does."""
+    for name in keywords:
+        if name not in _HARMLESS:
+            raise UnknownOptionError(f"{owner}.forward has no argument {name!r}{nearest(name, _FORWARD)}")
+
+
+def check_ids(name: str, ids: Tensor, limit: int, device: torch.device) -> Tensor:
+    """Integer ids as int64 [B, T] on the model's device.
+
+    Args:
+        ids: integer [B, T] or [T], of any strides, each from 0 to limit - 1.
+
+    Raises:
+        InputError: another kind, shape, device or value; names the first bad value and its place.
+    """
+    if not isinstance(ids, Tensor):
+        raise InputError(f"{name} is a {type(ids).__name__}; give an integer tensor [B, T]")
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise InputError(f"{name} is {ids.dtype}; give integers")
+    if ids.dim() not in (1, 2) or ids.shape[-1] == 0:
+        raise InputError(f"{name} has shape {list(ids.shape)}; expected [B, T] with T of at least 1")
+    if ids.device != device:
+        raise InputError(f"{name} is on {ids.device}, the model on {device}; move it with .to({str(device)!r})")
+    ids = ids.view(1, -1) if ids.dim() == 1 else ids
+    # Out of range, a gather is an assertion on the device that ends the process, or silent garbage.
+    if not torch.compiler.is_compiling() and bool(((ids < 0) | (ids >= limit)).any()):
+        row, column = ((ids < 0) | (ids >= limit)).nonzero()[0].tolist()
+        raise InputError(
+            f"{name}[{row}, {column}] is {int(ids[row, column])}; it must be from 0 to {limit - 1}"
+        )  # fmt: skip
+    return ids.long()
+
+
+def check_inputs(
+    config: GPTNeoConfig,
+    device: torch.device,
+    ids: Tensor | None,
+    embeds: Tensor | None,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    cache: KVCache | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checked ids [B, T] or embeddings [B, T, C], position ids [B or 1, T] and token type ids [B, T] of a forward call.
+
+    Raises:
+        InputError, CacheError: what does not fit.
+    """
+    if (ids is None) == (embeds is None):
+        raise InputError("give exactly one of input_ids and inputs_embeds")
+    if ids is not None:
+        x = check_ids("input_ids", ids, config.vocab_size, device)
+    else:
+        assert embeds is not None
+        x = embeds
+        if x.dim() != 3 or x.shape[2] != config.hidden_size or not x.is_floating_point():
+            raise InputError(
+                f"inputs_embeds is {x.dtype} {list(x.shape)}; expected floating point [B, T, {config.hidden_size}]"
+            )
+    B, T = x.shape[:2]
+    past = 0
+    if cache is not None:
+        if not isinstance(cache, KVCache):
+            raise CacheError(
+                f"past_key_values is a {type(cache).__name__}; pass the KVCache that an earlier call returned"
+            )
+        if cache.batch_size != B:
+            raise CacheError(f"past_key_values holds {cache.batch_size} rows, the input has {B}")
+        past = cache.get_seq_length()
+    limit = config.max_position_embeddings
+    if past + T > limit:
+        raise InputError(f"{past} cached + {T} new tokens exceed the model's {limit} positions; shorten the input")
+    if position_ids is None:
+        position_ids = torch.arange(past, past + T, device=x.device)[None]
+    else:
+        position_ids = check_ids("position_ids", position_ids, limit, device)
+        if position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
+            raise InputError(f"position_ids has shape {list(position_ids.shape)}; expected [{B} or 1, {T}]")
+    if token_type_ids is not None:
+        token_type_ids = check_ids("token_type_ids", token_type_ids, config.vocab_size, device).reshape(-1, T)
+    return x, position_ids, token_type_ids
+
+
+def select_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """The positions of [B, T, C] that logits are wanted for.
+
+    Args:
+        keep: the last `keep` positions, 0 for all; [n] integer positions for every row; [B, n] for each row; or a boolean
+            [B, T], whose result is [number of True, C].
+
+    Raises:
+        InputError: negative, or a tensor of another shape.
+    """
+    if isinstance(keep, Tensor):
+        if keep.dim() == 2 and keep.dtype == torch.bool:
+            return hidden[keep]
+        if keep.dim() == 2:
+            return hidden.take_along_dim(keep[..., None], 1)
+        if keep.dim() == 1:
+            return hidden[:, keep]
+        raise InputError(f"logits_to_keep has shape {list(keep.shape)}; give an integer, [n], [B, n] or a boolean [B, T]")
+    if keep < 0:
+        raise InputError(f"logits_to_keep {keep} is negative; 0 keeps all")
+    return hidden[:, -keep:] if keep else hidden

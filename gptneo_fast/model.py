@@ -1,0 +1,219 @@
+"""The network: embeddings, blocks, final norm. Modules hold the parameters under transformers' names; ops compute.
+
+    h = wte[ids] + wpe[positions]
+    per block:  h = h + out_proj(attention(ln_1(h)));  h = h + c_proj(gelu_new(c_fc(ln_2(h))))
+    h = ln_f(h)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import ops, reference
+from .cache import STEP, KVCache
+from .config import GPTNeoConfig
+from .masks import Rows
+
+
+class SelfAttention(nn.Module):
+    """q, k and v without bias, heads, out_proj with bias."""
+
+    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
+        super().__init__()
+        C = config.hidden_size
+        self.layer = layer
+        self.window = config.window(layer)
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.attention_dropout, self.resid_dropout = config.attention_dropout, config.resid_dropout
+        self.k_proj = nn.Linear(C, C, bias=False)
+        self.v_proj = nn.Linear(C, C, bias=False)
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.out_proj = nn.Linear(C, C)
+
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, rows: Rows, cache: KVCache | None, op: ModuleType, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x + attention(norm(x)), and the weights [B, H, T, S] where they are wanted. x: [B, T, C]."""
+        wq, wk, wv = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+        qkv = op.norm_qkv(x, norm.weight, norm.bias, wq, wk, wv, norm.eps)
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in qkv)   # [B, H, T, D]
+        dropout = self.attention_dropout if self.training else 0.0
+        if want_weights or dropout or rows.mask is not None:
+            y, weights = self._masked(q, k, v, rows, cache, op, dropout)
+        else:
+            y, weights = self._attend(q, k, v, rows, cache, op), None
+        return _add(op, y, self.out_proj, x, self.resid_dropout if self.training else 0.0), weights
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: KVCache | None, op: ModuleType
+    ) -> Tensor:
+        """Attention over ranges of columns; appends to the cache. Returns [B, T, C]."""
+        if cache is None:
+            return op.attention(q, k, v, self.window, rows.starts, rows.ends)
+        past, T = cache.get_seq_length(), q.shape[2]
+        k_cache, v_cache = cache.keys[self.layer], cache.values[self.layer]
+        if 0 < past and T <= STEP:                          # append, then read everything from the slots
+            op.kv_append(k_cache, v_cache, k, v, cache.lengths, rows.starts)
+            seen = cache.past(self.layer, past + T)
+            return op.decode_attention(q, *seen, cache.lengths, self.window, rows.starts)
+        old = (*cache.past(self.layer, past), cache.lengths) if past else ()
+        y = op.attention(q, k, v, self.window, rows.starts, rows.ends, *old)
+        op.kv_append(k_cache, v_cache, k, v, cache.lengths, rows.starts)
+        return y
+
+    def _masked(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: KVCache | None, op: ModuleType, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attention under any mask, on the reference path; appends to the cache. Returns [B, T, C] and the weights."""
+        mask, T = _as_mask(rows, q.shape[2]), q.shape[2]
+        past = evicted = 0
+        if cache is not None:
+            past = cache.get_seq_length()
+            keys, values = cache.in_order(self.layer)
+            if mask is None and cache.ragged:               # columns that were never stored may not be seen
+                columns = torch.arange(past + T, device=q.device)
+                mask = (columns >= (past - cache.lengths)[:, None])[:, None, None]
+            elif mask is not None and rows.mask is None:    # left padding: the stored columns come first
+                columns = torch.arange(past, device=q.device)
+                stored = (columns >= (past - cache.lengths)[:, None])[:, None, None]
+                mask = torch.cat([stored, mask], -1)
+            op.kv_append(cache.keys[self.layer], cache.values[self.layer], k, v, cache.lengths, rows.starts)
+            evicted = past - keys.shape[2]
+            k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+            mask = mask if mask is None else mask[..., evicted:]
+        y, weights = reference.masked_attention(q, k, v, mask, self.window, dropout)
+        return y, F.pad(weights, (evicted, 0))
+
+
+class Attention(nn.Module):
+    """The level of names between a block and its self-attention: `attn.attention.q_proj`."""
+
+    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config, layer)
+
+
+class MLP(nn.Module):
+    """c_fc, gelu_new, c_proj."""
+
+    def __init__(self, config: GPTNeoConfig) -> None:
+        super().__init__()
+        self.resid_dropout = config.resid_dropout
+        self.c_fc = nn.Linear(config.hidden_size, config.ffn_size)
+        self.c_proj = nn.Linear(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm, op: ModuleType) -> Tensor:
+        """x + mlp(norm(x)). x: [B, T, C]."""
+        y = op.norm_linear(x, norm.weight, norm.bias, self.c_fc.weight, self.c_fc.bias, norm.eps, True)
+        return _add(op, y, self.c_proj, x, self.resid_dropout if self.training else 0.0)
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rows: Rows, cache: KVCache | None, op: ModuleType, want_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, T, C] to [B, T, C], and the attention weights where they are wanted."""
+        x, weights = self.attn.attention(x, self.ln_1, rows, cache, op, want_weights)
+        return self.mlp(x, self.ln_2, op), weights
+
+
+@dataclass
+class Trace:
+    """What a caller may ask to see of a forward pass: L + 1 hidden states [B, T, C], L weights [B, H, T, S]."""
+
+    hidden_states: list[Tensor] | None = None
+    attentions: list[Tensor | None] | None = None
+
+
+class Transformer(nn.Module):
+    """Token ids to the hidden states after the final norm. Arguments are taken as they are: callers check them."""
+
+    def build(self, config: GPTNeoConfig, backend: str) -> None:
+        """Make the modules; apart from `__init__`, which belongs to the class that this is mixed into."""
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embed_dropout = config.embed_dropout
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.backend = backend
+        self.gradient_checkpointing = False
+
+    def run(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        rows: Rows = Rows(),                                # noqa: B008 (frozen)
+        cache: KVCache | None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, C] after ln_f.
+
+        Args:
+            x: ids [B, T] int64, or embeddings [B, T, C].
+            position_ids: [B or 1, T] int64. token_type_ids: [B, T] int64 or None.
+            rows: which columns are tokens.
+            cache: read, appended to and advanced by T columns.
+            trace: filled with what it has lists for.
+        """
+        op, T = ops.namespace(self.backend), x.shape[1]
+        if cache is not None:
+            cache.reserve(T)
+        if x.is_floating_point():
+            x = x + self.wpe(position_ids)
+            x = x if token_type_ids is None else x + self.wte(token_type_ids)
+        else:
+            x = op.embed(x, position_ids, self.wte.weight, self.wpe.weight, token_type_ids)
+        x = F.dropout(x, self.embed_dropout, self.training)
+        trace = trace or Trace()
+        want_weights = trace.attentions is not None
+        for block in self.h:
+            if trace.hidden_states is not None:
+                trace.hidden_states.append(x)
+            if self.gradient_checkpointing and self.training:
+                x, weights = checkpoint(block, x, rows, None, op, want_weights, use_reentrant=False)
+            else:
+                x, weights = block(x, rows, cache, op, want_weights)
+            if trace.attentions is not None:
+                trace.attentions.append(weights)
+        if cache is not None:
+            cache.advance(T, rows.starts)
+        x = op.layer_norm(x, self.ln_f.weight, self.ln_f.bias, self.ln_f.eps)
+        if trace.hidden_states is not None:
+            trace.hidden_states.append(x)
+        return x
+
+
+def _add(op: ModuleType, x: Tensor, linear: nn.Linear, residual: Tensor, dropout: float) -> Tensor:
+    """residual + dropout(linear(x))."""
+    if dropout:
+        return residual + F.dropout(linear(x), dropout)
+    return op.linear_add(x, linear.weight, linear.bias, residual)
+
+
+def _as_mask(rows: Rows, T: int) -> Tensor | None:
+    """A range of columns as a mask [B, 1, 1, T]."""
+    if rows.mask is not None or (rows.starts is None and rows.ends is None):
+        return rows.mask
+    at = rows.starts if rows.starts is not None else rows.ends
+    assert at is not None
+    columns = torch.arange(T, device=at.device)
+    held = columns >= (0 if rows.starts is None else rows.starts[:, None])
+    if rows.ends is not None:
+        held = held & (columns < rows.ends[:, None])
+    return held[:, None, None]

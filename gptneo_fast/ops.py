@@ -1,0 +1,92 @@
+"""Every op declared once: schema, shape rule, reference on the CPU; kernels register here on CUDA.
+
+`ops.X` is called like `reference.X` and computes the same; it is a `torch.library` op, so that tracers see one node with
+known shapes. Ops have no backward: training runs on the `reference` namespace.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .errors import InputError, SetupError
+
+_LIBRARY = torch.library.Library("gptneo_fast", "DEF")
+
+
+def _op(schema: str, shape_rule: Callable) -> Callable:
+    """Declare one op: its schema, what a fake tensor gives, and its reference as the CPU implementation."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, getattr(reference, name), "CPU")
+    torch.library.register_fake(f"gptneo_fast::{name}", shape_rule, lib=_LIBRARY)
+    return getattr(torch.ops.gptneo_fast, name).default
+
+
+def _rows(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _heads_merged(q: Tensor, *_: object, **__: object) -> Tensor:
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H * D)
+
+
+embed = _op(
+    "embed(Tensor ids, Tensor position_ids, Tensor wte, Tensor wpe, Tensor? token_type_ids=None) -> Tensor",
+    lambda ids, position_ids, wte, wpe, token_type_ids=None: wte.new_empty(*ids.shape, wte.shape[1]),
+)
+layer_norm = _op("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _rows)
+norm_linear = _op(
+    "norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, bool gelu)"
+    " -> Tensor",
+    lambda x, nw, nb, weight, bias, eps, gelu: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+norm_qkv = _op(
+    "norm_qkv(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor wq, Tensor wk, Tensor wv, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda x, nw, nb, wq, wk, wv, eps: tuple(x.new_empty(*x.shape[:-1], w.shape[0]) for w in (wq, wk, wv)),
+)
+linear_add = _op(
+    "linear_add(Tensor x, Tensor weight, Tensor bias, Tensor residual) -> Tensor",
+    lambda x, weight, bias, residual: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+attention = _op(
+    "attention(Tensor q, Tensor k, Tensor v, int window, Tensor? starts=None, Tensor? ends=None,"
+    " Tensor? k_cache=None, Tensor? v_cache=None, Tensor? lengths=None) -> Tensor",
+    _heads_merged,
+)
+decode_attention = _op(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, int window, Tensor? starts=None) -> Tensor",
+    _heads_merged,
+)
+kv_append = _op(
+    "kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, Tensor? starts=None) -> ()",
+    lambda *_: None,
+)
+
+NAMES = tuple(
+    "embed layer_norm norm_linear norm_qkv linear_add attention decode_attention kv_append".split()
+)
+BACKENDS = ("auto", "triton", "reference")
+
+
+def namespace(backend: str) -> types.ModuleType:
+    """The module whose functions a model calls: `reference`, or this one where kernels were asked for.
+
+    Raises:
+        InputError: no such backend.
+        SetupError: the backend cannot be had; says why and what to do.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise SetupError(f"backend='triton': {WHY_NOT_TRITON}; use backend='reference' or 'auto'")
+    return reference
+
+
+WHY_NOT_TRITON = "this version has no Triton kernels yet"

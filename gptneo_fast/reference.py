@@ -1,0 +1,236 @@
+"""What every op computes, in plain torch: the specification, the CPU path, and in float64 the oracle.
+
+One function per op, under the op's name. Arithmetic runs in float32 or in the input's dtype where that is wider, and the
+result has the input's dtype. The shape letters used throughout the project:
+
+    B batch, T new tokens, S keys, H heads, D head dim, C width (H * D), F ffn width, L layers, V vocabulary, R slots of a cache
+
+Tokens of a row are numbered from 0 without its padding. `lengths` [B] counts the tokens that a row's cache holds before
+the call, `starts` [B] the columns of left padding among the T new ones, so that column i of row b is token
+`lengths[b] + i - starts[b]`. A cache keeps token t in slot t mod R.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_QUERY_BLOCK = 256      # queries whose scores exist at one time: [B, H, 256, S] and never [B, H, T, S]
+
+
+def embed(ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    """Token + position (+ token type) embeddings; token types index `wte`, as in GPT-2.
+
+    Args:
+        ids: [B, T] int64.
+        position_ids: [B or 1, T] int64.
+        wte: [V, C]. wpe: [P, C].
+        token_type_ids: [B, T] int64 or None.
+
+    Returns:
+        [B, T, C] in the dtype of `wte`.
+    """
+    x = F.embedding(ids, wte) + F.embedding(position_ids, wpe)
+    return x if token_type_ids is None else x + F.embedding(token_type_ids, wte)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last axis with biased variance, in float32 inside. x: [..., C]; weight, bias: [C]."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool
+) -> Tensor:
+    """LayerNorm, linear, and with `gelu` the tanh form of GELU (`gelu_new`): the first half of the MLP.
+
+    gelu_new(x) = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), Hendrycks and Gimpel 2016, section 2.
+
+    Args:
+        x: [..., C]. norm_weight, norm_bias: [C].
+        weight: [F, C]. bias: [F].
+
+    Returns:
+        [..., F]
+    """
+    y = F.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def norm_qkv(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm and the three projections, which have no bias. x: [B, T, C]; wq, wk, wv: [C, C]; returns three [B, T, C]."""
+    y = layer_norm(x, norm_weight, norm_bias, eps)
+    return F.linear(y, wq), F.linear(y, wk), F.linear(y, wv)
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """residual + x @ weight.T + bias: out_proj and c_proj. x: [..., K]; weight: [C, K]; bias: [C]; residual: [..., C]."""
+    return residual + F.linear(x, weight, bias)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of T new tokens to what a cache holds and to themselves, without the 1/sqrt(D) factor.
+
+    Scores and softmax are float32 (the unscaled scores overflow float16); the weights are cast to v's dtype. A query of
+    token t sees tokens t - window + 1 ... t, or 0 ... t where window is 0. A query that sees nothing gives zeros.
+
+    Args:
+        q, k, v: [B, H, T, D], of any strides.
+        window: keys a query sees, itself included; 0 for all.
+        starts: int32 [B], columns of left padding; None for none.
+        ends: int32 [B], one past the last column that may be a key (right padding); None for T.
+        k_cache, v_cache: [B, H, R, D]; given together with `lengths`, or None.
+        lengths: int32 [B], tokens that the cache holds.
+
+    Returns:
+        [B, T, H * D], heads merged.
+    """
+    T = q.shape[2]
+    columns = torch.arange(T, device=q.device)
+    tokens = columns[None] - (0 if starts is None else starts[:, None])             # [1 or B, T]
+    held = tokens >= 0                                                              # which columns may be keys
+    if ends is not None:
+        held = held & (columns < ends[:, None])
+    past = 0
+    if k_cache is not None and v_cache is not None and lengths is not None:
+        past = k_cache.shape[2]
+        tokens = tokens + lengths[:, None]
+        old = lengths[:, None] - past + torch.arange(past, device=q.device)         # [B, R], in order of age
+        slots = old.remainder(past)[:, None, :, None].expand_as(k_cache)
+        k, v = torch.cat([k_cache.gather(2, slots), k], 2), torch.cat([v_cache.gather(2, slots), v], 2)
+        held = torch.cat([old >= 0, held.expand(len(old), T)], 1)                   # [B, R + T]
+        tokens = torch.cat([old, tokens], 1)
+    ragged = starts is not None or ends is not None or past > 0
+    out = []
+    for i in range(0, T, _QUERY_BLOCK):
+        j = min(i + _QUERY_BLOCK, T)
+        first = 0 if window == 0 or past else max(0, i - window + 1)                # keys before it are out of the window
+        query, key = tokens[:, past + i : past + j, None], tokens[:, None, first : past + j]
+        visible = _visible(query, key, window)
+        if ragged:
+            visible = visible & held[:, None, first : past + j]
+        keys, values = k[:, :, first : past + j], v[:, :, first : past + j]
+        out.append(_attend(q[:, :, i:j], keys, values, visible[:, None], empty_rows=ragged))
+    return _merge_heads(out[0] if len(out) == 1 else torch.cat(out, 2))
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int, starts: Tensor | None = None
+) -> Tensor:
+    """Attention of T new tokens that the cache already holds (`kv_append` came first), read straight from its slots.
+
+    A ring of R slots serves this for window - 1 + T <= R. Semantics as in `attention`.
+
+    Args:
+        q: [B, H, T, D].
+        k_cache, v_cache: [B, H, R, D]; a view of the first slots will do while the cache has not wrapped.
+        lengths: int32 [B], tokens held before the T new ones.
+        window: keys a query sees; 0 for all.
+        starts: int32 [B], columns of left padding; None for none.
+
+    Returns:
+        [B, T, H * D]
+    """
+    T, R = q.shape[2], k_cache.shape[2]
+    first = lengths[:, None] if starts is None else (lengths - starts)[:, None]     # token of column 0
+    query = first + torch.arange(T, device=q.device)                                # [B, T]
+    last = first + T - 1
+    key = last - (last - torch.arange(R, device=q.device)).remainder(R)             # [B, R]: the newest token of each slot
+    visible = _visible(query[:, :, None], key[:, None], window) & (key >= 0)[:, None]
+    return _merge_heads(_attend(q, k_cache, v_cache, visible[:, None], empty_rows=starts is not None))
+
+
+def kv_append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None = None
+) -> None:
+    """Write the newest tokens of each row into their slots, token t into slot t mod R; the cache is changed in place.
+
+    Columns before `starts` and tokens that newer ones of the same call would overwrite are not written.
+
+    Args:
+        k_cache, v_cache: [B, H, R, D], changed.
+        k, v: [B, H, T, D], of any strides.
+        lengths: int32 [B], tokens held before. starts: int32 [B] or None.
+    """
+    B, _, T, _ = k.shape
+    R = k_cache.shape[2]
+    columns = torch.arange(max(0, T - R), T, device=k.device).expand(B, -1)         # the last R columns
+    tokens = lengths[:, None] + columns
+    if starts is not None:
+        # A padding column repeats the row's first token, so that no index depends on data; a row of nothing but
+        # padding rewrites what the slot before its next one holds.
+        columns = torch.maximum(columns, starts[:, None]).clamp(max=T - 1)
+        tokens = lengths[:, None] + columns - starts[:, None]
+    rows, slots = torch.arange(B, device=k.device)[:, None], tokens.remainder(R)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        value = new.transpose(1, 2)[rows, columns]                                  # [B, T', H, D]
+        if starts is not None:
+            value = torch.where((starts < T)[:, None, None, None], value, cache[rows, :, slots])
+        cache[rows, :, slots] = value
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Attention with any mask, weights included: holes in masks, 4-D masks, `output_attentions`, attention dropout.
+
+    This one holds [B, H, T, S] scores; it is no op and has no kernel.
+
+    Args:
+        q: [B, H, T, D], the last T of the S columns. k, v: [B, H, S, D].
+        mask: [B or 1, H or 1, T or 1, S], boolean (True: may be seen) or additive; None for none. The causal window
+            holds besides.
+        window: columns a query sees; 0 for all.
+        dropout: probability with which a weight is dropped.
+
+    Returns:
+        [B, T, H * D] and the weights [B, H, T, S]; a row that sees nothing has weights and output of zero.
+    """
+    T, S = q.shape[2], k.shape[2]
+    columns = torch.arange(S, device=q.device)
+    visible = _visible(columns[S - T :, None], columns[None], window)               # [T, S]
+    bias = None
+    if mask is not None and mask.dtype == torch.bool:
+        visible = visible & mask
+    elif mask is not None:
+        visible = visible & (mask > torch.finfo(mask.dtype).min)
+        bias = mask
+    weights = _weights(q, k, visible, empty_rows=True, bias=bias).to(v.dtype)
+    return _merge_heads(F.dropout(weights, dropout) @ v), weights
+
+
+def _visible(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """Whether token `key` is neither after token `query` nor before its window."""
+    visible = key <= query
+    return visible & (key > query - window) if window else visible
+
+
+def _weights(q: Tensor, k: Tensor, visible: Tensor, empty_rows: bool, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T + bias) over the visible keys, in float32 or wider; zeros for a row that sees none."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return weights.masked_fill(~visible, 0) if empty_rows else weights              # softmax of nothing is NaN
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, empty_rows: bool) -> Tensor:
+    return _weights(q, k, visible, empty_rows).to(v.dtype) @ v                      # [B, H, T, D]
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)                                             # [B, H, T, D] -> [B, T, H * D]
