@@ -62,7 +62,7 @@ def load(
         wanted = torch.bfloat16 if torch.cuda.get_device_capability(place) >= (8, 0) else torch.float16
     where: dict[str, Any] = {
         "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
-    }  # fmt: skip
+    }
     model = TASKS[task].from_pretrained(
         name_or_path, dtype="auto" if wanted is None else wanted, device_map=place, backend=backend, **where
     )

@@ -210,11 +210,13 @@ class GPTNeoConfig:
 
 
 _SHAPE = frozenset(
-    "vocab_size max_position_embeddings hidden_size num_layers attention_types attention_layers num_heads "
-    "intermediate_size window_size activation_function layer_norm_epsilon tie_word_embeddings".split()
+    (
+        "vocab_size max_position_embeddings hidden_size num_layers attention_types attention_layers num_heads "
+        "intermediate_size window_size activation_function layer_norm_epsilon tie_word_embeddings"
+    ).split()
 )
-_FLAGS = frozenset("use_cache tie_word_embeddings output_attentions output_hidden_states return_dict".split())
-_RATES = frozenset("resid_dropout embed_dropout attention_dropout classifier_dropout".split())
+_FLAGS = frozenset(["use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict"])
+_RATES = frozenset(["resid_dropout", "embed_dropout", "attention_dropout", "classifier_dropout"])
 
 
 def _fill(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> None:

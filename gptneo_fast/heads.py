@@ -133,7 +133,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin):
         out = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
             output_attentions, output_hidden_states, return_dict=True,
-        )  # fmt: skip
+        )
         logits = self.lm_head(select_positions(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -141,7 +141,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(
                 logits.float().view(-1, logits.shape[-1]), shifted, ignore_index=-100,
                 reduction="mean" if num_items_in_batch is None else "sum",
-            )  # fmt: skip
+            )
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self._give(result, return_dict)
@@ -191,7 +191,7 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
         out = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
             output_attentions, output_hidden_states, return_dict=True,
-        )  # fmt: skip
+        )
         hidden = out.last_hidden_state                      # [B, T, C]
         B, T = hidden.shape[:2]
         last: Tensor | int = T - 1
@@ -252,7 +252,7 @@ class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
         out = self.transformer(
             input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
             output_attentions, output_hidden_states, return_dict=True,
-        )  # fmt: skip
+        )
         logits = self.classifier(self.dropout(out.last_hidden_state))
         loss = None
         if labels is not None:
@@ -288,7 +288,7 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
         out = self.transformer(
             input_ids, None, attention_mask, token_type_ids, position_ids, inputs_embeds, False,
             output_attentions, output_hidden_states, return_dict=True,
-        )  # fmt: skip
+        )
         start, end = (t.contiguous() for t in self.qa_outputs(out.last_hidden_state).unbind(-1))    # [B, T]
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -25,7 +25,7 @@ class Source:
     folder: Path | None = None
     revision: str | None = None
     token: str | bool | None = None
-    cache_dir: str | os.PathLike[str] | None = None
+    cache_dir: str | Path | None = None
     local_files_only: bool = False
     subfolder: str = ""
 
@@ -70,8 +70,8 @@ class Source:
         return self._download(name)
 
     def _download(self, name: str) -> Path | None:
-        from huggingface_hub import hf_hub_download
         from huggingface_hub import errors as hub
+        from huggingface_hub import hf_hub_download
 
         try:
             path = hf_hub_download(

@@ -12,8 +12,9 @@ from .config import GPTNeoConfig
 from .errors import CacheError, InputError, UnknownOptionError, nearest
 
 _FORWARD = (
-    "input_ids past_key_values attention_mask token_type_ids position_ids inputs_embeds labels use_cache start_positions "
-    "end_positions output_attentions output_hidden_states return_dict logits_to_keep num_items_in_batch"
+    "input_ids past_key_values attention_mask token_type_ids position_ids inputs_embeds labels use_cache "
+    "start_positions end_positions output_attentions output_hidden_states return_dict logits_to_keep "
+    "num_items_in_batch"
 ).split()
 _HARMLESS = ("cache_position",)                             # transformers' callers pass it; positions are known here
 
@@ -48,7 +49,7 @@ def check_ids(name: str, ids: Tensor, limit: int, device: torch.device) -> Tenso
         row, column = ((ids < 0) | (ids >= limit)).nonzero()[0].tolist()
         raise InputError(
             f"{name}[{row}, {column}] is {int(ids[row, column])}; it must be from 0 to {limit - 1}"
-        )  # fmt: skip
+        )
     return ids.long()
 
 

@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
             return op.attention(q, k, v, self.window, rows.starts, rows.ends)
         past, T = cache.get_seq_length(), q.shape[2]
         k_cache, v_cache = cache.keys[self.layer], cache.values[self.layer]
-        if 0 < past and T <= STEP:                          # append, then read everything from the slots
+        if past > 0 and T <= STEP:                          # append, then read everything from the slots
             op.kv_append(k_cache, v_cache, k, v, cache.lengths, rows.starts)
             seen = cache.past(self.layer, past + T)
             return op.decode_attention(q, *seen, cache.lengths, self.window, rows.starts)

@@ -69,9 +69,7 @@ kv_append = _op(
     lambda *_: None,
 )
 
-NAMES = tuple(
-    "embed layer_norm norm_linear norm_qkv linear_add attention decode_attention kv_append".split()
-)
+NAMES = ("embed", "layer_norm", "norm_linear", "norm_qkv", "linear_add", "attention", "decode_attention", "kv_append")
 BACKENDS = ("auto", "triton", "reference")
 
 

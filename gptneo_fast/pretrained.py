@@ -41,7 +41,8 @@ class GPTNeoPreTrainedModel(nn.Module):
     @property
     def base_model(self) -> Transformer:
         """The trunk: self for GPTNeoModel, `self.transformer` for the others."""
-        return getattr(self, self.base_model_prefix, self)  # type: ignore[return-value]
+        found: Any = getattr(self, self.base_model_prefix, self)
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +60,7 @@ class GPTNeoPreTrainedModel(nn.Module):
         return sum(
             p.numel() for p in self.parameters()
             if (p.requires_grad or not only_trainable) and id(p) not in embeddings
-        )  # fmt: skip
+        )
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """Bytes of the key-value cache for `batch` rows of `length` tokens."""
@@ -192,7 +193,7 @@ class GPTNeoPreTrainedModel(nn.Module):
         source = Source.of(
             pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only, subfolder=subfolder,
-        )  # fmt: skip
+        )
         if config is None:
             config = GPTNeoConfig.from_source(source, **overrides)
         elif overrides:
@@ -205,12 +206,12 @@ class GPTNeoPreTrainedModel(nn.Module):
         report = checkpoint.load_into(
             model, files.tensors(), dtype=chosen, device=as_device(device_map), where=source.name,
             strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes,
-        )  # fmt: skip
+        )
         for key in report.missing_keys:
             model._init_weights(model.get_submodule(key.rpartition(".")[0]))
         config.dtype = str(model.dtype).removeprefix("torch.")
-        if isinstance(getattr(model, "generation_config", None), GenerationConfig):
-            model.generation_config = GenerationConfig.from_source(source, config)
+        if model.can_generate():
+            setattr(model, "generation_config", GenerationConfig.from_source(source, config))  # noqa: B010 (not of every class)
         model.eval()
         return (model, vars(report)) if output_loading_info else model
 
@@ -222,7 +223,7 @@ class GPTNeoPreTrainedModel(nn.Module):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "50GB",
         state_dict: dict[str, Tensor] | None = None, safe_serialization: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Write config.json, generation_config.json and safetensors that gptneo_fast and transformers load.
 
         Raises:

@@ -19,28 +19,33 @@ NEW_TOKENS = 20             # where no length is given
 # Options of transformers that this version does not run, with the values under which they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
-        "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind "
-        "assistant_model bad_words_ids begin_suppress_tokens cache_config cache_implementation compile_config constraints "
-        "continuous_batching_config decoder_start_token_id disable_compile dola_layers early_stopping encoder_no_repeat_"
-        "ngram_size encoder_repetition_penalty eta_cutoff epsilon_cutoff exponential_decay_length_penalty "
-        "forced_bos_token_id forced_eos_token_id force_words_ids guidance_scale is_assistant length_penalty "
-        "logits_processor low_memory max_cache_len max_matching_ngram_size max_time min_length min_new_tokens min_p "
-        "no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beams num_beam_groups "
-        "num_return_sequences output_attentions output_hidden_states output_logits output_scores penalty_alpha "
-        "prefill_chunk_size prefix_allowed_tokens_fn prompt_lookup_num_tokens remove_invalid_values renormalize_logits "
-        "repetition_penalty return_dict_in_generate sequence_bias speculation_type stop_strings stopping_criteria streamer "
-        "suppress_tokens synced_gpus target_lookbehind token_healing top_h typical_p use_mtp watermarking_config "
-        "diversity_penalty".split(),
+        (
+            "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind "
+            "assistant_model bad_words_ids begin_suppress_tokens cache_config cache_implementation compile_config "
+            "constraints continuous_batching_config decoder_start_token_id disable_compile dola_layers "
+            "early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty eta_cutoff epsilon_cutoff "
+            "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id force_words_ids "
+            "guidance_scale is_assistant length_penalty logits_processor low_memory max_cache_len "
+            "max_matching_ngram_size max_time min_length min_new_tokens min_p no_repeat_ngram_size "
+            "num_assistant_tokens num_assistant_tokens_schedule num_beams num_beam_groups num_return_sequences "
+            "output_attentions output_hidden_states output_logits output_scores penalty_alpha prefill_chunk_size "
+            "prefix_allowed_tokens_fn prompt_lookup_num_tokens remove_invalid_values renormalize_logits "
+            "repetition_penalty return_dict_in_generate sequence_bias speculation_type stop_strings "
+            "stopping_criteria streamer suppress_tokens synced_gpus target_lookbehind token_healing top_h "
+            "typical_p use_mtp watermarking_config diversity_penalty"
+        ).split(),
         (None, False, 0),
     ),
     **dict.fromkeys(
-        "encoder_repetition_penalty length_penalty num_beams num_beam_groups num_return_sequences repetition_penalty "
-        "typical_p guidance_scale".split(),
+        (
+            "encoder_repetition_penalty length_penalty num_beams num_beam_groups num_return_sequences "
+            "repetition_penalty typical_p guidance_scale"
+        ).split(),
         (None, 1),
     ),
     "num_assistant_tokens": (None, 20), "num_assistant_tokens_schedule": (None, "constant"),
     "assistant_confidence_threshold": (None, 0.4), "assistant_lookbehind": (None, 10), "target_lookbehind": (None, 10),
-}  # fmt: skip
+}
 _META = ("_from_model_config", "transformers_version")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from ..masks import Rows
 from .config import GenerationConfig
 from .sampling import next_token
 
+Steps = Generator[Tensor, Tensor, None]                     # logits out, the token that was chosen in
+
 
 @torch.no_grad()
 def decode(
@@ -22,7 +24,7 @@ def decode(
 
     Args:
         model: a GPTNeoForCausalLM.
-        ids: int64 [B, T], checked. mask: [B, T] with left padding only, or None.
+        ids: int64 [B, T], checked. mask: [B, T], zero for padding, or None.
         total: columns of prompt and continuation together.
         options: resolved.
     """
@@ -35,7 +37,7 @@ def decode(
     logits = next(steps)
     for column in range(ids.shape[1], total):
         token = next_token(logits, options, generator)
-        if options.eos_ids:
+        if options.eos_ids and options.pad_id is not None:
             token = torch.where(running, token, options.pad_id)
             running = running & ~torch.isin(token, eos)
         yield token
@@ -45,23 +47,28 @@ def decode(
             return
 
 
-def _cached(model: Any, ids: Tensor, mask: Tensor | None, total: int) -> Iterator[Any]:
+def _cached(model: Any, ids: Tensor, mask: Tensor | None, total: int) -> Steps:
     """Logits [B, V] of the last column; each token sent back is appended to the cache."""
     B, T = ids.shape
     cache = KVCache(model.config, B, dtype=model.dtype, device=ids.device, max_length=max(T, total - 1))
     position = _positions(mask, T, ids.device)
     out = model(ids, past_key_values=cache, attention_mask=mask, position_ids=position, logits_to_keep=1, use_cache=True,
-                return_dict=True)  # fmt: skip
+                return_dict=True)
     position = position[:, -1:]
     logits = out.logits[:, -1]
+    # Left padding was not stored, so that nothing need hide it; other padding was, and stays masked.
+    masked = mask is not None and not torch.equal(cache.lengths, mask.sum(1, dtype=torch.int32))
     while True:
         token = yield logits
-        position = position + 1
-        hidden = model.transformer.run(token[:, None], position, None, Rows(), cache)
+        position, rows = position + 1, Rows()
+        if masked and mask is not None:
+            mask = torch.cat([mask, mask.new_ones(B, 1)], 1)
+            rows = Rows(mask=(mask != 0)[:, None, None])
+        hidden = model.transformer.run(token[:, None], position, None, rows, cache)
         logits = model.lm_head(hidden)[:, -1]
 
 
-def _uncached(model: Any, ids: Tensor, mask: Tensor | None) -> Iterator[Any]:
+def _uncached(model: Any, ids: Tensor, mask: Tensor | None) -> Steps:
     """The same without a cache: every step computes all columns again."""
     while True:
         position = _positions(mask, ids.shape[1], ids.device)

@@ -24,8 +24,12 @@ class GenerationMixin:
 
     config: GPTNeoConfig
     generation_config: GenerationConfig
-    device: torch.device
     tokenizer: Any
+
+    if TYPE_CHECKING:
+
+        @property
+        def device(self) -> torch.device: ...
 
     def generate(
         self,
@@ -53,7 +57,7 @@ class GenerationMixin:
             raise InputError("inputs and input_ids are two names of one argument; give one")
         resolved = self._options(generation_config, options)
         ids = self._prompt(input_ids if inputs is None else inputs, resolved)
-        mask = _left_mask(ids, attention_mask, resolved)
+        mask = _padding(ids, attention_mask, resolved)
         total = total_length(resolved, ids.shape[1], self.config.max_position_embeddings)
         return torch.cat([ids, *(token[:, None] for token in decode(self, ids, mask, total, resolved))], 1)
 
@@ -86,7 +90,7 @@ class GenerationMixin:
         out: list[str] = []
         for i in range(0, len(rows), _BATCH):
             batch = self.tokenizer.pad(rows[i : i + _BATCH], pad_token_id=resolved.pad_id or 0, padding_side="left",
-                                       return_tensors="pt").to(self.device)  # fmt: skip
+                                       return_tensors="pt").to(self.device)
             ids = self.generate(batch.input_ids, attention_mask=batch.attention_mask, **options)
             new = ids[:, batch.input_ids.shape[1] :].tolist()
             for text, row in zip(texts[i : i + _BATCH], new, strict=True):
@@ -158,11 +162,11 @@ class GenerationMixin:
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
 
-def _left_mask(ids: Tensor, mask: Tensor | None, options: GenerationConfig) -> Tensor | None:
-    """The mask [B, T] of padding on the left, or None where there is none.
+def _padding(ids: Tensor, mask: Tensor | None, options: GenerationConfig) -> Tensor | None:
+    """The mask [B, T] of the prompts' padding, or None where there is none.
 
     Raises:
-        InputError: another shape, a row of nothing but padding, or padding elsewhere than on the left.
+        InputError: another shape, or a row of nothing but padding.
     """
     if mask is None:
         pad = options.pad_token_id

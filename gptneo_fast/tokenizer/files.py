@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from ..errors import TokenizerError
 from ..hub import Source
 
-_ALLOWED = {                                                # component of tokenizer.json -> kinds that GPT-2's may have
+_ALLOWED: dict[str, set[str | None]] = {                    # component of tokenizer.json -> kinds that GPT-2's may have
     "model": {"BPE"},
     "pre_tokenizer": {"ByteLevel"},
     "decoder": {"ByteLevel"},
@@ -65,7 +65,7 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
 def _from_vocab(vocab: Path, merges: Path, add_prefix_space: bool) -> Tokenizer:
     ids = read_json(vocab)
     lines = merges.read_text(encoding="utf-8").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    pairs: list[Any] = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if bad := next((p for p in pairs if len(p) != 2), None):
         raise TokenizerError(f"{merges}: {' '.join(bad)[:80]!r} is no pair of tokens")
     try:

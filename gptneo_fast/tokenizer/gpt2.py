@@ -136,7 +136,7 @@ class GPT2Tokenizer:
                 ids[0] if single and return_tensors is None else ids, max_length if padding == "max_length" else None,
                 pad_to_multiple_of=pad_to_multiple_of, padding_side=padding_side, return_tensors=return_tensors,
                 return_attention_mask=return_attention_mask, fill=padding == "max_length",
-            )  # fmt: skip
+            )
         rows: dict[str, list[list[int]]] = {"input_ids": ids}
         if return_attention_mask:
             rows["attention_mask"] = [[1] * len(row) for row in ids]
@@ -268,7 +268,7 @@ class GPT2Tokenizer:
         settings = {
             "tokenizer_class": "GPT2Tokenizer", "model_max_length": self.model_max_length,
             "padding_side": self.padding_side, "truncation_side": self.truncation_side, **self._special,
-        }  # fmt: skip
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def __repr__(self) -> str:
@@ -296,7 +296,7 @@ def _texts(text: Any) -> list[str]:
 def _ids(token_ids: int | Iterable[int] | Tensor) -> list[int]:
     if isinstance(token_ids, (Tensor, np.ndarray)):
         token_ids = token_ids.tolist()
-    return [token_ids] if isinstance(token_ids, int) else list(token_ids)  # type: ignore[arg-type]
+    return [token_ids] if isinstance(token_ids, int) else list(token_ids)
 
 
 def _encoding(rows: dict[str, list[list[int]]], kind: str | None, single: bool) -> BatchEncoding:

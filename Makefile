@@ -1,0 +1,43 @@
+# make demo  install into .venv and tell a story     make lint   ruff, format and types
+# make test  run the tests                           make bench  throughput on this machine
+# make test-slow  the long ones                      make clean  remove .venv and caches
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint bench clean
+
+$(BIN)/gptneo-fast: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/test.stamp: $(BIN)/gptneo-fast
+	$(BIN)/python -m pip install -q -e ".[test]"
+	@touch $@
+
+$(VENV)/lint.stamp: $(VENV)/test.stamp
+	$(BIN)/python -m pip install -q -e ".[lint]"
+	@touch $@
+
+demo: $(BIN)/gptneo-fast
+	$(BIN)/gptneo-fast generate "Once upon a time" --seed 0
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n auto -q
+
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m pytest benchmarks -q --benchmark-sort=name
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,0 +1,181 @@
+"""The command line: `gptneo-fast generate | info`. torch is imported only once a command runs.
+
+Exit codes: 0 done, 1 the request failed (the reason is on stderr), 2 the command line is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from . import __version__
+from .errors import GPTNeoFastError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except GPTNeoFastError as error:
+        print(f"gptneo-fast: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:                                 # the reader left: nothing more to say to it
+        sys.stderr.close()
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gptneo-fast",
+        description="GPT-Neo, exact past the window and near the limit of the chip.",
+        epilog="exit codes: 0 done, 1 the request failed, 2 wrong command line, 130 interrupted",
+    )
+    parser.add_argument("--version", action="version", version=f"gptneo-fast {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt, piece by piece.")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompt", help="the text to continue; '-' reads it from standard input")
+    _model_options(generate)
+    generate.add_argument("-n", "--max-new-tokens", type=int, default=200, metavar="N", help="default 200")
+    generate.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing one")
+    generate.add_argument("--temperature", type=float, default=0.7, metavar="X", help="default 0.7; 0 is greedy")
+    generate.add_argument("--top-k", type=int, default=40, metavar="K", help="default 40; 0 for all tokens")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1")
+    generate.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same text")
+    generate.add_argument("--truncate", choices=["left"], help="drop the oldest tokens of a prompt that is too long")
+    generate.add_argument("--json", action="store_true", help="one JSON object at the end instead of text")
+
+    info = commands.add_parser("info", help="this machine, and a model", description="This machine, and a model's size.")
+    info.set_defaults(run=_info)
+    info.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id")
+    _model_options(info, positional_model=True)
+    info.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser, positional_model: bool = False) -> None:
+    if not positional_model:
+        parser.add_argument("-m", "--model", metavar="MODEL", help="folder or hub id; default: the embedded story model")
+    parser.add_argument("--dtype", default="auto",
+                        help="float32, float16, bfloat16; default: bfloat16 on CUDA, else the file's own")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: CUDA where there is a device")
+    parser.add_argument("--backend", default="auto", help="auto, triton or reference")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument("--offline", action="store_true", help="use downloaded files only")
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from .auto import load
+    from .demo import FOLDER
+
+    return load(
+        args.model or FOLDER, dtype=args.dtype, device=args.device, revision=args.revision,
+        local_files_only=args.offline, backend=args.backend,
+    )
+
+
+def _generate(args: argparse.Namespace) -> int:
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    model = _load(args)
+    pieces = model.stream(
+        prompt, max_new_tokens=args.max_new_tokens, do_sample=not args.greedy, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, seed=args.seed, truncate=args.truncate,
+    )
+    began = time.perf_counter()
+    if args.json:
+        text = "".join(pieces)
+        print(json.dumps({
+            "model": model.config.name_or_path, "prompt": prompt, "text": text, "seed": args.seed,
+            "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
+            "seconds": round(time.perf_counter() - began, 3),
+        }, ensure_ascii=False))
+        return 0
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    facts = {"machine": _machine()}
+    if args.model:
+        facts["model"] = _model_facts(_load(args))
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    for title, rows in facts.items():
+        print(f"{title}:")
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            print(f"  {name:<{width}}  {value}")
+    return 0
+
+
+def _machine() -> dict[str, Any]:
+    """Versions, devices, and for each backend whether it can be used and if not why."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from . import ops
+    from .device import why_no_cuda
+
+    def version_of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    devices = [
+        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)"
+        for i in range(torch.cuda.device_count())
+    ]
+    return {
+        "gptneo_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "cpu threads": torch.get_num_threads(),
+        "cuda devices": ", ".join(devices) or f"none: {why_no_cuda()}",
+        "backend reference": "usable on every device; what 'auto' takes",
+        "backend triton": f"not usable: {ops.WHY_NOT_TRITON}",
+    }
+
+
+def _model_facts(model: Any) -> dict[str, Any]:
+    """Size of a loaded model and of its cache."""
+    from .cache import cache_bytes
+
+    bytes_of: dict[str, int] = {}
+    for p in {id(p): p for p in model.parameters()}.values():
+        name = str(p.dtype).removeprefix("torch.")
+        bytes_of[name] = bytes_of.get(name, 0) + p.numel() * p.element_size()
+    config, longest = model.config, model.config.max_position_embeddings
+    full = 2 * config.num_layers * longest * config.hidden_size * model.dtype.itemsize
+    bounded = cache_bytes(config, 1, longest, model.dtype)
+    return {
+        "name": config.name_or_path,
+        "shape": f"{config.num_layers} layers, {config.num_heads} heads x {config.head_dim}, ffn {config.ffn_size}, "
+        f"vocabulary {config.vocab_size}, {longest} positions, window {config.window_size}",
+        "parameters": f"{model.num_parameters():,}",
+        **{f"bytes in {name}": f"{size:,}" for name, size in bytes_of.items()},
+        "cache bytes per token": f"{cache_bytes(config, 1, 1, model.dtype):,} within the window",
+        f"cache bytes at {longest} tokens": f"{bounded:,} ({bounded / full:.0%} of a cache without bound)",
+        "device": str(model.device),
+        "tokenizer": repr(model.tokenizer) if model.tokenizer else "none",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Fixtures: our models beside transformers' with the same weights, and small checkpoints on disk."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                # no test reaches a network
+
+import pytest
+import torch
+
+import gptneo_fast
+from gptneo_fast import errors
+
+torch.set_num_threads(1)                                    # tests run side by side
+SMALL = dict(
+    vocab_size=97, hidden_size=32, num_heads=4, num_layers=3, attention_types=[[["global", "local", "local"], 1]],
+    max_position_embeddings=640, window_size=7, bos_token_id=1, eos_token_id=2,
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--hub", action="store_true", help="run tests that download real weights")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "hub" in item.keywords and not config.getoption("--hub"):
+            item.add_marker(pytest.mark.skip(reason="needs the network and real weights: run with --hub"))
+        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+            item.add_marker(pytest.mark.skip(reason="minutes long: run with -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Every test is seeded, and sees each warning anew."""
+    torch.manual_seed(0)
+    errors._warned.clear()
+
+
+def peers(cls: str = "GPTNeoForCausalLM", scale: float = 4.0, dtype=torch.float32, **changes):
+    """(transformers' model on its eager path, ours with the same weights).
+
+    `scale` widens the fresh weights, so that attention is as peaked as in a trained model and not near uniform.
+    """
+    transformers = pytest.importorskip("transformers")
+    values = SMALL | changes
+    if "num_layers" in changes and "attention_types" not in changes:
+        values["attention_types"] = [[[("global", "local")[i % 2] for i in range(changes["num_layers"])], 1]]
+    theirs = getattr(transformers, cls)._from_config(transformers.GPTNeoConfig(**values), attn_implementation="eager")
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) * 0.02 * scale + (1 if p.dim() == 1 else 0))
+    ours = getattr(gptneo_fast, cls)(gptneo_fast.GPTNeoConfig(**values))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.to(dtype).eval(), ours.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A causal model that transformers wrote: config.json, generation_config.json, model.safetensors; and the demo's tokenizer."""
+    import shutil
+
+    from gptneo_fast.demo import FOLDER
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    theirs, _ = peers(vocab_size=1240, bos_token_id=0, eos_token_id=0)
+    theirs.save_pretrained(folder)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(FOLDER / name, folder / name)
+    return folder
