@@ -34,6 +34,7 @@ test-slow: $(VENV)/test.stamp
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(VENV)/test.stamp

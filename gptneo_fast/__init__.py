@@ -16,16 +16,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "auto": ("load",),
     "cache": ("KVCache", "cache_bytes"),
+    "classifiers": ("GPTNeoForQuestionAnswering", "GPTNeoForSequenceClassification", "GPTNeoForTokenClassification"),
     "config": ("GPTNeoConfig",),
     "errors": ("GPTNeoFastError", "GPTNeoFastWarning"),
     "generation": ("GenerationConfig",),
-    "heads": (
-        "GPTNeoForCausalLM",
-        "GPTNeoForQuestionAnswering",
-        "GPTNeoForSequenceClassification",
-        "GPTNeoForTokenClassification",
-        "GPTNeoModel",
-    ),
+    "heads": ("GPTNeoForCausalLM", "GPTNeoModel"),
     "pretrained": ("GPTNeoPreTrainedModel",),
     "tokenizer": ("GPT2Tokenizer",),
 }
@@ -34,16 +29,11 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from .auto import load
     from .cache import KVCache, cache_bytes
+    from .classifiers import GPTNeoForQuestionAnswering, GPTNeoForSequenceClassification, GPTNeoForTokenClassification
     from .config import GPTNeoConfig
     from .errors import GPTNeoFastError, GPTNeoFastWarning
     from .generation import GenerationConfig
-    from .heads import (
-        GPTNeoForCausalLM,
-        GPTNeoForQuestionAnswering,
-        GPTNeoForSequenceClassification,
-        GPTNeoForTokenClassification,
-        GPTNeoModel,
-    )
+    from .heads import GPTNeoForCausalLM, GPTNeoModel
     from .pretrained import GPTNeoPreTrainedModel
     from .tokenizer import GPT2Tokenizer
 

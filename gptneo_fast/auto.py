@@ -7,15 +7,10 @@ from typing import Any
 
 import torch
 
+from .classifiers import GPTNeoForQuestionAnswering, GPTNeoForSequenceClassification, GPTNeoForTokenClassification
 from .device import as_device, as_dtype
 from .errors import InputError, TokenizerError, nearest
-from .heads import (
-    GPTNeoForCausalLM,
-    GPTNeoForQuestionAnswering,
-    GPTNeoForSequenceClassification,
-    GPTNeoForTokenClassification,
-    GPTNeoModel,
-)
+from .heads import GPTNeoForCausalLM, GPTNeoModel
 from .hub import Source
 from .tokenizer import GPT2Tokenizer
 
@@ -60,9 +55,7 @@ def load(
     wanted = as_dtype(dtype)
     if wanted is None and place.type == "cuda":
         wanted = torch.bfloat16 if torch.cuda.get_device_capability(place) >= (8, 0) else torch.float16
-    where: dict[str, Any] = {
-        "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
-    }
+    where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     model = TASKS[task].from_pretrained(
         name_or_path, dtype="auto" if wanted is None else wanted, device_map=place, backend=backend, **where
     )

@@ -8,9 +8,9 @@ from torch import Tensor
 from .config import GPTNeoConfig
 from .errors import CacheError
 
-SLACK = 128                 # slots of a ring beyond its window
-STEP = SLACK + 1            # longest step that may be appended before it attends: window - 1 + STEP slots
-_GROWTH = 64                # slots are allocated in multiples of this
+SLACK = 128  # slots of a ring beyond its window
+STEP = SLACK + 1  # longest step that may be appended before it attends: window - 1 + STEP slots
+_GROWTH = 64  # slots are allocated in multiples of this
 
 
 def ring_slots(config: GPTNeoConfig, layer: int) -> int:
@@ -49,10 +49,10 @@ class KVCache:
         max_length: int | None = None,
     ) -> None:
         self.config = config
-        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)    # tokens of each row
-        self.ragged = False                                 # whether any row holds fewer tokens than columns were seen
-        self._seen = 0                                      # columns
-        self._written = 0                                   # the most columns ever written; crop does not lower it
+        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)  # tokens of each row
+        self.ragged = False  # whether any row holds fewer tokens than columns were seen
+        self._seen = 0  # columns
+        self._written = 0  # the most columns ever written; crop does not lower it
         self._slots = [ring_slots(config, layer) for layer in range(config.num_layers)]
         empty = torch.empty(batch_size, config.num_heads, 0, config.head_dim, dtype=dtype, device=device)
         self.keys: list[Tensor] = [empty] * config.num_layers
@@ -96,7 +96,7 @@ class KVCache:
     def in_order(self, layer: int) -> tuple[Tensor, Tensor]:
         """Copies [B, H, P, D] of the newest P = min(seen, R) columns, oldest first; a padding column holds garbage."""
         P = min(self._seen, self._slots[layer])
-        token = self.lengths[:, None] - P + torch.arange(P, device=self.lengths.device)     # [B, P]
+        token = self.lengths[:, None] - P + torch.arange(P, device=self.lengths.device)  # [B, P]
         k, v = self.past(layer, P)
         slots = token.remainder(max(P, 1))[:, None, :, None].expand_as(k)
         return k.gather(2, slots), v.gather(2, slots)
@@ -121,7 +121,7 @@ class KVCache:
                 f"cannot crop to {length} columns: local layers keep the newest {max(self._slots_of_rings())} of "
                 f"{self._written} columns, so {self._oldest()} is the shortest; fork() before going on, or start again"
             )
-        padding = self._seen - self.lengths                 # int32 [B]
+        padding = self._seen - self.lengths  # int32 [B]
         self._seen = length
         self.lengths = (length - padding).clamp(min=0)
 
@@ -162,7 +162,7 @@ class KVCache:
                 continue
             slots = columns if exact else max(columns, old + old // 2)
             slots = min(slots if exact else -(-slots // _GROWTH) * _GROWTH, most)
-            for tensors in (self.keys, self.values):        # nothing has wrapped yet: slots are still token numbers
+            for tensors in (self.keys, self.values):  # nothing has wrapped yet: slots are still token numbers
                 B, H, _, D = tensors[layer].shape
                 grown = tensors[layer].new_zeros(B, H, slots, D)
                 grown[:, :, :old] = tensors[layer]

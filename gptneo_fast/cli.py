@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:                                 # the reader left: nothing more to say to it
+    except BrokenPipeError:  # the reader left: nothing more to say to it
         sys.stderr.close()
         return 1
 
@@ -65,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 def _model_options(parser: argparse.ArgumentParser, positional_model: bool = False) -> None:
     if not positional_model:
         parser.add_argument("-m", "--model", metavar="MODEL", help="folder or hub id; default: the embedded story model")
-    parser.add_argument("--dtype", default="auto",
-                        help="float32, float16, bfloat16; default: bfloat16 on CUDA, else the file's own")
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, float16, bfloat16; default: bfloat16 on CUDA, else the file's own"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: CUDA where there is a device")
     parser.add_argument("--backend", default="auto", help="auto, triton or reference")
     parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
@@ -78,8 +79,12 @@ def _load(args: argparse.Namespace) -> Any:
     from .demo import FOLDER
 
     return load(
-        args.model or FOLDER, dtype=args.dtype, device=args.device, revision=args.revision,
-        local_files_only=args.offline, backend=args.backend,
+        args.model or FOLDER,
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        local_files_only=args.offline,
+        backend=args.backend,
     )
 
 
@@ -87,17 +92,32 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     model = _load(args)
     pieces = model.stream(
-        prompt, max_new_tokens=args.max_new_tokens, do_sample=not args.greedy, temperature=args.temperature,
-        top_k=args.top_k, top_p=args.top_p, seed=args.seed, truncate=args.truncate,
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=not args.greedy,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        truncate=args.truncate,
     )
     began = time.perf_counter()
     if args.json:
         text = "".join(pieces)
-        print(json.dumps({
-            "model": model.config.name_or_path, "prompt": prompt, "text": text, "seed": args.seed,
-            "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
-            "seconds": round(time.perf_counter() - began, 3),
-        }, ensure_ascii=False))
+        print(
+            json.dumps(
+                {
+                    "model": model.config.name_or_path,
+                    "prompt": prompt,
+                    "text": text,
+                    "seed": args.seed,
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                    "device": str(model.device),
+                    "seconds": round(time.perf_counter() - began, 3),
+                },
+                ensure_ascii=False,
+            )
+        )
         return 0
     print(prompt, end="", flush=True)
     for piece in pieces:

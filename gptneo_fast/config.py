@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,8 @@ from typing import Any, ClassVar, Literal
 
 from .errors import ConfigError, nearest
 from .hub import Source
-
-_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")            # two names of one function
-_LIMITS = {                                                 # field -> largest value that is not a mistake
-    "vocab_size": 2**24,
-    "max_position_embeddings": 2**20,
-    "hidden_size": 2**17,
-    "num_layers": 1024,
-    "num_heads": 2**12,
-    "intermediate_size": 2**20,
-    "window_size": 2**31 - 1,
-}
-_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+from .jsonfile import read_object
+from .rules import LIMITS, SHAPE, fault_of, is_int, structure_faults
 
 
 @dataclass(init=False)
@@ -48,11 +37,11 @@ class GPTNeoConfig:
     max_position_embeddings: int = 2048
     hidden_size: int = 2048
     num_layers: int = 24
-    attention_types: Any = None                             # [[["global", "local"], 12]]: a pattern and its repeats
-    attention_layers: tuple[str, ...] = ()                  # "global" or "local" of each layer; from attention_types
+    attention_types: Any = None  # [[["global", "local"], 12]]: a pattern and its repeats
+    attention_layers: tuple[str, ...] = ()  # "global" or "local" of each layer; from attention_types
     num_heads: int = 16
-    intermediate_size: int | None = None                    # None: 4 * hidden_size
-    window_size: int = 256                                  # keys that a local query sees, itself included
+    intermediate_size: int | None = None  # None: 4 * hidden_size
+    window_size: int = 256  # keys that a local query sees, itself included
     activation_function: str = "gelu_new"
     resid_dropout: float = 0.0
     embed_dropout: float = 0.0
@@ -65,14 +54,14 @@ class GPTNeoConfig:
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
-    id2label: Any = None                                    # dict[int, str]; None: two labels
+    id2label: Any = None  # dict[int, str]; None: two labels
     label2id: Any = None
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
     output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
     architectures: list[str] | None = None
-    dtype: str | None = None                                # "float32" ...: what the checkpoint was saved in
+    dtype: str | None = None  # "float32" ...: what the checkpoint was saved in
     name_or_path: str = ""
 
     def __init__(self, *, num_labels: int | None = None, **values: Any) -> None:
@@ -85,9 +74,9 @@ class GPTNeoConfig:
             object.__setattr__(self, field.name, given.get(field.name, field.default))
         faults: list[str] = []
         _fill(self, num_labels, faults)
-        faults += [m for f in dataclasses.fields(self) if (m := _fault(f.name, getattr(self, f.name)))]
+        faults += [m for f in dataclasses.fields(self) if (m := fault_of(f.name, getattr(self, f.name)))]
         if not faults:
-            faults += _structure(self)
+            faults += structure_faults(self)
         if faults:
             raise ConfigError("the configuration is not a GPT-Neo's: " + "; ".join(faults))
 
@@ -99,9 +88,9 @@ class GPTNeoConfig:
             if faults:
                 raise ConfigError(faults[0])
             return
-        if name in _SHAPE:
+        if name in SHAPE:
             raise ConfigError(f"{name} shapes the weights and cannot be set to {value!r}; use config.replace({name}=...)")
-        if fault := _fault(name, value):
+        if fault := fault_of(name, value):
             raise ConfigError(fault)
         object.__setattr__(self, name, value)
 
@@ -178,10 +167,7 @@ class GPTNeoConfig:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPTNeoConfig:
         """The configuration in one `config.json`."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{os.fspath(path)} is not JSON: {error}") from error
+        values = read_object(Path(path), ConfigError)
         try:
             return cls.from_dict(values, **overrides)
         except ConfigError as error:
@@ -209,26 +195,16 @@ class GPTNeoConfig:
         (path / "config.json").write_text(self.to_json_string(), encoding="utf-8")
 
 
-_SHAPE = frozenset(
-    (
-        "vocab_size max_position_embeddings hidden_size num_layers attention_types attention_layers num_heads "
-        "intermediate_size window_size activation_function layer_norm_epsilon tie_word_embeddings"
-    ).split()
-)
-_FLAGS = frozenset(["use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict"])
-_RATES = frozenset(["resid_dropout", "embed_dropout", "attention_dropout", "classifier_dropout"])
-
-
 def _fill(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> None:
     """Work out the fields that follow from others: attention layers, label maps, the dtype's name."""
 
     def put(name: str, value: Any) -> None:
         object.__setattr__(config, name, value)
 
-    given, layers = config.attention_types, list(config.attention_layers or ())
+    given, layers = config.attention_types, _as_list(config.attention_layers, "attention_layers", faults)
     if given is not None:
         try:
-            if sum(int(repeats) * len(kinds) for kinds, repeats in given) > 2 * _LIMITS["num_layers"]:
+            if sum(int(repeats) * len(kinds) for kinds, repeats in given) > 2 * LIMITS["num_layers"]:
                 raise ValueError
             expanded = [kind for kinds, repeats in given for _ in range(repeats) for kind in kinds]
         except (TypeError, ValueError):
@@ -239,12 +215,12 @@ def _fill(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> No
         layers = expanded
     elif layers:
         put("attention_types", [[layers, 1]])
-    elif isinstance(config.num_layers, int) and 0 < config.num_layers <= _LIMITS["num_layers"]:
+    elif isinstance(config.num_layers, int) and 0 < config.num_layers <= LIMITS["num_layers"]:
         layers = [("global", "local")[i % 2] for i in range(config.num_layers)]
         put("attention_types", [[layers, 1]])
     put("attention_layers", tuple(layers))
 
-    if num_labels is not None and (not _is_int(num_labels) or not 0 < num_labels <= 2**20):
+    if num_labels is not None and (not is_int(num_labels) or not 0 < num_labels <= 2**20):
         faults.append(f"num_labels {num_labels!r} is not an integer from 1 to {2**20}")
         num_labels = None
     if config.id2label is None or (num_labels is not None and len(config.id2label) != num_labels):
@@ -264,53 +240,9 @@ def _fill(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> No
         put("dtype", str(config.dtype).removeprefix("torch."))
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _fault(name: str, value: Any) -> str | None:
-    """What is wrong with one value, or None."""
-    if name in _LIMITS:
-        if name == "intermediate_size" and value is None:
-            return None
-        if not _is_int(value) or not 0 < value <= _LIMITS[name]:
-            return f"{name} {value!r} is not an integer from 1 to {_LIMITS[name]}"
-    elif name in _FLAGS:
-        if not isinstance(value, bool):
-            return f"{name} {value!r} is not true or false"
-    elif name in _RATES:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-            return f"{name} {value!r} is not a probability from 0 to 1"
-    elif name in ("layer_norm_epsilon", "initializer_range"):
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or value < 0 or (value == 0 and name == "layer_norm_epsilon"):
-            return f"{name} {value!r} is not a positive finite number"
-    elif name in ("bos_token_id", "pad_token_id", "eos_token_id"):
-        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-        if value is not None and not all(_is_int(i) and -(2**31) < i < 2**31 for i in ids):
-            return f"{name} {value!r} is not a token id"
-    elif name == "activation_function":
-        if value not in _ACTIVATIONS:
-            return f"activation_function {value!r} is unknown; GPT-Neo's are {', '.join(_ACTIVATIONS)}"
-    elif name == "attention_layers":
-        if unknown := sorted({str(k) for k in value} - {"global", "local"}):
-            return f"attention type {unknown[0]!r} is unknown; use 'global' or 'local'"
-    elif name == "problem_type" and value not in _PROBLEM_TYPES:
-        return f"problem_type {value!r} is unknown; use one of {_PROBLEM_TYPES[1:]}"
-    return None
-
-
-def _structure(config: GPTNeoConfig) -> list[str]:
-    """Faults between fields that are each right by themselves."""
-    faults = []
-    if config.hidden_size % config.num_heads:
-        faults.append(
-            f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads} "
-            "(head_dim = hidden_size / num_heads)"
-        )
-    if len(config.attention_layers) != config.num_layers:
-        faults.append(
-            f"num_layers {config.num_layers} and {len(config.attention_layers)} attention layers "
-            f"(attention_types {config.attention_types}) differ"
-        )
-    return faults
+def _as_list(value: Any, name: str, faults: list[str]) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if value is not None:
+        faults.append(f"{name} {str(value)[:200]} is not a list")
+    return []

@@ -1,27 +1,20 @@
-"""The five classes: arguments, outputs, losses and defaults of transformers 5.23."""
+"""GPTNeoModel and GPTNeoForCausalLM: arguments, outputs, losses and defaults of transformers 5.23."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import KVCache
 from .config import GPTNeoConfig
-from .errors import InputError, warn_once
+from .errors import warn_once
 from .generation import GenerationConfig, GenerationMixin
 from .inputs import check_inputs, check_unknown, select_positions
 from .masks import rows_of
 from .model import Trace, Transformer
-from .outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
+from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import GPTNeoPreTrainedModel
 
 
@@ -131,169 +124,27 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin):
         """
         check_unknown(unknown, type(self).__name__)
         out = self.transformer(
-            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, return_dict=True,
+            input_ids,
+            past_key_values,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
         )
         logits = self.lm_head(select_positions(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             shifted = F.pad(labels.to(logits.device), (0, 1), value=-100)[..., 1:].flatten()
             loss = F.cross_entropy(
-                logits.float().view(-1, logits.shape[-1]), shifted, ignore_index=-100,
+                logits.float().view(-1, logits.shape[-1]),
+                shifted,
+                ignore_index=-100,
                 reduction="mean" if num_items_in_batch is None else "sum",
             )
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-        return self._give(result, return_dict)
-
-
-class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
-    """One decision a sequence, read at its last token that is not padding."""
-
-    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
-        super().__init__(config, backend=backend)
-        self.transformer = GPTNeoModel(config, backend=backend)
-        self.num_labels = config.num_labels
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self._init_weights(self.score)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **unknown: Any,
-    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
-        """Logits [B, num_labels]; the other arguments are GPTNeoModel's.
-
-        Args:
-            labels: [B] integers (single label), [B, num_labels] floats (several), or [B] floats where num_labels is 1
-                (regression); `config.problem_type` overrides the guess.
-
-        Raises:
-            InputError: more than one row and no `config.pad_token_id` to find their ends by.
-        """
-        check_unknown(unknown, type(self).__name__)
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is not None and given.dim() > 1 and given.shape[0] != 1 and self.config.pad_token_id is None:
-            raise InputError(
-                f"{given.shape[0]} rows and no padding token: set model.config.pad_token_id "
-                "(tokenizer.pad_token_id), or pass one row at a time"
-            )
-        out = self.transformer(
-            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, return_dict=True,
-        )
-        hidden = out.last_hidden_state                      # [B, T, C]
-        B, T = hidden.shape[:2]
-        last: Tensor | int = T - 1
-        if self.config.pad_token_id is not None and input_ids is not None:
-            token = input_ids.view(B, T) != self.config.pad_token_id
-            last = (torch.arange(T, device=hidden.device) * token).argmax(-1)       # the rightmost, whichever the side
-        elif self.config.pad_token_id is not None:
-            warn_once("padding cannot be told in inputs_embeds: the last position of each row is classified")
-        logits = self.score(hidden)[torch.arange(B, device=hidden.device), last]
-        loss = None if labels is None else self._loss(logits, labels.to(logits.device))
-        result = SequenceClassifierOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-        return self._give(result, return_dict)
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of the problem type, which is chosen by number of labels and label dtype and then kept."""
-        if self.config.problem_type is None:
-            if self.num_labels == 1:
-                self.config.problem_type = "regression"
-            elif labels.dtype in (torch.long, torch.int):
-                self.config.problem_type = "single_label_classification"
-            else:
-                self.config.problem_type = "multi_label_classification"
-        if self.config.problem_type == "regression":
-            return F.mse_loss(logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else F.mse_loss(logits, labels)
-        if self.config.problem_type == "single_label_classification":
-            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1).long())
-        return F.binary_cross_entropy_with_logits(logits, labels)
-
-
-class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
-    """One decision a token."""
-
-    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
-        super().__init__(config, backend=backend)
-        self.transformer = GPTNeoModel(config, backend=backend)
-        self.num_labels = config.num_labels
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self._init_weights(self.classifier)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **unknown: Any,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
-        """Logits [B, T, num_labels], and with labels (integer [B, T], -100 ignored) the loss."""
-        check_unknown(unknown, type(self).__name__)
-        out = self.transformer(
-            input_ids, past_key_values, attention_mask, token_type_ids, position_ids, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, return_dict=True,
-        )
-        logits = self.classifier(self.dropout(out.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits.view(-1, self.num_labels), labels.to(logits.device).view(-1).long())
-        return self._give(TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions), return_dict)
-
-
-class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
-    """Where an answer begins and ends in the text."""
-
-    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
-        super().__init__(config, backend=backend)
-        self.transformer = GPTNeoModel(config, backend=backend)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self._init_weights(self.qa_outputs)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **unknown: Any,
-    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
-        """Start and end logits [B, T]; with both positions (integer [B], beyond the text ignored) the mean of both losses."""
-        check_unknown(unknown, type(self).__name__)
-        out = self.transformer(
-            input_ids, None, attention_mask, token_type_ids, position_ids, inputs_embeds, False,
-            output_attentions, output_hidden_states, return_dict=True,
-        )
-        start, end = (t.contiguous() for t in self.qa_outputs(out.last_hidden_state).unbind(-1))    # [B, T]
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            T = start.shape[1]
-            at_start, at_end = (p.to(start.device).view(-1).clamp(0, T) for p in (start_positions, end_positions))
-            loss = (F.cross_entropy(start, at_start, ignore_index=T) + F.cross_entropy(end, at_end, ignore_index=T)) / 2
-        result = QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)
         return self._give(result, return_dict)

@@ -43,7 +43,7 @@ class Source:
         folder = Path(name).expanduser()
         try:
             is_folder, exists = folder.is_dir(), folder.exists()
-        except (OSError, ValueError):                       # too long a name, or a NUL in it
+        except (OSError, ValueError):  # too long a name, or a NUL in it
             is_folder = exists = False
         if is_folder:
             return cls(name, folder=folder / options.pop("subfolder", ""), **options)
@@ -84,7 +84,7 @@ class Source:
                 local_files_only=self.local_files_only,
             )
         except hub.LocalEntryNotFoundError as error:
-            if self._cached("config.json"):                 # the snapshot is there, this file is not part of it
+            if self._cached("config.json"):  # the snapshot is there, this file is not part of it
                 return None
             raise ModelNotFoundError(
                 f"{self.name!r} is not a folder here and {name!r} of the hub repository is not in the cache "

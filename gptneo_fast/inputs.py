@@ -16,7 +16,7 @@ _FORWARD = (
     "start_positions end_positions output_attentions output_hidden_states return_dict logits_to_keep "
     "num_items_in_batch"
 ).split()
-_HARMLESS = ("cache_position",)                             # transformers' callers pass it; positions are known here
+_HARMLESS = ("cache_position",)  # transformers' callers pass it; positions are known here
 
 
 def check_unknown(keywords: dict[str, Any], owner: str) -> None:
@@ -47,9 +47,7 @@ def check_ids(name: str, ids: Tensor, limit: int, device: torch.device) -> Tenso
     # Out of range, a gather is an assertion on the device that ends the process, or silent garbage.
     if not torch.compiler.is_compiling() and bool(((ids < 0) | (ids >= limit)).any()):
         row, column = ((ids < 0) | (ids >= limit)).nonzero()[0].tolist()
-        raise InputError(
-            f"{name}[{row}, {column}] is {int(ids[row, column])}; it must be from 0 to {limit - 1}"
-        )
+        raise InputError(f"{name}[{row}, {column}] is {int(ids[row, column])}; it must be from 0 to {limit - 1}")
     return ids.long()
 
 
@@ -82,9 +80,7 @@ def check_inputs(
     past = 0
     if cache is not None:
         if not isinstance(cache, KVCache):
-            raise CacheError(
-                f"past_key_values is a {type(cache).__name__}; pass the KVCache that an earlier call returned"
-            )
+            raise CacheError(f"past_key_values is a {type(cache).__name__}; pass the KVCache that an earlier call returned")
         if cache.batch_size != B:
             raise CacheError(f"past_key_values holds {cache.batch_size} rows, the input has {B}")
         past = cache.get_seq_length()

@@ -46,8 +46,8 @@ def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: KVCache | None
             f"attention_mask has shape {list(attention_mask.shape)}; expected [{B}, {past + T}]: "
             f"{B} rows of {past} cached + {T} new columns (or 4 dimensions)"
         )
-    held = attention_mask != 0                                                      # [B, S]
-    if torch.compiler.is_compiling():                       # reading values would break the graph
+    held = attention_mask != 0  # [B, S]
+    if torch.compiler.is_compiling():  # reading values would break the graph
         return Rows(mask=held[:, None, None])
     if bool(held.all()) and (cache is None or not cache.ragged):
         return Rows()
@@ -71,7 +71,7 @@ def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: KVCache | None
     left = bool((starts > 0).any())
     right = bool((ends < T).any())
     holes = not bool(is_range.all()) or not uniform_past
-    if cache is not None and past:                          # padding after tokens that are cached leaves a hole too
+    if cache is not None and past:  # padding after tokens that are cached leaves a hole too
         holes = holes or right or bool(((starts > 0) & (cache.lengths > 0)).any())
     if holes:
         return Rows(mask=held[:, None, None])

@@ -1,8 +1,8 @@
 """The network: embeddings, blocks, final norm. Modules hold the parameters under transformers' names; ops compute.
 
-    h = wte[ids] + wpe[positions]
-    per block:  h = h + out_proj(attention(ln_1(h)));  h = h + c_proj(gelu_new(c_fc(ln_2(h))))
-    h = ln_f(h)
+h = wte[ids] + wpe[positions]
+per block:  h = h + out_proj(attention(ln_1(h)));  h = h + c_proj(gelu_new(c_fc(ln_2(h))))
+h = ln_f(h)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
         """x + attention(norm(x)), and the weights [B, H, T, S] where they are wanted. x: [B, T, C]."""
         wq, wk, wv = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
         qkv = op.norm_qkv(x, norm.weight, norm.bias, wq, wk, wv, norm.eps)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in qkv)   # [B, H, T, D]
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in qkv)  # [B, H, T, D]
         dropout = self.attention_dropout if self.training else 0.0
         if want_weights or dropout or rows.mask is not None:
             y, weights = self._masked(q, k, v, rows, cache, op, dropout)
@@ -50,15 +50,13 @@ class SelfAttention(nn.Module):
             y, weights = self._attend(q, k, v, rows, cache, op), None
         return _add(op, y, self.out_proj, x, self.resid_dropout if self.training else 0.0), weights
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: KVCache | None, op: ModuleType
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: KVCache | None, op: ModuleType) -> Tensor:
         """Attention over ranges of columns; appends to the cache. Returns [B, T, C]."""
         if cache is None:
             return op.attention(q, k, v, self.window, rows.starts, rows.ends)
         past, T = cache.get_seq_length(), q.shape[2]
         k_cache, v_cache = cache.keys[self.layer], cache.values[self.layer]
-        if past > 0 and T <= STEP:                          # append, then read everything from the slots
+        if past > 0 and T <= STEP:  # append, then read everything from the slots
             op.kv_append(k_cache, v_cache, k, v, cache.lengths, rows.starts)
             seen = cache.past(self.layer, past + T)
             return op.decode_attention(q, *seen, cache.lengths, self.window, rows.starts)
@@ -76,10 +74,10 @@ class SelfAttention(nn.Module):
         if cache is not None:
             past = cache.get_seq_length()
             keys, values = cache.in_order(self.layer)
-            if mask is None and cache.ragged:               # columns that were never stored may not be seen
+            if mask is None and cache.ragged:  # columns that were never stored may not be seen
                 columns = torch.arange(past + T, device=q.device)
                 mask = (columns >= (past - cache.lengths)[:, None])[:, None, None]
-            elif mask is not None and rows.mask is None:    # left padding: the stored columns come first
+            elif mask is not None and rows.mask is None:  # left padding: the stored columns come first
                 columns = torch.arange(past, device=q.device)
                 stored = (columns >= (past - cache.lengths)[:, None])[:, None, None]
                 mask = torch.cat([stored, mask], -1)
@@ -158,7 +156,7 @@ class Transformer(nn.Module):
         x: Tensor,
         position_ids: Tensor,
         token_type_ids: Tensor | None = None,
-        rows: Rows = Rows(),                                # noqa: B008 (frozen)
+        rows: Rows = Rows(),  # noqa: B008 (frozen)
         cache: KVCache | None = None,
         trace: Trace | None = None,
     ) -> Tensor:

@@ -42,8 +42,7 @@ embed = _op(
 )
 layer_norm = _op("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _rows)
 norm_linear = _op(
-    "norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, bool gelu)"
-    " -> Tensor",
+    "norm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, float eps, bool gelu) -> Tensor",
     lambda x, nw, nb, weight, bias, eps, gelu: x.new_empty(*x.shape[:-1], weight.shape[0]),
 )
 norm_qkv = _op(

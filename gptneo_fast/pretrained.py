@@ -29,13 +29,13 @@ class GPTNeoPreTrainedModel(nn.Module):
 
     base_model_prefix: ClassVar[str] = "transformer"
     config: GPTNeoConfig
-    tokenizer: Any = None                                   # attached by `load`
+    tokenizer: Any = None  # attached by `load`
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
         super().__init__()
         if not isinstance(config, GPTNeoConfig):
             raise InputError(f"config is a {type(config).__name__}; give a gptneo_fast.GPTNeoConfig")
-        ops.namespace(backend)                              # an impossible request fails here, not in the first call
+        ops.namespace(backend)  # an impossible request fails here, not in the first call
         self.config = config
 
     @property
@@ -57,10 +57,7 @@ class GPTNeoPreTrainedModel(nn.Module):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters, tied ones counted once."""
         embeddings = {id(self.base_model.wte.weight), id(self.base_model.wpe.weight)} if exclude_embeddings else set()
-        return sum(
-            p.numel() for p in self.parameters()
-            if (p.requires_grad or not only_trainable) and id(p) not in embeddings
-        )
+        return sum(p.numel() for p in self.parameters() if (p.requires_grad or not only_trainable) and id(p) not in embeddings)
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """Bytes of the key-value cache for `batch` rows of `length` tokens."""
@@ -191,8 +188,12 @@ class GPTNeoPreTrainedModel(nn.Module):
         """
         overrides = _screen(others, attn_implementation)
         source = Source.of(
-            pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir,
-            local_files_only=local_files_only, subfolder=subfolder,
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
         )
         if config is None:
             config = GPTNeoConfig.from_source(source, **overrides)
@@ -204,8 +205,13 @@ class GPTNeoPreTrainedModel(nn.Module):
             model = cls(config, backend=backend)
         files = checkpoint.find(source, use_safetensors)
         report = checkpoint.load_into(
-            model, files.tensors(), dtype=chosen, device=as_device(device_map), where=source.name,
-            strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes,
+            model,
+            files.tensors(),
+            dtype=chosen,
+            device=as_device(device_map),
+            where=source.name,
+            strict=strict,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
         )
         for key in report.missing_keys:
             model._init_weights(model.get_submodule(key.rpartition(".")[0]))
@@ -221,8 +227,12 @@ class GPTNeoPreTrainedModel(nn.Module):
         return cls(config, **options)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "50GB",
-        state_dict: dict[str, Tensor] | None = None, safe_serialization: bool = True,
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "50GB",
+        state_dict: dict[str, Tensor] | None = None,
+        safe_serialization: bool = True,
     ) -> None:
         """Write config.json, generation_config.json and safetensors that gptneo_fast and transformers load.
 
@@ -271,4 +281,3 @@ def _resized(old: Tensor, size: int, mean: bool, std: float) -> nn.Parameter:
         if size > kept:
             new[kept:] = old.float().mean(0) if mean else torch.randn_like(new[kept:]) * std
     return nn.Parameter(new, requires_grad=old.requires_grad)
-

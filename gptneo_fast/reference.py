@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_QUERY_BLOCK = 256      # queries whose scores exist at one time: [B, H, 256, S] and never [B, H, T, S]
+_QUERY_BLOCK = 256  # queries whose scores exist at one time: [B, H, 256, S] and never [B, H, T, S]
 
 
 def embed(ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -100,24 +100,24 @@ def attention(
     """
     T = q.shape[2]
     columns = torch.arange(T, device=q.device)
-    tokens = columns[None] - (0 if starts is None else starts[:, None])             # [1 or B, T]
-    held = tokens >= 0                                                              # which columns may be keys
+    tokens = columns[None] - (0 if starts is None else starts[:, None])  # [1 or B, T]
+    held = tokens >= 0  # which columns may be keys
     if ends is not None:
         held = held & (columns < ends[:, None])
     past = 0
     if k_cache is not None and v_cache is not None and lengths is not None:
         past = k_cache.shape[2]
         tokens = tokens + lengths[:, None]
-        old = lengths[:, None] - past + torch.arange(past, device=q.device)         # [B, R], in order of age
+        old = lengths[:, None] - past + torch.arange(past, device=q.device)  # [B, R], in order of age
         slots = old.remainder(past)[:, None, :, None].expand_as(k_cache)
         k, v = torch.cat([k_cache.gather(2, slots), k], 2), torch.cat([v_cache.gather(2, slots), v], 2)
-        held = torch.cat([old >= 0, held.expand(len(old), T)], 1)                   # [B, R + T]
+        held = torch.cat([old >= 0, held.expand(len(old), T)], 1)  # [B, R + T]
         tokens = torch.cat([old, tokens], 1)
     ragged = starts is not None or ends is not None or past > 0
     out = []
     for i in range(0, T, _QUERY_BLOCK):
         j = min(i + _QUERY_BLOCK, T)
-        first = 0 if window == 0 or past else max(0, i - window + 1)                # keys before it are out of the window
+        first = 0 if window == 0 or past else max(0, i - window + 1)  # keys before it are out of the window
         query, key = tokens[:, past + i : past + j, None], tokens[:, None, first : past + j]
         visible = _visible(query, key, window)
         if ragged:
@@ -145,17 +145,15 @@ def decode_attention(
         [B, T, H * D]
     """
     T, R = q.shape[2], k_cache.shape[2]
-    first = lengths[:, None] if starts is None else (lengths - starts)[:, None]     # token of column 0
-    query = first + torch.arange(T, device=q.device)                                # [B, T]
+    first = lengths[:, None] if starts is None else (lengths - starts)[:, None]  # token of column 0
+    query = first + torch.arange(T, device=q.device)  # [B, T]
     last = first + T - 1
-    key = last - (last - torch.arange(R, device=q.device)).remainder(R)             # [B, R]: the newest token of each slot
+    key = last - (last - torch.arange(R, device=q.device)).remainder(R)  # [B, R]: the newest token of each slot
     visible = _visible(query[:, :, None], key[:, None], window) & (key >= 0)[:, None]
     return _merge_heads(_attend(q, k_cache, v_cache, visible[:, None], empty_rows=starts is not None))
 
 
-def kv_append(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None = None
-) -> None:
+def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None = None) -> None:
     """Write the newest tokens of each row into their slots, token t into slot t mod R; the cache is changed in place.
 
     Columns before `starts` and tokens that newer ones of the same call would overwrite are not written.
@@ -167,7 +165,7 @@ def kv_append(
     """
     B, _, T, _ = k.shape
     R = k_cache.shape[2]
-    columns = torch.arange(max(0, T - R), T, device=k.device).expand(B, -1)         # the last R columns
+    columns = torch.arange(max(0, T - R), T, device=k.device).expand(B, -1)  # the last R columns
     tokens = lengths[:, None] + columns
     if starts is not None:
         # A padding column repeats the row's first token, so that no index depends on data; a row of nothing but
@@ -176,7 +174,7 @@ def kv_append(
         tokens = lengths[:, None] + columns - starts[:, None]
     rows, slots = torch.arange(B, device=k.device)[:, None], tokens.remainder(R)
     for cache, new in ((k_cache, k), (v_cache, v)):
-        value = new.transpose(1, 2)[rows, columns]                                  # [B, T', H, D]
+        value = new.transpose(1, 2)[rows, columns]  # [B, T', H, D]
         if starts is not None:
             value = torch.where((starts < T)[:, None, None, None], value, cache[rows, :, slots])
         cache[rows, :, slots] = value
@@ -201,7 +199,7 @@ def masked_attention(
     """
     T, S = q.shape[2], k.shape[2]
     columns = torch.arange(S, device=q.device)
-    visible = _visible(columns[S - T :, None], columns[None], window)               # [T, S]
+    visible = _visible(columns[S - T :, None], columns[None], window)  # [T, S]
     bias = None
     if mask is not None and mask.dtype == torch.bool:
         visible = visible & mask
@@ -225,12 +223,12 @@ def _weights(q: Tensor, k: Tensor, visible: Tensor, empty_rows: bool, bias: Tens
     if bias is not None:
         scores = scores + bias
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-    return weights.masked_fill(~visible, 0) if empty_rows else weights              # softmax of nothing is NaN
+    return weights.masked_fill(~visible, 0) if empty_rows else weights  # softmax of nothing is NaN
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, empty_rows: bool) -> Tensor:
-    return _weights(q, k, visible, empty_rows).to(v.dtype) @ v                      # [B, H, T, D]
+    return _weights(q, k, visible, empty_rows).to(v.dtype) @ v  # [B, H, T, D]
 
 
 def _merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)                                             # [B, H, T, D] -> [B, T, H * D]
+    return x.transpose(1, 2).flatten(2)  # [B, H, T, D] -> [B, T, H * D]

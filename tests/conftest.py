@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")                # no test reaches a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
 
 import pytest
 import torch
@@ -12,10 +12,17 @@ import torch
 import gptneo_fast
 from gptneo_fast import errors
 
-torch.set_num_threads(1)                                    # tests run side by side
+torch.set_num_threads(1)  # tests run side by side
 SMALL = dict(
-    vocab_size=97, hidden_size=32, num_heads=4, num_layers=3, attention_types=[[["global", "local", "local"], 1]],
-    max_position_embeddings=640, window_size=7, bos_token_id=1, eos_token_id=2,
+    vocab_size=97,
+    hidden_size=32,
+    num_heads=4,
+    num_layers=3,
+    attention_types=[[["global", "local", "local"], 1]],
+    max_position_embeddings=640,
+    window_size=7,
+    bos_token_id=1,
+    eos_token_id=2,
 )
 
 
@@ -58,7 +65,7 @@ def peers(cls: str = "GPTNeoForCausalLM", scale: float = 4.0, dtype=torch.float3
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A causal model that transformers wrote: config.json, generation_config.json, model.safetensors; and the demo's tokenizer."""
+    """A causal model that transformers wrote, with the demo's tokenizer beside it."""
     import shutil
 
     from gptneo_fast.demo import FOLDER

@@ -8,8 +8,13 @@ from conftest import SMALL, peers
 
 import gptneo_fast
 
-CLASSES = ["GPTNeoModel", "GPTNeoForCausalLM", "GPTNeoForSequenceClassification", "GPTNeoForTokenClassification",
-           "GPTNeoForQuestionAnswering"]
+CLASSES = [
+    "GPTNeoModel",
+    "GPTNeoForCausalLM",
+    "GPTNeoForSequenceClassification",
+    "GPTNeoForTokenClassification",
+    "GPTNeoForQuestionAnswering",
+]
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
 
@@ -67,9 +72,15 @@ def test_random_configurations():
     for _ in range(24):
         head_dim, heads, layers = pick(4, 8, 16, 48), pick(1, 2, 3), pick(1, 2, 4)
         theirs, ours = peers(
-            hidden_size=head_dim * heads, num_heads=heads, num_layers=layers, window_size=pick(1, 2, 3, 17, 100),
-            intermediate_size=pick(None, 24, 100), layer_norm_epsilon=pick(1e-5, 1e-3), vocab_size=pick(50, 131),
-            tie_word_embeddings=pick(True, False), scale=pick(1, 4),
+            hidden_size=head_dim * heads,
+            num_heads=heads,
+            num_layers=layers,
+            window_size=pick(1, 2, 3, 17, 100),
+            intermediate_size=pick(None, 24, 100),
+            layer_norm_epsilon=pick(1e-5, 1e-3),
+            vocab_size=pick(50, 131),
+            tie_word_embeddings=pick(True, False),
+            scale=pick(1, 4),
         )
         x = ids(pick(1, 3), pick(1, 2, 40, 130), 50)
         mask = torch.ones_like(x)
@@ -183,7 +194,7 @@ def test_a_cached_step_in_transformers_equals_ours_whatever_the_mask():
         if kind == "left":
             mask[1, :9] = 0
         elif kind == "right":
-            mask[1, 12:20] = 0                              # right padding of the first call, a hole for the second
+            mask[1, 12:20] = 0  # right padding of the first call, a hole for the second
         else:
             mask[0, 4], mask[2, 17], mask[1, 23] = 0, 0, 0
         a = theirs(x[:, :20], attention_mask=mask[:, :20])
@@ -254,7 +265,9 @@ def test_half_precision_stays_within_the_error_of_plain_half_precision():
 
 def test_a_tiny_model_learns():
     torch.manual_seed(3)
-    model = gptneo_fast.GPTNeoForCausalLM(gptneo_fast.GPTNeoConfig(**SMALL | {"resid_dropout": 0.05, "attention_dropout": 0.05}))
+    model = gptneo_fast.GPTNeoForCausalLM(
+        gptneo_fast.GPTNeoConfig(**SMALL | {"resid_dropout": 0.05, "attention_dropout": 0.05})
+    )
     model.train()
     x = ids(4, 24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

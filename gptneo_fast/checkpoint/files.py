@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import tempfile
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UnsafeCheckpointError, UnsafePathError
 from ..hub import Source
+from ..jsonfile import read_object
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -65,19 +65,17 @@ def find(source: Source, use_safetensors: bool | None = None) -> WeightFiles:
 
 
 def _shards(source: Source, index: Path) -> tuple[Path, ...]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        assert names
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of shards: it needs a 'weight_map' from tensor to file") from error
+    weight_map = read_object(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is no index of shards: it needs a 'weight_map' from tensor to file")
+    names = sorted({str(name) for name in weight_map.values()})
     paths = []
     for name in names:
-        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
             raise UnsafePathError(f"{index} names the shard {name!r}; a shard is a file beside its index")
         path = source.file(name)
         if path is None:
-            there = sorted(n for n in names if isinstance(n, str) and source.file(n))
+            there = sorted(n for n in names if source.file(n))
             raise CheckpointError(f"shard {name!r} named by {index} is missing; present: {', '.join(there) or 'none'}")
         paths.append(path)
     return tuple(paths)

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, warn_once
 
 _MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.attention\.(bias|masked_bias)")
 _HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.")
-_FIELDS = {                                                 # parameter -> fields of the configuration that give its shape
+_FIELDS = {  # parameter -> fields of the configuration that give its shape
     "wte.weight": "vocab_size, hidden_size",
     "wpe.weight": "max_position_embeddings, hidden_size",
 }
@@ -23,9 +23,9 @@ _FIELDS = {                                                 # parameter -> field
 class LoadReport:
     """What loading did, under transformers' names for it."""
 
-    missing_keys: list[str] = field(default_factory=list)       # parameters that were freshly initialised
-    unexpected_keys: list[str] = field(default_factory=list)    # tensors that no parameter took
-    mismatched_keys: list[str] = field(default_factory=list)    # head parameters of another shape, initialised afresh
+    missing_keys: list[str] = field(default_factory=list)  # parameters that were freshly initialised
+    unexpected_keys: list[str] = field(default_factory=list)  # tensors that no parameter took
+    mismatched_keys: list[str] = field(default_factory=list)  # head parameters of another shape, initialised afresh
 
 
 def canonical(name: str) -> str | None:

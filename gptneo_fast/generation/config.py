@@ -13,8 +13,9 @@ from typing import Any
 from ..config import GPTNeoConfig
 from ..errors import ConfigError, InputError, UnknownOptionError, nearest
 from ..hub import Source
+from ..jsonfile import read_object
 
-NEW_TOKENS = 20             # where no length is given
+NEW_TOKENS = 20  # where no length is given
 
 # Options of transformers that this version does not run, with the values under which they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -43,8 +44,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
         ).split(),
         (None, 1),
     ),
-    "num_assistant_tokens": (None, 20), "num_assistant_tokens_schedule": (None, "constant"),
-    "assistant_confidence_threshold": (None, 0.4), "assistant_lookbehind": (None, 10), "target_lookbehind": (None, 10),
+    "num_assistant_tokens": (None, 20),
+    "num_assistant_tokens_schedule": (None, "constant"),
+    "assistant_confidence_threshold": (None, 0.4),
+    "assistant_lookbehind": (None, 10),
+    "target_lookbehind": (None, 10),
 }
 _META = ("_from_model_config", "transformers_version")
 
@@ -57,17 +61,17 @@ class GenerationConfig:
     the defaults given here.
     """
 
-    max_length: int | None = None           # tokens of prompt and continuation together
-    max_new_tokens: int | None = None       # tokens of the continuation; wins over max_length. Neither: 20 new tokens
-    do_sample: bool | None = None           # False: the likeliest token
-    temperature: float | None = None        # 1.0; 0 is greedy
-    top_k: int | None = None                # 50; 0 for all tokens. Only when sampling, as are temperature and top_p
-    top_p: float | None = None              # 1.0
-    use_cache: bool | None = None           # True
-    bos_token_id: int | None = None         # what an empty prompt begins with
+    max_length: int | None = None  # tokens of prompt and continuation together
+    max_new_tokens: int | None = None  # tokens of the continuation; wins over max_length. Neither: 20 new tokens
+    do_sample: bool | None = None  # False: the likeliest token
+    temperature: float | None = None  # 1.0; 0 is greedy
+    top_k: int | None = None  # 50; 0 for all tokens. Only when sampling, as are temperature and top_p
+    top_p: float | None = None  # 1.0
+    use_cache: bool | None = None  # True
+    bos_token_id: int | None = None  # what an empty prompt begins with
     eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None         # fills finished rows; the first eos where there is none
-    seed: int | None = None                 # of the sampler; None draws from torch's global generator
+    pad_token_id: int | None = None  # fills finished rows; the first eos where there is none
+    seed: int | None = None  # of the sampler; None draws from torch's global generator
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -93,9 +97,7 @@ class GenerationConfig:
     @classmethod
     def from_model_config(cls, config: GPTNeoConfig) -> GenerationConfig:
         """The token ids of a model's configuration."""
-        return cls(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-        )
+        return cls(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
 
     @classmethod
     def from_source(cls, source: Source, config: GPTNeoConfig) -> GenerationConfig:
@@ -103,10 +105,10 @@ class GenerationConfig:
         path = source.file("generation_config.json")
         if path is None:
             return cls.from_model_config(config)
+        values = read_object(path, ConfigError)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
             return cls.of({k: v for k, v in values.items() if v is not None})
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
@@ -128,7 +130,7 @@ class GenerationConfig:
         """This config where `stronger` says nothing, else that one."""
         values = self.to_dict() | stronger.to_dict()
         if stronger.max_length is not None and stronger.max_new_tokens is None:
-            values.pop("max_new_tokens", None)              # a length said in a call beats the other kind from a file
+            values.pop("max_new_tokens", None)  # a length said in a call beats the other kind from a file
         return GenerationConfig(**values)
 
     @property

@@ -13,13 +13,11 @@ from ..masks import Rows
 from .config import GenerationConfig
 from .sampling import next_token
 
-Steps = Generator[Tensor, Tensor, None]                     # logits out, the token that was chosen in
+Steps = Generator[Tensor, Tensor, None]  # logits out, the token that was chosen in
 
 
 @torch.no_grad()
-def decode(
-    model: Any, ids: Tensor, mask: Tensor | None, total: int, options: GenerationConfig
-) -> Iterator[Tensor]:
+def decode(model: Any, ids: Tensor, mask: Tensor | None, total: int, options: GenerationConfig) -> Iterator[Tensor]:
     """Tokens [B] int64 of each step, until every row has ended or `total` columns are reached.
 
     Args:
@@ -52,8 +50,15 @@ def _cached(model: Any, ids: Tensor, mask: Tensor | None, total: int) -> Steps:
     B, T = ids.shape
     cache = KVCache(model.config, B, dtype=model.dtype, device=ids.device, max_length=max(T, total - 1))
     position = _positions(mask, T, ids.device)
-    out = model(ids, past_key_values=cache, attention_mask=mask, position_ids=position, logits_to_keep=1, use_cache=True,
-                return_dict=True)
+    out = model(
+        ids,
+        past_key_values=cache,
+        attention_mask=mask,
+        position_ids=position,
+        logits_to_keep=1,
+        use_cache=True,
+        return_dict=True,
+    )
     position = position[:, -1:]
     logits = out.logits[:, -1]
     # Left padding was not stored, so that nothing need hide it; other padding was, and stays masked.

@@ -16,7 +16,7 @@ from .loop import decode
 if TYPE_CHECKING:
     from ..config import GPTNeoConfig
 
-_BATCH = 32                 # prompts of one `generate_text` batch
+_BATCH = 32  # prompts of one `generate_text` batch
 
 
 class GenerationMixin:
@@ -89,8 +89,9 @@ class GenerationMixin:
         rows = [self._encode(text, resolved, truncate, allow_empty) for text in texts]
         out: list[str] = []
         for i in range(0, len(rows), _BATCH):
-            batch = self.tokenizer.pad(rows[i : i + _BATCH], pad_token_id=resolved.pad_id or 0, padding_side="left",
-                                       return_tensors="pt").to(self.device)
+            batch = self.tokenizer.pad(
+                rows[i : i + _BATCH], pad_token_id=resolved.pad_id or 0, padding_side="left", return_tensors="pt"
+            ).to(self.device)
             ids = self.generate(batch.input_ids, attention_mask=batch.attention_mask, **options)
             new = ids[:, batch.input_ids.shape[1] :].tolist()
             for text, row in zip(texts[i : i + _BATCH], new, strict=True):
@@ -132,14 +133,11 @@ class GenerationMixin:
             ids = torch.tensor([[options.bos_token_id]], device=self.device)
         return check_ids("input_ids", ids, self.config.vocab_size, self.device)
 
-    def _encode(
-        self, text: str, options: GenerationConfig, truncate: Literal["left"] | None, allow_empty: bool
-    ) -> list[int]:
+    def _encode(self, text: str, options: GenerationConfig, truncate: Literal["left"] | None, allow_empty: bool) -> list[int]:
         """Token ids of one prompt that leave room for what is to be generated."""
         if self.tokenizer is None:
             raise SetupError(
-                "the model has no tokenizer: use gptneo_fast.load, or set "
-                "model.tokenizer = GPT2Tokenizer.from_pretrained(...)"
+                "the model has no tokenizer: use gptneo_fast.load, or set model.tokenizer = GPT2Tokenizer.from_pretrained(...)"
             )
         if truncate not in (None, "left"):
             raise InputError(f"truncate={truncate!r} is unknown; use 'left' or None")

@@ -18,7 +18,7 @@ def warp(scores: Tensor, options: GenerationConfig) -> Tensor:
     if options.top_p is not None and options.top_p < 1:
         rising, order = scores.sort()
         outside = rising.softmax(-1).cumsum(-1) <= 1 - options.top_p
-        outside[:, -1] = False                              # the likeliest token always stays
+        outside[:, -1] = False  # the likeliest token always stays
         scores = scores.masked_fill(outside.scatter(1, order, outside), float("-inf"))
     return scores
 

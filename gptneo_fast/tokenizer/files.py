@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ..errors import TokenizerError
 from ..hub import Source
+from ..jsonfile import read_object
 
-_ALLOWED: dict[str, set[str | None]] = {                    # component of tokenizer.json -> kinds that GPT-2's may have
+_ALLOWED: dict[str, set[str | None]] = {  # component of tokenizer.json -> kinds that GPT-2's may have
     "model": {"BPE"},
     "pre_tokenizer": {"ByteLevel"},
     "decoder": {"ByteLevel"},
@@ -37,19 +38,8 @@ def read_tokenizer(source: Source, add_prefix_space: bool = False) -> Tokenizer:
     return _from_vocab(vocab, merges, add_prefix_space)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{path} holds a {type(values).__name__}, not an object")
-    return values
-
-
 def _from_tokenizer_json(path: Path) -> Tokenizer:
-    parts = read_json(path)
+    parts = read_object(path, TokenizerError)
     for name, kinds in _ALLOWED.items():
         part = parts.get(name)
         kind = part.get("type") if isinstance(part, dict) else part
@@ -58,12 +48,12 @@ def _from_tokenizer_json(path: Path) -> Tokenizer:
             raise TokenizerError(f"{path}: {name} is {kind!r}; GPT-2's tokenizer has {wanted}")
     try:
         return Tokenizer.from_str(json.dumps(parts))
-    except Exception as error:                              # the library raises bare Exception
+    except Exception as error:  # the library raises bare Exception
         raise TokenizerError(f"{path} is no tokenizer that tokenizers {tokenizers.__version__} reads: {error}") from error
 
 
 def _from_vocab(vocab: Path, merges: Path, add_prefix_space: bool) -> Tokenizer:
-    ids = read_json(vocab)
+    ids = read_object(vocab, TokenizerError)
     lines = merges.read_text(encoding="utf-8").split("\n")
     pairs: list[Any] = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if bad := next((p for p in pairs if len(p) != 2), None):

@@ -13,13 +13,14 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, TokenizerError
 from ..hub import Source
-from .files import read_json, read_tokenizer
+from ..jsonfile import read_object
+from .files import read_tokenizer
 from .stream import StreamDecoder, bytes_of
 
 _END = "<|endoftext|>"
-_MAX_TEXT = 16 << 20                                        # characters of one text; 2048 positions hold far fewer
+_MAX_TEXT = 16 << 20  # characters of one text; 2048 positions hold far fewer
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -65,14 +66,12 @@ class GPT2Tokenizer:
         self.model_max_length = model_max_length
         self.padding_side, self.truncation_side = padding_side, truncation_side
         self._special = dict(zip(_SPECIAL, (bos_token, eos_token, unk_token, pad_token), strict=True))
-        new = dict.fromkeys(t for t in self._special.values() if t is not None)     # each once, in order
+        new = dict.fromkeys(t for t in self._special.values() if t is not None)  # each once, in order
         tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **options: Any
-    ) -> GPT2Tokenizer:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **options: Any) -> GPT2Tokenizer:
         """The tokenizer of a folder or hub id.
 
         Args:
@@ -91,7 +90,7 @@ class GPT2Tokenizer:
         )
         settings: dict[str, Any] = {}
         if path := source.file("tokenizer_config.json"):
-            settings = read_json(path)
+            settings = read_object(path, TokenizerError)
         names = ("model_max_length", "padding_side", "truncation_side", *_SPECIAL)
         values = {k: _text_of(settings[k]) for k in names if settings.get(k) is not None}
         values["model_max_length"] = min(int(values.get("model_max_length", 2048)), 2**31)
@@ -133,9 +132,13 @@ class GPT2Tokenizer:
             ids = [row[:most] if self.truncation_side == "right" else row[-most:] if most else [] for row in ids]
         if padding not in (False, "do_not_pad"):
             return self.pad(
-                ids[0] if single and return_tensors is None else ids, max_length if padding == "max_length" else None,
-                pad_to_multiple_of=pad_to_multiple_of, padding_side=padding_side, return_tensors=return_tensors,
-                return_attention_mask=return_attention_mask, fill=padding == "max_length",
+                ids[0] if single and return_tensors is None else ids,
+                max_length if padding == "max_length" else None,
+                pad_to_multiple_of=pad_to_multiple_of,
+                padding_side=padding_side,
+                return_tensors=return_tensors,
+                return_attention_mask=return_attention_mask,
+                fill=padding == "max_length",
             )
         rows: dict[str, list[list[int]]] = {"input_ids": ids}
         if return_attention_mask:
@@ -241,7 +244,7 @@ class GPT2Tokenizer:
         """Ids of the special tokens, each once."""
         return sorted({i for t in self._special.values() if t and (i := self.backend_tokenizer.token_to_id(t)) is not None})
 
-    def __getattr__(self, name: str) -> Any:                # eos_token, eos_token_id, ... of _SPECIAL
+    def __getattr__(self, name: str) -> Any:  # eos_token, eos_token_id, ... of _SPECIAL
         special = self.__dict__.get("_special", {})
         if name in special:
             return special[name]
@@ -266,8 +269,11 @@ class GPT2Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.backend_tokenizer.save(str(folder / "tokenizer.json"))
         settings = {
-            "tokenizer_class": "GPT2Tokenizer", "model_max_length": self.model_max_length,
-            "padding_side": self.padding_side, "truncation_side": self.truncation_side, **self._special,
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": self.model_max_length,
+            "padding_side": self.padding_side,
+            "truncation_side": self.truncation_side,
+            **self._special,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -1,0 +1,69 @@
+"""JSON files that strangers wrote: read whole and strictly, or refused with the file's name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 256 << 20  # a tokenizer.json of a million tokens has less
+_MAX_DIGITS = 64  # transformers writes a model_max_length of 31
+
+
+def read_object(path: Path, error: type[Exception], limit: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: of the file.
+        error: raised with the file's name and the fault in one line.
+        limit: bytes that the file may have.
+
+    Raises:
+        error: not a file, not UTF-8, not JSON, nested too deep, no object; a number that is not finite or has more than
+            64 digits; a key given twice.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"it has more than {limit} bytes")
+        values = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer, parse_float=_finite, parse_constant=_not_finite
+        )
+    except UnicodeDecodeError as fault:
+        raise error(f"{path} is not UTF-8: {fault}") from fault
+    except RecursionError as fault:
+        raise error(f"{path} is not JSON that can be read: nested too deep") from fault
+    except (ValueError, OSError) as fault:
+        raise error(f"{path} is not JSON that can be read: {fault}") from fault
+    if not isinstance(values, dict):
+        raise error(f"{path} holds a {type(values).__name__}, not an object")
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [k for k, _ in pairs]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+    return values
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"the number {digits[:12]}... has {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:20]} is not finite")
+    return value
+
+
+def _not_finite(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")

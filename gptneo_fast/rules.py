@@ -1,0 +1,86 @@
+"""Which values the fields of a configuration may have, alone and together."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
+LIMITS = {  # field -> largest value that is not a mistake
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**20,
+    "hidden_size": 2**17,
+    "num_layers": 1024,
+    "num_heads": 2**12,
+    "intermediate_size": 2**20,
+    "window_size": 2**31 - 1,
+}
+_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+SHAPE = frozenset(  # fields that the weights or the computation follow from
+    (
+        "vocab_size max_position_embeddings hidden_size num_layers attention_types attention_layers num_heads "
+        "intermediate_size window_size activation_function layer_norm_epsilon tie_word_embeddings"
+    ).split()
+)
+_FLAGS = frozenset(["use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict"])
+_RATES = frozenset(["resid_dropout", "embed_dropout", "attention_dropout", "classifier_dropout"])
+
+
+def is_int(value: Any) -> bool:
+    """An integer that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """A finite number that is no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def fault_of(name: str, value: Any) -> str | None:
+    """What is wrong with one value, or None."""
+    if name in LIMITS:
+        if name == "intermediate_size" and value is None:
+            return None
+        if not is_int(value) or not 0 < value <= LIMITS[name]:
+            return f"{name} {_short(value)} is not an integer from 1 to {LIMITS[name]}"
+    elif name in _FLAGS and not isinstance(value, bool):
+        return f"{name} {_short(value)} is not true or false"
+    elif name in _RATES and not (is_number(value) and 0 <= value <= 1):
+        return f"{name} {_short(value)} is not a probability from 0 to 1"
+    elif name == "layer_norm_epsilon" and not (is_number(value) and value > 0):
+        return f"{name} {_short(value)} is not a positive finite number"
+    elif name == "initializer_range" and not (is_number(value) and value >= 0):
+        return f"{name} {_short(value)} is not a finite number from 0"
+    elif name in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(is_int(i) and -(2**31) < i < 2**31 for i in ids):
+            return f"{name} {_short(value)} is not a token id"
+    elif name == "activation_function" and value not in _ACTIVATIONS:
+        return f"activation_function {_short(value)} is unknown; GPT-Neo's are {', '.join(_ACTIVATIONS)}"
+    elif name == "attention_layers":
+        if unknown := sorted({str(k) for k in value} - {"global", "local"}):
+            return f"attention type {unknown[0]!r} is unknown; use 'global' or 'local'"
+    elif name == "problem_type" and value not in _PROBLEM_TYPES:
+        return f"problem_type {_short(value)} is unknown; use one of {_PROBLEM_TYPES[1:]}"
+    return None
+
+
+def structure_faults(config: Any) -> list[str]:
+    """Faults between fields that are each right by themselves."""
+    faults = []
+    if config.hidden_size % config.num_heads:
+        faults.append(
+            f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads} "
+            "(head_dim = hidden_size / num_heads)"
+        )
+    if len(config.attention_layers) != config.num_layers:
+        faults.append(
+            f"num_layers {config.num_layers} and {len(config.attention_layers)} attention layers "
+            f"(attention_types {config.attention_types}) differ"
+        )
+    return faults
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
