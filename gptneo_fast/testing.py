@@ -1,0 +1,165 @@
+"""What tests and benchmarks share: samples of every op, and the error that an implementation may make.
+
+The budget is measured and not typed: against the reference in float64 on the same (rounded) inputs, an implementation may
+err by twice what plain torch in the same dtype errs plus one rounding of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op.
+
+    name: what the case is about, for test ids.
+    args: positional arguments, floating-point tensors in float64.
+    mutates: places of the arguments that the op changes.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    mutates: tuple[int, ...] = ()
+
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Sample:
+        """The same call with floating-point tensors rounded to `dtype`, strides kept."""
+
+        def move(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(device=device, dtype=dtype if x.is_floating_point() else x.dtype)
+
+        return Sample(self.name, tuple(map(move, self.args)), self.mutates)
+
+    def run(self, function: Callable[..., Any]) -> list[Tensor]:
+        """Results of `function`, then the arguments that it changed; the sample itself stays as it is."""
+        args = [a.clone() if i in self.mutates else a for i, a in enumerate(self.args)]
+        out = function(*args)
+        results = [] if out is None else [out] if isinstance(out, Tensor) else list(out)
+        return results + [args[i] for i in self.mutates]
+
+
+def over_budget(name: str, function: Callable[..., Any], sample: Sample) -> str | None:
+    """What `function` gets wrong on a sample beyond its budget, or None.
+
+    Args:
+        name: of the op. function: an implementation of it.
+        sample: in the dtype to be tested.
+    """
+    plain = getattr(reference, name)
+    got, normal = sample.run(function), sample.run(plain)
+    exact = sample.to(torch.float64).run(plain)
+    for i, (g, n, e) in enumerate(zip(got, normal, exact, strict=True)):
+        if g.dtype != n.dtype or g.shape != n.shape:
+            return f"{name}, {sample.name}: result {i} is {g.dtype} {list(g.shape)}, expected {n.dtype} {list(n.shape)}"
+        if not g.isfinite().all():
+            return f"{name}, {sample.name}: result {i} is not finite everywhere"
+        error, usual = (g.double() - e).abs(), (n.double() - e).abs()
+        rounding = (e.to(g.dtype).double() - e).abs()
+        for kind, factor in (("max", 2.0), ("mean", 1.5)):
+            had, may = (getattr(t, kind)().item() for t in (error, usual + rounding))
+            if had > factor * may and had > 0:
+                return f"{name}, {sample.name}: {kind} error {had:.3g} of result {i} exceeds {factor} x {may:.3g}"
+    return None
+
+
+def _random(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+
+def _norm(C: int) -> tuple[Tensor, Tensor]:
+    return 1 + _random(C, scale=0.1), _random(C, scale=0.1, seed=1)
+
+
+def _embed() -> Iterator[Sample]:
+    wte, wpe = _random(41, 24), _random(32, 24, seed=1)
+    ids, types = torch.arange(18).view(2, 9) * 2, torch.arange(18).view(2, 9) + 7
+    yield Sample("tokens", (ids, torch.arange(9)[None], wte, wpe))
+    yield Sample("token types and scattered positions", (ids, ids.flip(0) % 32, wte, wpe, types))
+
+
+def _layer_norm() -> Iterator[Sample]:
+    for C in (8, 48, 768):
+        yield Sample(f"width {C}", (_random(2, 5, C), *_norm(C), EPS))
+    yield Sample("mean far from zero", (_random(3, 1, 64) + 300, *_norm(64), EPS))
+
+
+def _norm_linear() -> Iterator[Sample]:
+    for rows, C, F in ((1, 16, 64), (3, 48, 20), (130, 64, 256)):
+        args = (_random(1, rows, C), *_norm(C), _random(F, C, scale=C**-0.5), _random(F), EPS)
+        yield Sample(f"{rows} rows, {C} to {F}", (*args, False))
+        yield Sample(f"{rows} rows, {C} to {F}, gelu", (*args, True))
+
+
+def _norm_qkv() -> Iterator[Sample]:
+    for rows, C in ((1, 64), (37, 48)):
+        weights = (_random(C, C, scale=C**-0.5, seed=i) for i in range(3))
+        yield Sample(f"{rows} rows of {C}", (_random(2, rows, C), *_norm(C), *weights, EPS))
+
+
+def _linear_add() -> Iterator[Sample]:
+    for rows, K, C in ((1, 64, 16), (37, 48, 48), (5, 256, 64)):
+        yield Sample(
+            f"{rows} rows, {K} to {C}",
+            (_random(2, rows, K), _random(C, K, scale=K**-0.5), _random(C), _random(2, rows, C, seed=2)),
+        )
+
+
+def _heads(B: int, H: int, T: int, D: int, seed: int) -> Tensor:
+    return _random(B, T, H * D, seed=seed).unflatten(-1, (H, D)).transpose(1, 2)  # [B, H, T, D], strided as in the model
+
+
+def _int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _attention() -> Iterator[Sample]:
+    for T, D, window in ((1, 8, 0), (2, 16, 1), (63, 4, 0), (63, 4, 5), (257, 8, 256), (300, 16, 0)):
+        qkv = _heads(2, 2, T, D, 0), _heads(2, 2, T, D, 1), _heads(2, 2, T, D, 2)
+        yield Sample(f"T {T}, D {D}, window {window}", (*qkv, window))
+    for window in (0, 9):
+        qkv = _heads(3, 2, 20, 8, 0), _heads(3, 2, 20, 8, 1), _heads(3, 2, 20, 8, 2)
+        yield Sample(f"ragged, window {window}", (*qkv, window, _int32(0, 7, 20), _int32(20, 15, 20)))
+        cache = (_random(3, 2, 24, 8, seed=5), _random(3, 2, 24, 8, seed=6))
+        yield Sample(f"past, window {window}", (*qkv, window, None, None, *cache, _int32(0, 24, 13)))
+        if window:
+            yield Sample("ring that has wrapped", (*qkv, window, _int32(0, 3, 0), None, *cache, _int32(100, 31, 24)))
+
+
+def _decode_attention() -> Iterator[Sample]:
+    for T, window, lengths in ((1, 0, (0, 5, 22)), (1, 7, (50, 23, 24)), (5, 7, (0, 19, 77)), (18, 7, (24, 48, 1000))):
+        q, cache = _heads(3, 2, T, 8, 0), (_random(3, 2, 24, 8, seed=5), _random(3, 2, 24, 8, seed=6))
+        yield Sample(f"T {T}, window {window}, lengths {lengths}", (q, *cache, _int32(*lengths), window))
+    q, cache = _heads(2, 1, 3, 4, 0), (_random(2, 1, 10, 4, seed=5), _random(2, 1, 10, 4, seed=6))
+    yield Sample("padding before the first token", (q, *cache, _int32(0, 0), 0, _int32(2, 3)))
+
+
+def _kv_append() -> Iterator[Sample]:
+    for T, lengths, starts in ((1, (0, 9, 10), None), (4, (8, 19, 3), None), (25, (0, 7, 33), None), (6, (0, 2, 9), (0, 4, 6))):
+        cache = (_random(3, 2, 10, 4, seed=5), _random(3, 2, 10, 4, seed=6))
+        new = (_heads(3, 2, T, 4, 0), _heads(3, 2, T, 4, 1))
+        begin = None if starts is None else _int32(*starts)
+        yield Sample(f"T {T}, lengths {lengths}, starts {starts}", (*cache, *new, _int32(*lengths), begin), mutates=(0, 1))
+
+
+SAMPLES: dict[str, Callable[[], Iterator[Sample]]] = {
+    "embed": _embed,
+    "layer_norm": _layer_norm,
+    "norm_linear": _norm_linear,
+    "norm_qkv": _norm_qkv,
+    "linear_add": _linear_add,
+    "attention": _attention,
+    "decode_attention": _decode_attention,
+    "kv_append": _kv_append,
+}

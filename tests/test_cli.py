@@ -1,0 +1,129 @@
+"""The command line: text, JSON, exit codes, interruption, start-up time."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gptneo_fast import __version__, cli
+from gptneo_fast.demo import FOLDER
+
+GENERATE = ["generate", "Once upon a time", "--device", "cpu"]
+
+
+def test_generate_prints_the_prompt_and_its_continuation(capsys):
+    assert cli.main([*GENERATE, "--seed", "0", "-n", "60"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Once upon a time")
+    assert len(out.split()) > 20
+    assert cli.main([*GENERATE, "--seed", "0", "-n", "60"]) == 0
+    assert capsys.readouterr().out == out
+    assert cli.main([*GENERATE, "--seed", "1", "-n", "60"]) == 0
+    assert capsys.readouterr().out != out
+
+
+def test_json_has_the_same_text(capsys):
+    assert cli.main([*GENERATE, "--greedy", "-n", "20"]) == 0
+    text = capsys.readouterr().out
+    assert cli.main([*GENERATE, "--greedy", "-n", "20", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["prompt"] + answer["text"] + "\n" == text
+    assert answer["device"] == "cpu" and answer["dtype"] == "float16" and answer["seconds"] > 0
+
+
+def test_temperature_0_is_greedy(capsys):
+    texts = []
+    for options in (["--greedy"], ["--temperature", "0"]):
+        assert cli.main([*GENERATE, "-n", "20", *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_a_dash_reads_standard_input(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One morning the little fox"))
+    assert cli.main(["generate", "-", "--greedy", "-n", "5", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("One morning the little fox")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([*GENERATE, "--top-p", "1.5"], "top_p=1.5 is not a number from 0 to 1"),
+        ([*GENERATE, "-n", "5000"], "past the model's 512 positions"),
+        ([*GENERATE, "-m", "no/such/model/here"], "no/such/model/here"),
+        ([*GENERATE, "--dtype", "int7"], "dtype 'int7' is unknown"),
+        ([*GENERATE, "--backend", "triton"], "backend='triton'"),
+    ],
+)
+def test_a_request_that_fails_exits_1_and_says_why_on_stderr(argv, words, capsys):
+    assert cli.main(argv) == 1
+    out, err = capsys.readouterr()
+    assert words in err and err.startswith("gptneo-fast: ") and "Traceback" not in err
+    assert words not in out
+
+
+@pytest.mark.parametrize("argv", [[], ["generate"], ["write", "x"], [*GENERATE, "-n", "many"]])
+def test_a_wrong_command_line_exits_2(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(argv)
+    assert error.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_info_of_the_machine_says_why_a_backend_is_not_usable(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    machine = json.loads(capsys.readouterr().out)["machine"]
+    assert machine["gptneo_fast"] == __version__
+    assert "usable" in machine["backend reference"]
+    assert machine["backend triton"]
+
+
+def test_info_of_a_model_gives_its_sizes(capsys):
+    assert cli.main(["info", str(FOLDER), "--device", "cpu", "--json"]) == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    parameters = int(model["parameters"].replace(",", ""))
+    assert parameters * 2 == int(model["bytes in float16"].replace(",", ""))
+    assert model["cache bytes per token"].startswith(f"{2 * 4 * 256 * 2:,} ")
+    assert cli.main(["info", str(FOLDER), "--device", "cpu"]) == 0
+    assert "parameters" in capsys.readouterr().out
+
+
+def command(*argv, **options):
+    return subprocess.Popen([sys.executable, "-m", "gptneo_fast.cli", *argv], text=True, **options)
+
+
+def test_help_answers_without_torch_and_at_once():
+    best = 9.0
+    for _ in range(5):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "gptneo_fast.cli", "--help"], capture_output=True, text=True
+        )
+        best = min(best, time.perf_counter() - began)
+        assert done.returncode == 0 and "exit codes" in done.stdout
+        assert not any(line.endswith((" torch", " tokenizers", " numpy")) for line in done.stderr.splitlines())
+    assert best < 0.3
+
+
+def test_ctrl_c_ends_quietly_with_130():
+    process = command("generate", "Once upon a time", "-n", "480", "--seed", "0", "--device", "cpu",
+                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdout.read(40)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_error_worth_a_traceback():
+    process = command("generate", "Once upon a time", "-n", "480", "--seed", "0", "--device", "cpu",
+                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdout.read(20)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    assert "Traceback" not in process.stderr.read()

@@ -1,0 +1,130 @@
+"""The house: imports point one way, names load lazily, files stay small."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gptneo_fast
+
+ROOT = Path(gptneo_fast.__file__).parent
+REPO = ROOT.parent
+
+# From the ground up; a module may import from floors below its own, and from its own room.
+FLOORS = [
+    ["errors"],
+    ["jsonfile"],
+    ["hub", "rules", "device"],
+    ["config", "reference"],
+    ["ops"],
+    ["cache"],
+    ["masks", "outputs"],
+    ["inputs", "model"],
+    ["checkpoint", "tokenizer"],
+    ["generation"],
+    ["engine"],
+    ["pretrained"],
+    ["heads"],
+    ["classifiers"],
+    ["auto"],
+    ["testing", "demo"],
+    ["verify", "integrations", "cli"],
+]
+FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def module(path: Path) -> list[str]:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imported_rooms(path: Path):
+    """(line, room) of every import of the package in a file, whether at the top or inside a function."""
+    here = module(path) if path.name != "__init__.py" else [*module(path), "__init__"]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) - node.level]
+            names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            yield from ((node.lineno, (base + [name])[0]) for name in names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gptneo_fast."):
+            yield node.lineno, node.module.split(".")[1]
+
+
+SOURCES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p != ROOT / "__init__.py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    room = module(path)[0]
+    assert room in FLOOR_OF, f"{room} has no floor; give it one here and in CONTRIBUTING.md"
+    for line, other in imported_rooms(path):
+        if other in ("__version__", room):
+            continue
+        assert FLOOR_OF[other] < FLOOR_OF[room], f"{path.name}:{line} imports {other}, which is not below {room}"
+
+
+def test_the_layering_test_sees_an_arrow_that_runs_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    bad = tmp_path / "cache.py"
+    bad.write_text("from .config import x\ndef f():\n    from . import model\n    from gptneo_fast.heads import y\n")
+    assert list(imported_rooms(bad)) == [(1, "config"), (3, "model"), (4, "heads")]
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = run(
+        "import sys, gptneo_fast\n"
+        "print([m for m in ('torch', 'triton', 'transformers', 'tokenizers', 'safetensors', 'numpy', 'jax') if m in sys.modules])"
+    )
+    assert heavy == "[]"
+
+
+def test_running_a_model_needs_no_triton_and_no_transformers_and_starts_no_cuda():
+    code = """
+import sys
+for name in ("triton", "transformers"):
+    sys.modules[name] = None                      # an import of it raises
+import torch
+torch.cuda._lazy_init = lambda: (_ for _ in ()).throw(AssertionError("CUDA was initialised"))
+import gptneo_fast
+from gptneo_fast.demo import FOLDER
+model = gptneo_fast.GPTNeoForCausalLM.from_pretrained(FOLDER)
+model.tokenizer = gptneo_fast.GPT2Tokenizer.from_pretrained(FOLDER)
+print(len(model.generate_text("Once upon a time", max_new_tokens=5)) > 0, torch.cuda.is_initialized())
+"""
+    assert run(code) == "True False"
+
+
+def test_every_public_name_resolves_and_is_documented():
+    for name in gptneo_fast.__all__:
+        assert getattr(gptneo_fast, name).__doc__, name
+    assert set(gptneo_fast.__all__) <= set(dir(gptneo_fast))
+    with pytest.raises(AttributeError, match="did you mean 'GPTNeoForCausalLM'"):
+        gptneo_fast.GPTNeoForCausalML  # noqa: B018
+
+
+def test_lazy_names_and_typed_names_agree():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    typed = next(n for n in tree.body if isinstance(n, ast.If))
+    names = {alias.name for node in typed.body for alias in node.names}
+    assert names == set(gptneo_fast.__all__) == set(gptneo_fast._HOME_OF)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_under_300_lines(path):
+    assert len(path.read_text().splitlines()) <= 300 or path.parent.name == "demo"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_stay_under_60_lines(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and path.parent.name != "demo":
+            body = node.end_lineno - node.body[0].lineno - (ast.get_docstring(node) or "").count("\n")
+            assert body <= 60, f"{node.name} has {body} lines"
