@@ -19,7 +19,15 @@ _HOMES = {
     "classifiers": ("GPTNeoForQuestionAnswering", "GPTNeoForSequenceClassification", "GPTNeoForTokenClassification"),
     "config": ("GPTNeoConfig",),
     "errors": ("GPTNeoFastError", "GPTNeoFastWarning"),
-    "generation": ("GenerationConfig",),
+    "generation": (
+        "GenerationConfig",
+        "LogitsProcessor",
+        "LogitsProcessorList",
+        "StoppingCriteria",
+        "StoppingCriteriaList",
+        "TextIteratorStreamer",
+        "TextStreamer",
+    ),
     "heads": ("GPTNeoForCausalLM", "GPTNeoModel"),
     "pretrained": ("GPTNeoPreTrainedModel",),
     "tokenizer": ("GPT2Tokenizer",),
@@ -32,7 +40,15 @@ if TYPE_CHECKING:
     from .classifiers import GPTNeoForQuestionAnswering, GPTNeoForSequenceClassification, GPTNeoForTokenClassification
     from .config import GPTNeoConfig
     from .errors import GPTNeoFastError, GPTNeoFastWarning
-    from .generation import GenerationConfig
+    from .generation import (
+        GenerationConfig,
+        LogitsProcessor,
+        LogitsProcessorList,
+        StoppingCriteria,
+        StoppingCriteriaList,
+        TextIteratorStreamer,
+        TextStreamer,
+    )
     from .heads import GPTNeoForCausalLM, GPTNeoModel
     from .pretrained import GPTNeoPreTrainedModel
     from .tokenizer import GPT2Tokenizer
@@ -50,6 +66,12 @@ __all__ = [
     "GPTNeoPreTrainedModel",
     "GenerationConfig",
     "KVCache",
+    "LogitsProcessor",
+    "LogitsProcessorList",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "cache_bytes",
     "load",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 
 class GPTNeoFastError(Exception):
@@ -45,6 +46,17 @@ class UnknownOptionError(GPTNeoFastError, TypeError):
 
 class CacheError(GPTNeoFastError, ValueError):
     """A cache that does not fit the call, or that no longer holds what is asked of it."""
+
+
+class NonFiniteLogitsError(GPTNeoFastError, ArithmeticError):
+    """Logits of some rows were NaN or infinite.
+
+    rows: which. sequences: int64 [B, T], what was generated; the other rows are complete.
+    """
+
+    def __init__(self, message: str, rows: list[int], sequences: Any) -> None:
+        super().__init__(message)
+        self.rows, self.sequences = rows, sequences
 
 
 class SetupError(GPTNeoFastError, RuntimeError):

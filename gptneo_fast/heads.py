@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .cache import KVCache
 from .config import GPTNeoConfig
 from .errors import warn_once
-from .generation import GenerationConfig, GenerationMixin
+from .generation import GenerationConfig, TextGenerationMixin
 from .inputs import check_inputs, check_unknown, select_positions
 from .masks import rows_of
 from .model import Trace, Transformer
@@ -86,7 +86,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel, Transformer):
         return self._give(out, return_dict)
 
 
-class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin):
+class GPTNeoForCausalLM(GPTNeoPreTrainedModel, TextGenerationMixin):
     """The language model, its head tied to the token embedding."""
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:

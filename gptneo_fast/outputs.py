@@ -94,3 +94,37 @@ class QuestionAnsweringModelOutput(ModelOutput):
     end_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class GenerateDecoderOnlyOutput(ModelOutput):
+    """What `generate(return_dict_in_generate=True)` gives; tuples have an entry for each new token.
+
+    sequences int64 [B, T]; scores (processed) and logits (raw) of float32 [B, V]; attentions and hidden_states as of each
+    forward pass.
+    """
+
+    sequences: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+    hidden_states: tuple[Any, ...] | None = None
+    past_key_values: KVCache | None = None
+
+
+@dataclass(eq=False)
+class GenerateBeamDecoderOnlyOutput(ModelOutput):
+    """The same of a beam search, whose scores and logits have a row for each beam.
+
+    sequences_scores float32 [B], summed log-probability / length ** length_penalty; beam_indices int32 [B, new], the row of
+    `scores` that each token was chosen from, -1 past the end.
+    """
+
+    sequences: Tensor | None = None
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    beam_indices: Tensor | None = None
+    attentions: tuple[Any, ...] | None = None
+    hidden_states: tuple[Any, ...] | None = None
+    past_key_values: KVCache | None = None

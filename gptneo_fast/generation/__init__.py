@@ -1,6 +1,19 @@
-"""Text generation: settings, the distribution of the next token, the decoding loop, and strings in and out."""
+"""Text generation: options, the distribution of the next token, the strategies, and strings in and out."""
 
 from .config import GenerationConfig
-from .mixin import GenerationMixin
+from .processors import LogitsProcessor, LogitsProcessorList
+from .stopping import StoppingCriteria, StoppingCriteriaList
+from .streamers import BaseStreamer, TextIteratorStreamer, TextStreamer
+from .text import TextGenerationMixin
 
-__all__ = ["GenerationConfig", "GenerationMixin"]
+__all__ = [
+    "BaseStreamer",
+    "GenerationConfig",
+    "LogitsProcessor",
+    "LogitsProcessorList",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
+    "TextGenerationMixin",
+    "TextIteratorStreamer",
+    "TextStreamer",
+]

@@ -4,53 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..config import GPTNeoConfig
 from ..errors import ConfigError, InputError, UnknownOptionError, nearest
 from ..hub import Source
 from ..jsonfile import read_object
+from .options import NOT_OFFERED, check_option, check_together
 
 NEW_TOKENS = 20  # where no length is given
-
-# Options of transformers that this version does not run, with the values under which they do nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        (
-            "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind "
-            "assistant_model bad_words_ids begin_suppress_tokens cache_config cache_implementation compile_config "
-            "constraints continuous_batching_config decoder_start_token_id disable_compile dola_layers "
-            "early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty eta_cutoff epsilon_cutoff "
-            "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id force_words_ids "
-            "guidance_scale is_assistant length_penalty logits_processor low_memory max_cache_len "
-            "max_matching_ngram_size max_time min_length min_new_tokens min_p no_repeat_ngram_size "
-            "num_assistant_tokens num_assistant_tokens_schedule num_beams num_beam_groups num_return_sequences "
-            "output_attentions output_hidden_states output_logits output_scores penalty_alpha prefill_chunk_size "
-            "prefix_allowed_tokens_fn prompt_lookup_num_tokens remove_invalid_values renormalize_logits "
-            "repetition_penalty return_dict_in_generate sequence_bias speculation_type stop_strings "
-            "stopping_criteria streamer suppress_tokens synced_gpus target_lookbehind token_healing top_h "
-            "typical_p use_mtp watermarking_config diversity_penalty"
-        ).split(),
-        (None, False, 0),
-    ),
-    **dict.fromkeys(
-        (
-            "encoder_repetition_penalty length_penalty num_beams num_beam_groups num_return_sequences "
-            "repetition_penalty typical_p guidance_scale"
-        ).split(),
-        (None, 1),
-    ),
-    "num_assistant_tokens": (None, 20),
-    "num_assistant_tokens_schedule": (None, "constant"),
-    "assistant_confidence_threshold": (None, 0.4),
-    "assistant_lookbehind": (None, 10),
-    "target_lookbehind": (None, 10),
+_DEFAULTS: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0} | {
+    "min_length": 0,
+    "use_cache": True,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "max_matching_ngram_size": 2,
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
 }
-_META = ("_from_model_config", "transformers_version")
+OFF = {"top_k": 0}  # what does nothing, where the default does something
 
 
 @dataclass(kw_only=True)
@@ -58,40 +40,87 @@ class GenerationConfig:
     """Options of `generate`; None for "not said", so that the next source is asked.
 
     Keywords of a call win over a config that is passed, that one over the model's `generation_config`, and that one over
-    the defaults given here.
+    the defaults, which stand in brackets here.
+
+    Raises:
+        InputError: a value out of range.
     """
 
-    max_length: int | None = None  # tokens of prompt and continuation together
-    max_new_tokens: int | None = None  # tokens of the continuation; wins over max_length. Neither: 20 new tokens
-    do_sample: bool | None = None  # False: the likeliest token
-    temperature: float | None = None  # 1.0; 0 is greedy
-    top_k: int | None = None  # 50; 0 for all tokens. Only when sampling, as are temperature and top_p
-    top_p: float | None = None  # 1.0
-    use_cache: bool | None = None  # True
-    bos_token_id: int | None = None  # what an empty prompt begins with
+    # Length, in tokens
+    max_length: int | None = None  # prompt and continuation together
+    max_new_tokens: int | None = None  # continuation; wins over max_length. Neither: 20 new tokens
+    min_length: int | None = None  # no end token before so many, prompt included [0]
+    min_new_tokens: int | None = None  # the same without the prompt; wins over min_length
+    # Stopping
     eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None  # fills finished rows; the first eos where there is none
+    stop_strings: str | list[str] | None = None  # end once a text ends in one of these
+    max_time: float | None = None  # seconds
+    early_stopping: bool | Literal["never"] | None = None  # of beams: at num_beams finished ones; "never": exactly [False]
+    # Strategy
+    do_sample: bool | None = None  # False: the likeliest token [False]
+    num_beams: int | None = None  # [1]
+    num_return_sequences: int | None = None  # continuations of each prompt [1]
+    prompt_lookup_num_tokens: int | None = None  # drafts copied from the text so far, of so many tokens
+    max_matching_ngram_size: int | None = None  # how many tokens must agree to copy what followed them [2]
+    num_assistant_tokens: int | None = None  # drafted by an assistant model a round [20]
+    num_assistant_tokens_schedule: str | None = None  # "heuristic": more after a full match, else fewer ["constant"]
+    assistant_confidence_threshold: float | None = None  # a draft ends at a token less likely than this [0.4]
+    use_cache: bool | None = None  # [True]
+    prefill_chunk_size: int | None = None  # tokens of the prompt that run at one time
+    # What changes the scores, in the order in which it does
+    guidance_scale: float | None = None  # classifier-free guidance against negative_prompt_ids
+    sequence_bias: Any = None  # {tuple of ids: bias added to its last one} or [[ids, bias], ...]
+    repetition_penalty: float | None = None  # scores of tokens seen before: divided, or multiplied where negative [1.0]
+    no_repeat_ngram_size: int | None = None  # no run of so many tokens twice [0]
+    bad_words_ids: list[list[int]] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | list[int] | None = None
+    remove_invalid_values: bool | None = None  # NaN and infinities become numbers
+    exponential_decay_length_penalty: Any = None  # (tokens after which, factor): the end token's score grows
+    suppress_tokens: list[int] | None = None
+    begin_suppress_tokens: list[int] | None = None
+    temperature: float | None = None  # from here on only when sampling; 0 is greedy [1.0]
+    top_h: float | None = None
+    top_k: int | None = None  # 0 for all tokens [50]
+    top_p: float | None = None  # [1.0]
+    min_p: float | None = None
+    typical_p: float | None = None  # [1.0]
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    renormalize_logits: bool | None = None
+    length_penalty: float | None = None  # exponent of the length that a beam's log-probability is divided by [1.0]
     seed: int | None = None  # of the sampler; None draws from torch's global generator
+    # Tokens and outputs
+    bos_token_id: int | None = None  # what an empty prompt begins with
+    pad_token_id: int | None = None  # fills finished rows; the first eos where there is none
+    return_dict_in_generate: bool | None = None  # an output object instead of a tensor
+    output_scores: bool | None = None  # scores of each step after processing, float32 [B, V]
+    output_logits: bool | None = None  # the same before
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name))
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__:
+            raise UnknownOptionError(f"GenerationConfig has no option {name!r}{nearest(name, self.__dataclass_fields__)}")
+        check_option(name, value)
+        object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> GenerationConfig:
+    def of(cls, values: dict[str, Any], ignore_unknown: bool = False) -> GenerationConfig:
         """A config from keywords.
 
         Raises:
             UnknownOptionError: no such option; names the nearest.
-            InputError: an option that this version does not run, or a value out of range.
+            InputError: an option that is not offered, with what to use instead, or a value out of range.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
+        names = cls.__dataclass_fields__
         for name, value in values.items():
-            if name in _NEUTRAL:
-                if not any(value is n or (n is not None and value == n) for n in _NEUTRAL[name]):
-                    raise InputError(f"{name}={value!r} is not offered in this version; leave it out")
-            elif name not in names and name not in _META:
-                raise UnknownOptionError(f"generate has no option {name!r}{nearest(name, [*names, *_NEUTRAL])}")
+            if name in NOT_OFFERED:
+                neutral, instead = NOT_OFFERED[name]
+                if value is not None and value not in neutral:
+                    raise InputError(f"{name}={value!r} is not offered: {instead}")
+            elif name not in names and not ignore_unknown:
+                raise UnknownOptionError(f"generate has no option {name!r}{nearest(name, [*names, *NOT_OFFERED])}")
         return cls(**{k: v for k, v in values.items() if k in names})
 
     @classmethod
@@ -107,24 +136,45 @@ class GenerationConfig:
             return cls.from_model_config(config)
         values = read_object(path, ConfigError)
         try:
-            return cls.of({k: v for k, v in values.items() if v is not None})
+            return cls.of({k: v for k, v in values.items() if v is not None}, ignore_unknown=True)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> GenerationConfig:
-        """The `generation_config.json` of a folder or hub id."""
-        source = Source.of(name_or_path, **options)
-        return cls.from_source(source, GPTNeoConfig.from_source(source))
+        """The `generation_config.json` of a folder or hub id; options are Source's (revision, token, ...) or this class's."""
+        about = {f.name for f in dataclasses.fields(Source)} - {"name", "folder"}
+        source = Source.of(name_or_path, **{k: options.pop(k) for k in list(options) if k in about})
+        return cls.from_source(source, GPTNeoConfig.from_source(source)).under(cls.of(options))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GenerationConfig:
+        """A config from the keys of a `generation_config.json`; keys that are no option are ignored."""
+        return cls.of(values | overrides, ignore_unknown=True)
+
+    def update(self, **values: Any) -> dict[str, Any]:
+        """Set the options among `values`; returns the rest."""
+        for name in list(values):
+            if name in self.__dataclass_fields__:
+                setattr(self, name, values.pop(name))
+        return values
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `generation_config.json` into `folder`."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        (Path(folder) / "generation_config.json").write_text(text, encoding="utf-8")
+        """Write `generation_config.json` into `folder`, which is made where it is missing."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "generation_config.json").write_text(self.to_json_string(), encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """The options that are said."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return {k: v for k, v in vars(self).items() if v is not None}
+
+    def to_json_string(self) -> str:
+        """The text of `generation_config.json`."""
+        values = self.to_dict()
+        if isinstance(values.get("sequence_bias"), dict):
+            values["sequence_bias"] = [[list(ids), bias] for ids, bias in values["sequence_bias"].items()]
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     def under(self, stronger: GenerationConfig) -> GenerationConfig:
         """This config where `stronger` says nothing, else that one."""
@@ -132,6 +182,18 @@ class GenerationConfig:
         if stronger.max_length is not None and stronger.max_new_tokens is None:
             values.pop("max_new_tokens", None)  # a length said in a call beats the other kind from a file
         return GenerationConfig(**values)
+
+    def resolved(self) -> Any:  # a GenerationConfig whose counts and rates are not None
+        """This config with the defaults where nothing is said.
+
+        Raises:
+            InputError: options that contradict each other.
+        """
+        full = GenerationConfig(**(_DEFAULTS | self.to_dict()))
+        if full.temperature == 0:
+            full.do_sample = False
+        check_together(full)
+        return full
 
     @property
     def eos_ids(self) -> list[int]:
@@ -146,9 +208,9 @@ class GenerationConfig:
         return self.pad_token_id if self.pad_token_id is not None else next(iter(self.eos_ids), None)
 
     @property
-    def samples(self) -> bool:
-        """Whether tokens are drawn; temperature 0 is greedy."""
-        return bool(self.do_sample) and self.temperature != 0
+    def stops(self) -> list[str]:
+        """Stop strings; empty for none."""
+        return [self.stop_strings] if isinstance(self.stop_strings, str) else list(self.stop_strings or ())
 
 
 def total_length(options: GenerationConfig, prompt: int, limit: int) -> int:
@@ -172,33 +234,3 @@ def total_length(options: GenerationConfig, prompt: int, limit: int) -> int:
             f"ask for at most {max(0, limit - prompt)} new tokens or shorten the prompt"
         )
     return total
-
-
-def _check(name: str, value: Any) -> None:
-    """Refuse a value out of range.
-
-    Raises:
-        InputError: names option, value and range.
-    """
-    if value is None:
-        return
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if name in ("max_length", "max_new_tokens"):
-        good, wanted = is_int and 0 <= value < 2**31, "an integer from 0"
-    elif name in ("do_sample", "use_cache"):
-        good, wanted = isinstance(value, bool), "True or False"
-    elif name == "temperature":
-        good, wanted = number and value >= 0, "a finite number from 0 (0 is greedy)"
-    elif name == "top_k":
-        good, wanted = is_int and value >= 0, "an integer from 0 (0 keeps all tokens)"
-    elif name == "top_p":
-        good, wanted = number and 0 <= value <= 1, "a number from 0 to 1"
-    elif name == "seed":
-        good, wanted = is_int and 0 <= value < 2**64, "an integer from 0 to 2**64 - 1"
-    else:
-        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-        good = all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-        wanted = "a token id"
-    if not good:
-        raise InputError(f"{name}={value!r} is not {wanted}")

@@ -1,90 +1,114 @@
-"""The decoding loop: one prefill, then one token a step against the bounded cache."""
+"""Greedy decoding and sampling: one prefill, then a token of each row a step."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache import KVCache
-from ..masks import Rows
-from .config import GenerationConfig
-from .sampling import next_token
+from ..errors import InputError, NonFiniteLogitsError
+from .processors import LogitsProcessorList
+from .session import Session
+from .stopping import EndToken, StoppingCriteriaList
 
-Steps = Generator[Tensor, Tensor, None]  # logits out, the token that was chosen in
+
+@dataclass
+class Record:
+    """What a call wants to see of each step; None for what it does not."""
+
+    scores: list[Tensor] | None = None  # float32 [B, V], processed
+    logits: list[Tensor] | None = None  # float32 [B, V], raw
+    attentions: list[Any] | None = None
+    hidden_states: list[Any] | None = None
+
+    def step(self, session: Session, logits: Tensor, scores: Tensor) -> None:
+        """Keep what is wanted of one step."""
+        pairs: tuple[tuple[list[Any] | None, Any], ...] = (
+            (self.scores, scores),
+            (self.logits, logits),
+            (self.attentions, session.attentions),
+            (self.hidden_states, session.hidden_states),
+        )
+        for kept, value in pairs:
+            if kept is not None:
+                kept.append(value)
+
+
+@dataclass
+class Request:
+    """One call of `generate`, resolved.
+
+    total: columns of prompt and continuation at most. options: a resolved GenerationConfig.
+    """
+
+    options: Any
+    total: int
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    generator: torch.Generator | None = None
+    record: Record = field(default_factory=Record)
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether a row can end by a token, so that finished rows need filling."""
+        return any(isinstance(c, EndToken) for c in self.criteria)
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """Tokens [B] int64 from processed scores [B, V]: one multinomial over the softmax, or the likeliest.
+
+        Raises:
+            InputError: processors left a row without tokens.
+        """
+        if not self.options.do_sample:
+            return scores.argmax(-1)
+        try:
+            return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
+        except RuntimeError as error:
+            raise InputError(
+                f"no token can be drawn: processors left scores that are all -inf or not numbers in rows "
+                f"{(~scores.softmax(-1).isfinite().all(-1)).nonzero().flatten().tolist()}"
+            ) from error
 
 
 @torch.no_grad()
-def decode(model: Any, ids: Tensor, mask: Tensor | None, total: int, options: GenerationConfig) -> Iterator[Tensor]:
-    """Tokens [B] int64 of each step, until every row has ended or `total` columns are reached.
+def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
+    """New tokens [B, 1] int64 of each step, until every row has ended.
 
     Args:
-        model: a GPTNeoForCausalLM.
-        ids: int64 [B, T], checked. mask: [B, T], zero for padding, or None.
-        total: columns of prompt and continuation together.
-        options: resolved.
+        ids: int64 [B, T], the prompts.
+
+    Raises:
+        NonFiniteLogitsError: after the other rows have ended, names the rows whose logits were NaN or infinite.
     """
-    generator = None
-    if options.seed is not None:
-        generator = torch.Generator(ids.device).manual_seed(options.seed)
-    eos = torch.tensor(options.eos_ids, device=ids.device)
+    options, pad = request.options, request.options.pad_id
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    steps = _cached(model, ids, mask, total) if options.use_cache is not False else _uncached(model, ids, mask)
-    logits = next(steps)
-    for column in range(ids.shape[1], total):
-        token = next_token(logits, options, generator)
-        if options.eos_ids and options.pad_id is not None:
-            token = torch.where(running, token, options.pad_id)
-            running = running & ~torch.isin(token, eos)
-        yield token
-        if column + 1 < total and bool(running.any()):
-            logits = steps.send(token)
-        else:
-            return
-
-
-def _cached(model: Any, ids: Tensor, mask: Tensor | None, total: int) -> Steps:
-    """Logits [B, V] of the last column; each token sent back is appended to the cache."""
-    B, T = ids.shape
-    cache = KVCache(model.config, B, dtype=model.dtype, device=ids.device, max_length=max(T, total - 1))
-    position = _positions(mask, T, ids.device)
-    out = model(
-        ids,
-        past_key_values=cache,
-        attention_mask=mask,
-        position_ids=position,
-        logits_to_keep=1,
-        use_cache=True,
-        return_dict=True,
-    )
-    position = position[:, -1:]
-    logits = out.logits[:, -1]
-    # Left padding was not stored, so that nothing need hide it; other padding was, and stays masked.
-    masked = mask is not None and not torch.equal(cache.lengths, mask.sum(1, dtype=torch.int32))
-    while True:
-        token = yield logits
-        position, rows = position + 1, Rows()
-        if masked and mask is not None:
-            mask = torch.cat([mask, mask.new_ones(B, 1)], 1)
-            rows = Rows(mask=(mask != 0)[:, None, None])
-        hidden = model.transformer.run(token[:, None], position, None, rows, cache)
-        logits = model.lm_head(hidden)[:, -1]
-
-
-def _uncached(model: Any, ids: Tensor, mask: Tensor | None) -> Steps:
-    """The same without a cache: every step computes all columns again."""
-    while True:
-        position = _positions(mask, ids.shape[1], ids.device)
-        out = model(ids, attention_mask=mask, position_ids=position, logits_to_keep=1, use_cache=False, return_dict=True)
-        token = yield out.logits[:, -1]
+    broken: dict[int, int] = {}  # row -> columns that it had
+    while ids.shape[1] < request.total:
+        logits = session.feed(ids)[:, -1].float()
+        if not options.remove_invalid_values and not bool((finite := logits.isfinite().all(-1)).all()):
+            for row in (running & ~finite).nonzero().flatten().tolist():
+                broken[row] = ids.shape[1]
+            running = running & finite
+            if not bool(running.any()):
+                break
+            logits = torch.where(finite[:, None], logits, 0.0)
+        scores = request.processors(ids, logits)
+        request.record.step(session, logits, scores)
+        token = request.draw(scores)
+        if request.may_end_early or broken:
+            token = torch.where(running, token, pad if pad is not None else 0)
         ids = torch.cat([ids, token[:, None]], 1)
-        mask = mask if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-
-
-def _positions(mask: Tensor | None, T: int, device: torch.device) -> Tensor:
-    """Positions [B or 1, T]: tokens are counted, padding gets 0."""
-    if mask is None:
-        return torch.arange(T, device=device)[None]
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+        yield token[:, None]
+        running = running & ~request.criteria(ids, request.record.scores)
+        if not bool(running.any()):
+            break
+    if broken:
+        raise NonFiniteLogitsError(
+            f"logits of row {', '.join(map(str, broken))} were NaN or infinite after {', '.join(map(str, broken.values()))} "
+            "tokens; try dtype=torch.float32, or remove_invalid_values=True to go on regardless",
+            rows=sorted(broken),
+            sequences=ids,
+        )

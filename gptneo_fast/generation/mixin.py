@@ -1,22 +1,28 @@
-"""GenerationMixin: `generate` for tensors, `generate_text` and `stream` for strings."""
+"""GenerationMixin: `generate`, with the arguments, the options and the results of transformers'."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError, SetupError
+from ..cache import KVCache
+from ..errors import InputError
 from ..inputs import check_ids
-from .config import GenerationConfig, total_length
-from .loop import decode
+from ..outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from .assisted import Assistant, Drafter, PromptLookup, assisted
+from .beams import beam_search
+from .config import OFF, GenerationConfig, total_length
+from .loop import Record, Request, sample
+from .processors import Context, processors_of
+from .session import Prompt, Session
+from .stopping import criteria_of
+from .warpers import warpers_of
 
 if TYPE_CHECKING:
     from ..config import GPTNeoConfig
-
-_BATCH = 32  # prompts of one `generate_text` batch
 
 
 class GenerationMixin:
@@ -35,132 +41,220 @@ class GenerationMixin:
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] | None = None,
+        stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
+        streamer: Any = None,
+        negative_prompt_ids: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        tokenizer: Any = None,
         **options: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Prompts and their continuations, int64 [B, T + new]; rows that end early are filled with the pad token.
 
         Args:
             inputs, input_ids: prompts, integer [B, T] or [T], padded on the left; None for one beginning-of-text token.
-            generation_config: options as one object.
+            generation_config: options as one object, which keywords win over.
+            logits_processor: callables (ids [B, T], scores [B, V]) -> scores, after all others but the sampler's own.
+            stopping_criteria: callables (ids [B, T], scores) -> boolean [B], True for a text that has ended.
+            prefix_allowed_tokens_fn: (row, ids [T]) -> the tokens that may follow.
+            assistant_model: a smaller GPTNeoForCausalLM that drafts tokens. One prompt only, as with prompt lookup.
+            streamer: an object with `put(ids)` and `end()`.
+            negative_prompt_ids, negative_prompt_attention_mask: [B, T'] of guidance_scale; None for the last token.
             attention_mask: [B, T], zero for padding. Without one, padding is told by the pad token where that is set,
                 occurs, and is not also the end token.
+            position_ids, token_type_ids: [B, T]. inputs_embeds: [B, T, C] in place of input_ids; then only the
+                continuation is returned.
+            past_key_values: cache of an earlier call, for the first columns of input_ids, or for the columns before them
+                where attention_mask covers both; appended to.
+            tokenizer: for stop_strings; None for the model's own.
             options: see GenerationConfig.
+
+        Returns:
+            The tensor; with return_dict_in_generate=True a GenerateDecoderOnlyOutput or GenerateBeamDecoderOnlyOutput.
 
         Raises:
             InputError: a value out of range, or more tokens than the model has positions.
             UnknownOptionError: no such option.
+            NonFiniteLogitsError: NaN or infinite logits in some rows; the others are complete.
         """
         if inputs is not None and input_ids is not None:
             raise InputError("inputs and input_ids are two names of one argument; give one")
-        resolved = self._options(generation_config, options)
-        ids = self._prompt(input_ids if inputs is None else inputs, resolved)
-        mask = _padding(ids, attention_mask, resolved)
-        total = total_length(resolved, ids.shape[1], self.config.max_position_embeddings)
-        return torch.cat([ids, *(token[:, None] for token in decode(self, ids, mask, total, resolved))], 1)
+        resolved = self._resolve(generation_config, options | {"synced_gpus": synced_gpus})
+        prompt = self._prompt(input_ids if inputs is None else inputs, attention_mask, inputs_embeds, resolved)
+        prompt.position_ids, prompt.token_type_ids, prompt.cache = position_ids, token_type_ids, past_key_values
+        prompt = prompt.expand(max(resolved.num_beams, resolved.num_return_sequences))
+        guide = None
+        if resolved.guidance_scale is not None and resolved.guidance_scale != 1:
+            guide = _Guide(self, prompt, negative_prompt_ids, negative_prompt_attention_mask)
+        request = self._request(
+            prompt,
+            resolved,
+            tokenizer,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            unconditional=guide,
+            own=list(logits_processor or []),
+            criteria=stopping_criteria,
+        )
+        session = self._session(prompt, request)
+        if resolved.num_beams > 1:
+            if assistant_model is not None or streamer is not None:
+                raise InputError("num_beams above 1 goes neither with assistant_model nor with streamer")
+            return self._give_beams(session, prompt.ids, request)
+        steps = self._steps(session, prompt, request, assistant_model)
+        new = list(steps if streamer is None else _stream(prompt.ids, steps, streamer))
+        return self._give_texts(torch.cat([prompt.ids, *new], 1), session, request)
 
-    @overload
-    def generate_text(self, prompts: str, **options: Any) -> str: ...
-    @overload
-    def generate_text(self, prompts: Sequence[str], **options: Any) -> list[str]: ...
-
-    def generate_text(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        return_full_text: bool = False,
-        truncate: Literal["left"] | None = None,
-        allow_empty: bool = True,
-        **options: Any,
-    ) -> str | list[str]:
-        """The continuation of a prompt, or of each of a list of prompts of any lengths, in their order.
+    def compute_transition_scores(
+        self, sequences: Tensor, scores: Sequence[Tensor], beam_indices: Tensor | None = None, normalize_logits: bool = False
+    ) -> Tensor:
+        """Score float32 [B, new] of each generated token, from the fields of a `generate` output.
 
         Args:
-            prompts: a string or strings; an empty one stands for the beginning of a text.
-            return_full_text: put the prompt before its continuation.
-            truncate: "left" drops the oldest tokens of a prompt that leaves no room for the new ones.
-            allow_empty: False refuses empty prompts.
-            options: see GenerationConfig.
+            sequences: int64 [B, T]. scores: a [rows, V] for each new token. beam_indices: int32 [B, new] of a beam search.
+            normalize_logits: give log-probabilities.
         """
-        resolved = self._options(None, options)
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        rows = [self._encode(text, resolved, truncate, allow_empty) for text in texts]
-        out: list[str] = []
-        for i in range(0, len(rows), _BATCH):
-            batch = self.tokenizer.pad(
-                rows[i : i + _BATCH], pad_token_id=resolved.pad_id or 0, padding_side="left", return_tensors="pt"
-            ).to(self.device)
-            ids = self.generate(batch.input_ids, attention_mask=batch.attention_mask, **options)
-            new = ids[:, batch.input_ids.shape[1] :].tolist()
-            for text, row in zip(texts[i : i + _BATCH], new, strict=True):
-                out.append((text if return_full_text else "") + self._text(row, resolved))
-        return out[0] if isinstance(prompts, str) else out
+        steps = torch.stack(tuple(scores), 1)  # [rows, new, V]
+        steps = steps.log_softmax(-1) if normalize_logits else steps
+        if beam_indices is None:
+            beam_indices = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, steps.shape[1])
+        past_the_end = beam_indices < 0
+        new = int((~past_the_end).sum(1).max())
+        rows, tokens = beam_indices[:, :new].clamp(min=0).long(), sequences[:, sequences.shape[1] - new :]
+        found = steps[rows, torch.arange(new, device=rows.device), tokens]
+        return found.masked_fill(past_the_end[:, :new], 0)
 
-    def stream(
-        self, prompt: str, *, truncate: Literal["left"] | None = None, allow_empty: bool = True, **options: Any
-    ) -> Iterator[str]:
-        """The continuation of one prompt piece by piece, as soon as its tokens form whole characters.
+    # The parts of a call, which text generation uses too
 
-        The pieces joined are what `generate_text` returns. Arguments are checked at once, before the first piece is asked
-        for; leaving the loop early frees everything.
-        """
-        resolved = self._options(None, options)
-        ids = torch.tensor([self._encode(prompt, resolved, truncate, allow_empty)], device=self.device)
-        total = total_length(resolved, ids.shape[1], self.config.max_position_embeddings)
-        return self._pieces(ids, total, resolved)
-
-    def _pieces(self, ids: Tensor, total: int, options: GenerationConfig) -> Iterator[str]:
-        decoder = self.tokenizer.stream()
-        for token in decode(self, ids, None, total, options):
-            if int(token) in options.eos_ids:
-                break
-            if piece := decoder.put(int(token)):
-                yield piece
-        if piece := decoder.end():
-            yield piece
-
-    def _options(self, config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
-        """Keywords over the config that was passed over the model's own."""
+    def _resolve(self, config: GenerationConfig | None, options: dict[str, Any]) -> Any:
+        """Keywords over the config that was passed over the model's own, over the defaults."""
         own = self.generation_config if config is None else self.generation_config.under(config)
-        return own.under(GenerationConfig.of(options))
+        said = GenerationConfig.of(options)
+        for token in said.eos_ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise InputError(f"eos_token_id {token} is not in the vocabulary of {self.config.vocab_size} tokens")
+        merged = own.under(said)
+        for name in [
+            k for k, v in options.items() if v is None and k in vars(merged) and k not in ("max_length", "max_new_tokens")
+        ]:
+            setattr(merged, name, OFF.get(name))  # None in a call switches off what another source says
+        return merged.resolved()
 
-    def _prompt(self, ids: Tensor | None, options: GenerationConfig) -> Tensor:
+    def _prompt(self, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, options: Any) -> Prompt:
+        """The prompt, checked, with its padding."""
+        if embeds is not None:
+            ids = torch.empty(len(embeds), 0, dtype=torch.long, device=self.device) if ids is None else ids
+            return Prompt(ids, None if mask is None or bool(mask.all()) else mask, embeds=embeds)
         if ids is None:
             if options.bos_token_id is None:
                 raise InputError("no prompt and no bos_token_id to begin with; give input_ids")
             ids = torch.tensor([[options.bos_token_id]], device=self.device)
-        return check_ids("input_ids", ids, self.config.vocab_size, self.device)
+        ids = check_ids("input_ids", ids, self.config.vocab_size, self.device)
+        return Prompt(ids, _padding(ids, mask, options))
 
-    def _encode(self, text: str, options: GenerationConfig, truncate: Literal["left"] | None, allow_empty: bool) -> list[int]:
-        """Token ids of one prompt that leave room for what is to be generated."""
-        if self.tokenizer is None:
-            raise SetupError(
-                "the model has no tokenizer: use gptneo_fast.load, or set model.tokenizer = GPT2Tokenizer.from_pretrained(...)"
-            )
-        if truncate not in (None, "left"):
-            raise InputError(f"truncate={truncate!r} is unknown; use 'left' or None")
-        ids = self.tokenizer.encode(text)
-        if not ids:
-            if not allow_empty or options.bos_token_id is None:
-                raise InputError("the prompt is empty" + ("" if allow_empty else "; allow_empty=True begins a new text"))
-            ids = [options.bos_token_id]
-        if truncate == "left":
-            limit = self.config.max_position_embeddings
-            room = limit - (options.max_new_tokens if options.max_new_tokens is not None else 20)
-            if options.max_new_tokens is None and options.max_length is not None:
-                room = options.max_length - 1
-            ids = ids[-max(1, min(room, limit)) :]
-        return ids
+    def _request(self, prompt: Prompt, options: Any, tokenizer: Any = None, criteria: Any = None, **about: Any) -> Request:
+        embedded = 0 if prompt.embeds is None else prompt.embeds.shape[1]
+        before = prompt.cache.get_seq_length() if prompt.cache is not None else 0
+        P = prompt.ids.shape[1]
+        if prompt.mask is not None and prompt.mask.shape[1] > P:
+            embedded = before
+        total = total_length(options, P + embedded, self.config.max_position_embeddings) - embedded
+        context = Context(P, total, self.config.vocab_size, prompt.starts, **about)
+        generator = None
+        if options.seed is not None:
+            generator = torch.Generator(prompt.ids.device).manual_seed(options.seed)
+        processors = processors_of(options, context)
+        processors.extend(warpers_of(options))
+        device = prompt.ids.device
+        stops = criteria_of(options, total, tokenizer if tokenizer is not None else self.tokenizer, criteria, device)
+        wants = ("scores", "logits", "attentions", "hidden_states")
+        kept = [name for name in wants if options.return_dict_in_generate and getattr(options, f"output_{name}")]
+        return Request(options, total, processors, stops, generator, Record(**{name: [] for name in kept}))
 
-    def _text(self, ids: list[int], options: GenerationConfig) -> str:
-        """Text of a continuation up to its end token."""
-        end = next((i for i, token in enumerate(ids) if token in options.eos_ids), len(ids))
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+    def _session(self, prompt: Prompt, request: Request) -> Session:
+        o, record = request.options, request.record
+        trace = [name for name in ("attentions", "hidden_states") if getattr(record, name) is not None]
+        return Session(self, prompt, request.total, use_cache=o.use_cache, chunk=o.prefill_chunk_size, trace=trace)
+
+    def _steps(self, session: Session, prompt: Prompt, request: Request, assistant: Any = None) -> Iterator[Tensor]:
+        """New tokens [B, n] as they are found, by the strategy that the options ask for."""
+        if assistant is None and request.options.prompt_lookup_num_tokens is None:
+            return sample(session, prompt.ids, request)
+        if len(prompt.ids) > 1 or session.cache is None:
+            raise InputError(f"drafts are for one text and need the cache; this call has {len(prompt.ids)} rows")
+        drafter: Drafter
+        if assistant is None:
+            drafter = PromptLookup(request, self.config.vocab_size)
+        else:
+            if assistant.config.vocab_size != self.config.vocab_size:
+                raise InputError(
+                    f"assistant_model has a vocabulary of {assistant.config.vocab_size} tokens, this model one of "
+                    f"{self.config.vocab_size}; they must share a tokenizer"
+                )
+            drafter = Assistant(assistant, prompt, request)
+        return assisted(session, prompt.ids, request, drafter)
+
+    def _give_texts(self, sequences: Tensor, session: Session, request: Request) -> Any:
+        if not request.options.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences, **_kept(request.record), past_key_values=session.cache)
+
+    def _give_beams(self, session: Session, ids: Tensor, request: Request) -> Any:
+        found = beam_search(session, ids, request)
+        if not request.options.return_dict_in_generate:
+            return found.sequences
+        scores = found.scores if request.options.output_scores else None
+        kept = _kept(request.record)
+        return GenerateBeamDecoderOnlyOutput(
+            found.sequences, scores, beam_indices=found.parents, past_key_values=session.cache, **kept
+        )
 
 
-def _padding(ids: Tensor, mask: Tensor | None, options: GenerationConfig) -> Tensor | None:
+def _kept(record: Record) -> dict[str, Any]:
+    return {name: None if value is None else tuple(value) for name, value in vars(record).items()}
+
+
+def _stream(ids: Tensor, steps: Iterator[Tensor], streamer: Any) -> Iterator[Tensor]:
+    """The same steps, each shown to the streamer, as is an error where it can take one."""
+    try:
+        streamer.put(ids.cpu())
+        for tokens in steps:
+            streamer.put(tokens[:, 0].cpu() if tokens.shape[1] == 1 else tokens.cpu())
+            yield tokens
+        streamer.end()
+    except BaseException as error:
+        if hasattr(streamer, "fail"):
+            streamer.fail(error)
+        raise
+
+
+class _Guide:
+    """Logits of the unconditional prompt, extended by what is generated. ids [B, T'] default to the prompts' last token."""
+
+    def __init__(self, model: Any, prompt: Prompt, ids: Tensor | None, mask: Tensor | None) -> None:
+        self.ids = (
+            prompt.ids[:, -1:] if ids is None else check_ids("negative_prompt_ids", ids, model.config.vocab_size, model.device)
+        )
+        if len(self.ids) != len(prompt.ids):
+            raise InputError(f"negative_prompt_ids has {len(self.ids)} rows, the input {len(prompt.ids)}")
+        self.prompt = prompt.ids.shape[1]
+        total = model.config.max_position_embeddings
+        self.session = Session(model, Prompt(self.ids, mask), total)
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        return self.session.feed(torch.cat([self.ids, input_ids[:, self.prompt :]], 1))[:, -1]
+
+
+def _padding(ids: Tensor, mask: Tensor | None, options: Any) -> Tensor | None:
     """The mask [B, T] of the prompts' padding, or None where there is none.
 
     Raises:
@@ -173,10 +267,10 @@ def _padding(ids: Tensor, mask: Tensor | None, options: GenerationConfig) -> Ten
         mask = ids != pad
     if mask.dim() == 1:
         mask = mask[None]
-    if mask.shape != ids.shape:
+    if mask.dim() != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
         raise InputError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}; they must agree")
     held = (mask != 0).to(ids.device)
-    if bool(held.all()):
+    if bool(held.all()) and held.shape[1] == ids.shape[1]:
         return None
     if empty := (~held.any(1)).nonzero().flatten().tolist():
         raise InputError(f"row {empty[0]} of attention_mask is all padding; a prompt needs at least one token")

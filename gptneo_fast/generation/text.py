@@ -1,0 +1,166 @@
+"""TextGenerationMixin: strings in, strings out, whole or piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, SetupError
+from .config import NEW_TOKENS
+from .mixin import GenerationMixin
+from .session import Prompt
+
+_BATCH = 32  # prompts that run together
+
+
+class TextGenerationMixin(GenerationMixin):
+    """What GPTNeoForCausalLM offers to people who have text; it needs `tokenizer`."""
+
+    @overload
+    def generate_text(self, prompts: str, **options: Any) -> str: ...
+    @overload
+    def generate_text(self, prompts: Sequence[str], **options: Any) -> list[str]: ...
+
+    def generate_text(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        return_full_text: bool = False,
+        truncate: Literal["left"] | None = None,
+        allow_empty: bool = True,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> str | list[str]:
+        """The continuation of a prompt, or of each of a list of prompts of any lengths, in their order.
+
+        Args:
+            prompts: a string or strings; an empty one stands for the beginning of a text.
+            return_full_text: put the prompt before its continuation.
+            truncate: "left" drops the oldest tokens of a prompt that leaves no room for the new ones.
+            allow_empty: False refuses empty prompts.
+            progress: show a bar on standard error; None for where that is a terminal and the prompts fill several batches.
+            options: see GenerationConfig. A stop string is not part of the result.
+
+        Raises:
+            InputError, UnknownOptionError, NonFiniteLogitsError: as `generate`. SetupError: the model has no tokenizer.
+        """
+        resolved = self._resolve(None, options)
+        if resolved.num_return_sequences > 1:
+            raise InputError(f"num_return_sequences={resolved.num_return_sequences}: repeat the prompt in the list instead")
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = [self._encode(text, resolved, truncate, allow_empty) for text in texts]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # neighbours of like length need little padding
+        out = [""] * len(rows)
+        for batch in _bar([order[i : i + _BATCH] for i in range(0, len(order), _BATCH)], progress):
+            longest = len(rows[batch[0]])
+            ids = torch.tensor([[resolved.pad_id or 0] * (longest - len(rows[i])) + rows[i] for i in batch], device=self.device)
+            mask = torch.tensor([[0] * (longest - len(rows[i])) + [1] * len(rows[i]) for i in batch], device=self.device)
+            new = self.generate(ids, attention_mask=mask, **options | {"return_dict_in_generate": False})[:, longest:].tolist()
+            for i, row in zip(batch, new, strict=True):
+                out[i] = (texts[i] if return_full_text else "") + self._text(row, resolved)
+        return out[0] if isinstance(prompts, str) else out
+
+    def stream(
+        self, prompt: str, *, truncate: Literal["left"] | None = None, allow_empty: bool = True, **options: Any
+    ) -> Iterator[str]:
+        """The continuation of one prompt piece by piece, as soon as its tokens form whole characters.
+
+        The pieces joined are what `generate_text` returns. Arguments are checked at once, before the first piece is asked
+        for; leaving the loop early frees everything.
+        """
+        resolved = self._resolve(None, options)
+        if resolved.num_beams > 1 or resolved.num_return_sequences > 1:
+            raise InputError("a stream follows one text as it grows: num_beams and num_return_sequences must be 1")
+        ids = torch.tensor([self._encode(prompt, resolved, truncate, allow_empty)], device=self.device)
+        beginning = Prompt(ids)
+        request = self._request(beginning, resolved)
+        return self._pieces(self._steps(self._session(beginning, request), beginning, request), resolved)
+
+    async def astream(self, prompt: str, **options: Any) -> AsyncIterator[str]:
+        """`stream` for `async for`: every step runs in a thread, so that the event loop stays free."""
+        pieces = self.stream(prompt, **options)
+        try:
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                yield piece
+        finally:
+            close = getattr(pieces, "close", None)
+            if close is not None:
+                close()
+
+    def _pieces(self, steps: Iterator[Tensor], options: Any) -> Iterator[str]:
+        decoder = self.tokenizer.stream()
+        held = ""  # text that a stop string may begin in
+        for tokens in steps:
+            for token in tokens[0].tolist():
+                if token in options.eos_ids:
+                    break
+                held += decoder.put(token)
+                end = _stop_at(held, options.stops)
+                if end is not None:
+                    if held[:end]:
+                        yield held[:end]
+                    return
+                sure = len(held) - _may_begin(held, options.stops)
+                if sure:
+                    yield held[:sure]
+                    held = held[sure:]
+        if held := held + decoder.end():
+            yield held
+
+    def _encode(self, text: str, options: Any, truncate: Literal["left"] | None, allow_empty: bool) -> list[int]:
+        """Token ids of one prompt that leave room for what is to be generated."""
+        if self.tokenizer is None:
+            raise SetupError(
+                "the model has no tokenizer: use gptneo_fast.load, or set model.tokenizer = GPT2Tokenizer.from_pretrained(...)"
+            )
+        if truncate not in (None, "left"):
+            raise InputError(f"truncate={truncate!r} is unknown; use 'left' or None")
+        ids: list[int] = self.tokenizer.encode(text)
+        if not ids:
+            if not allow_empty or options.bos_token_id is None:
+                raise InputError("the prompt is empty" + ("" if allow_empty else "; allow_empty=True begins a new text"))
+            ids = [options.bos_token_id]
+        if truncate == "left":
+            limit = self.config.max_position_embeddings
+            room = limit - (NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens)
+            if options.max_new_tokens is None and options.max_length is not None:
+                room = options.max_length - 1
+            ids = ids[-max(1, min(room, limit)) :]
+        return ids
+
+    def _text(self, ids: list[int], options: Any) -> str:
+        """Text of a continuation up to its end token or its stop string."""
+        end = next((i for i, token in enumerate(ids) if token in options.eos_ids), len(ids))
+        text: str = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return text[: _stop_at(text, options.stops)]
+
+
+def _stop_at(text: str, stops: list[str]) -> int | None:
+    """Where the first stop string begins."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+
+
+def _may_begin(text: str, stops: list[str]) -> int:
+    """Characters at the end of the text that may be the beginning of a stop string."""
+    longest = max(map(len, stops), default=0)
+    return next((n for n in range(min(longest - 1, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
+
+
+def _bar(batches: list[list[int]], progress: bool | None) -> Iterator[list[int]]:
+    """The batches, with a bar of the prompts that are done."""
+    if progress is None:
+        progress = len(batches) > 1 and sys.stderr.isatty()
+    if not progress:
+        yield from batches
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=sum(map(len, batches)), unit="prompt") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
