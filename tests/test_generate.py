@@ -124,9 +124,17 @@ def test_beams_give_the_tokens_scores_and_parents_of_transformers(models, name, 
     )
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("name", ["prompt lookup", "wide lookup", "assistant", "assistant, heuristic"])
+@pytest.mark.parametrize(
+    ("name", "do_sample"),
+    [
+        *((n, s) for n in ("prompt lookup", "wide lookup") for s in (False, True)),
+        ("assistant", False),
+        ("assistant, heuristic", False),
+    ],
+)
 def test_drafts_give_the_tokens_of_transformers(models, name, do_sample):
+    # Sampled tokens of an assistant are compared as a distribution below: from its second round on, the assistant of
+    # transformers 5.23 is fed the whole text again on top of its cache, so that it draws other drafts.
     options = {
         "prompt lookup": {"prompt_lookup_num_tokens": 4},
         "wide lookup": {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 3, "suppress_tokens": [5, 6]},
@@ -244,8 +252,8 @@ def test_a_users_processors_criteria_and_prefix_function(models):
         scores[:, 1::2] = -float("inf")
         return scores
 
-    def ends_in_4(ids, scores, **kwargs):
-        return ids[:, -1] % 10 == 4
+    def ends_in_40(ids, scores, **kwargs):
+        return ids[:, -1] == 40
 
     def prefix(row, ids):
         return [3 + row, 5, 6, (int(ids[-1]) + 1) % V]
@@ -262,9 +270,9 @@ def test_a_users_processors_criteria_and_prefix_function(models):
             assert torch.equal(a, b), more
     from transformers import StoppingCriteriaList as Theirs
 
-    a = models[0].generate(**prompt("one"), stopping_criteria=Theirs([ends_in_4]), max_new_tokens=50)
-    b = models[1].generate(**prompt("one"), stopping_criteria=gptneo_fast.StoppingCriteriaList([ends_in_4]), max_new_tokens=50)
-    assert torch.equal(a, b) and int(b[0, -1]) % 10 == 4
+    a = models[0].generate(**prompt("one"), stopping_criteria=Theirs([ends_in_40]), max_new_tokens=50)
+    b = models[1].generate(**prompt("one"), stopping_criteria=gptneo_fast.StoppingCriteriaList([ends_in_40]), max_new_tokens=50)
+    assert torch.equal(a, b) and int(b[0, -1]) == 40 and b.shape[1] < 61
 
 
 def test_the_same_seed_option_gives_the_same_text_and_leaves_torchs_generator_alone(models):
@@ -392,7 +400,7 @@ def test_bad_options_are_refused_before_any_launch(models, options, words, monke
         ([[1, 2]], "list"),
         (torch.full((1, 641), 5), "640"),
     ],
-    ids=str,
+    ids=lambda v: str(v)[:40],
 )
 def test_bad_ids_are_refused(models, ids, words):
     with pytest.raises(InputError, match=words):

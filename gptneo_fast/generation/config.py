@@ -226,8 +226,10 @@ def total_length(options: GenerationConfig, prompt: int, limit: int) -> int:
         total, asked = options.max_length, f"max_length {options.max_length}"
         if total <= prompt:
             raise InputError(f"the prompt has {prompt} tokens and max_length is {total}; raise it or use max_new_tokens")
+    elif prompt >= limit:
+        raise InputError(f"the prompt has {prompt} tokens and the model {limit} positions: nothing can follow; shorten it")
     else:
-        return max(prompt, min(prompt + NEW_TOKENS, limit))
+        return min(prompt + NEW_TOKENS, limit)
     if total > limit:
         raise InputError(
             f"the prompt has {prompt} tokens and {asked} makes {total}, past the model's {limit} positions; "

@@ -74,6 +74,7 @@ class Session:
         self.model, self.prompt, self.chunk, self.trace = model, prompt, chunk, trace
         self.cache = prompt.cache
         self.seen = 0  # columns of ids that the cache holds
+        self.begun = False  # whether some call has filled the cache
         self.offset = 0
         B, P = prompt.ids.shape
         if prompt.embeds is not None:
@@ -100,13 +101,13 @@ class Session:
     def feed(self, ids: Tensor, keep: int = 1) -> Tensor:
         """Logits [B, keep, V] of the last columns of ids [B, T], which begin with the ids of the calls before."""
         T = ids.shape[1]
-        if self.seen > 0 and self.hides and self.cache is not None and not self.trace:
+        if self.begun and self.hides and self.cache is not None and not self.trace:
             self.hides = not self._is_ragged_only()
-        if self.seen > 0 and self.cache is not None and not self.hides and not self.trace:
+        if self.begun and self.cache is not None and not self.hides and not self.trace:
             logits = self._step(ids[:, self.seen :], keep)  # nothing to check: these are tokens of our own
         else:
             logits = self._call(ids, keep)
-        self.seen = T if self.cache is not None else 0
+        self.seen, self.begun = (T, True) if self.cache is not None else (0, False)
         return logits
 
     def _step(self, ids: Tensor, keep: int) -> Tensor:
@@ -119,7 +120,7 @@ class Session:
         ends = [T] if self.chunk is None else [*range(first + self.chunk, T, self.chunk), T]
         for end in ends:
             new = end - first
-            embeds = self.prompt.embeds if first == 0 and self.cache is not None else None
+            embeds = None if self.begun else self.prompt.embeds
             if embeds is not None:
                 new += self.offset
             out = self.model(
