@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "auto": ("load",),
+    "auto": (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoTokenizer",
+        "load",
+        "set_seed",
+    ),
     "cache": ("KVCache", "cache_bytes"),
     "classifiers": ("GPTNeoForQuestionAnswering", "GPTNeoForSequenceClassification", "GPTNeoForTokenClassification"),
     "config": ("GPTNeoConfig",),
@@ -29,13 +39,24 @@ _HOMES = {
         "TextStreamer",
     ),
     "heads": ("GPTNeoForCausalLM", "GPTNeoModel"),
+    "pipeline": ("TextGenerationPipeline", "pipeline"),
     "pretrained": ("GPTNeoPreTrainedModel",),
     "tokenizer": ("GPT2Tokenizer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from .auto import load
+    from .auto import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+        load,
+        set_seed,
+    )
     from .cache import KVCache, cache_bytes
     from .classifiers import GPTNeoForQuestionAnswering, GPTNeoForSequenceClassification, GPTNeoForTokenClassification
     from .config import GPTNeoConfig
@@ -50,10 +71,18 @@ if TYPE_CHECKING:
         TextStreamer,
     )
     from .heads import GPTNeoForCausalLM, GPTNeoModel
+    from .pipeline import TextGenerationPipeline, pipeline
     from .pretrained import GPTNeoPreTrainedModel
     from .tokenizer import GPT2Tokenizer
 
 __all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
     "GPT2Tokenizer",
     "GPTNeoConfig",
     "GPTNeoFastError",
@@ -70,10 +99,13 @@ __all__ = [
     "LogitsProcessorList",
     "StoppingCriteria",
     "StoppingCriteriaList",
+    "TextGenerationPipeline",
     "TextIteratorStreamer",
     "TextStreamer",
     "cache_bytes",
     "load",
+    "pipeline",
+    "set_seed",
 ]
 
 

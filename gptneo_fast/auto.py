@@ -1,13 +1,14 @@
-"""`load`: a name to a model that is ready to use, on the device where it is fastest, with its tokenizer."""
+"""`load`: a name to a model that is ready to use; and the Auto names that transformers scripts import."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from .classifiers import GPTNeoForQuestionAnswering, GPTNeoForSequenceClassification, GPTNeoForTokenClassification
+from .config import GPTNeoConfig
 from .device import as_device, as_dtype
 from .errors import InputError, TokenizerError, nearest
 from .heads import GPTNeoForCausalLM, GPTNeoModel
@@ -65,3 +66,82 @@ def load(
         if "looked for" not in str(error):
             raise
     return model
+
+
+class _Auto:
+    """A name that stands for one class here, since GPT-Neo is the only architecture."""
+
+    _stands_for: ClassVar[Any]
+
+    def __init__(self) -> None:
+        raise InputError(f"{type(self).__name__} is used through from_pretrained(...)")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
+        """What the class of GPT-Neo gives; `trust_remote_code` is accepted, no code is ever loaded.
+
+        Raises:
+            ConfigError: the checkpoint is of another architecture; gptneo_fast runs GPT-Neo only.
+        """
+        options.pop("trust_remote_code", None)
+        return cls._stands_for.from_pretrained(pretrained_model_name_or_path, *args, **options)
+
+
+class _AutoModel(_Auto):
+    @classmethod
+    def from_config(cls, config: GPTNeoConfig, **options: Any) -> Any:
+        """A model with fresh weights."""
+        return cls._stands_for(config, **options)
+
+
+class AutoModel(_AutoModel):
+    """GPTNeoModel."""
+
+    _stands_for = GPTNeoModel
+
+
+class AutoModelForCausalLM(_AutoModel):
+    """GPTNeoForCausalLM."""
+
+    _stands_for = GPTNeoForCausalLM
+
+
+class AutoModelForSequenceClassification(_AutoModel):
+    """GPTNeoForSequenceClassification."""
+
+    _stands_for = GPTNeoForSequenceClassification
+
+
+class AutoModelForTokenClassification(_AutoModel):
+    """GPTNeoForTokenClassification."""
+
+    _stands_for = GPTNeoForTokenClassification
+
+
+class AutoModelForQuestionAnswering(_AutoModel):
+    """GPTNeoForQuestionAnswering."""
+
+    _stands_for = GPTNeoForQuestionAnswering
+
+
+class AutoConfig(_Auto):
+    """GPTNeoConfig."""
+
+    _stands_for = GPTNeoConfig
+
+
+class AutoTokenizer(_Auto):
+    """GPT2Tokenizer."""
+
+    _stands_for = GPT2Tokenizer
+
+
+def set_seed(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch (every device)."""
+    import random
+
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

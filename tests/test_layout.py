@@ -29,6 +29,7 @@ FLOORS = [
     ["heads"],
     ["classifiers"],
     ["auto"],
+    ["pipeline"],
     ["testing", "demo"],
     ["verify", "integrations", "cli"],
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -49,6 +49,8 @@ class TextGenerationMixin(GenerationMixin):
         Raises:
             InputError, UnknownOptionError, NonFiniteLogitsError: as `generate`. SetupError: the model has no tokenizer.
         """
+        if not isinstance(prompts, (str, Iterable)):
+            raise InputError(f"prompts is a {type(prompts).__name__}; give a string or strings")
         resolved = self._resolve(None, options)
         if resolved.num_return_sequences > 1:
             raise InputError(f"num_return_sequences={resolved.num_return_sequences}: repeat the prompt in the list instead")

@@ -1,0 +1,338 @@
+"""Strings in and out: generate_text, stream and its async twin, streamers, stop strings, pipeline, scripts of model cards."""
+
+import asyncio
+import gc
+import io
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+
+import gptneo_fast
+from gptneo_fast.demo import FOLDER
+from gptneo_fast.errors import InputError, NonFiniteLogitsError, SetupError
+
+TALES = ["Once upon a time", "Long ago there was a brave", "One morning the little fox went", "The"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gptneo_fast.load(FOLDER, dtype="float32", device="cpu")
+
+
+def test_a_string_gives_a_string_and_a_list_a_list_in_its_order(model):
+    options = dict(max_new_tokens=25)
+    alone = [model.generate_text(t, **options) for t in TALES]
+    assert all(isinstance(t, str) and t for t in alone)
+    assert model.generate_text(TALES, **options) == alone
+    assert model.generate_text(TALES[::-1] * 12, **options) == alone[::-1] * 12  # more than one batch
+    assert model.generate_text([], **options) == []
+    assert model.generate_text(TALES[:1], return_full_text=True, **options) == [TALES[0] + alone[0]]
+
+
+def test_the_pieces_of_a_stream_are_the_text(model):
+    for options in ({"do_sample": True, "seed": 3}, {}, {"repetition_penalty": 1.2}, {"prompt_lookup_num_tokens": 5}):
+        pieces = list(model.stream(TALES[0], max_new_tokens=40, **options))
+        assert "".join(pieces) == model.generate_text(TALES[0], max_new_tokens=40, **options)
+        assert len(pieces) > 5
+
+
+def test_a_stream_checks_its_arguments_at_once(model):
+    with pytest.raises(InputError, match="top_p"):
+        model.stream("x", top_p=2.0)
+    with pytest.raises(InputError, match="num_beams"):
+        model.stream("x", num_beams=2)
+
+
+def test_leaving_a_stream_frees_everything(model):
+    pieces = model.stream(TALES[0], max_new_tokens=400)
+    for piece in pieces:
+        assert piece
+        break
+    cache = weakref.ref(next(o for o in gc.get_objects() if isinstance(o, gptneo_fast.KVCache)))
+    del pieces
+    gc.collect()
+    assert cache() is None
+
+
+def test_an_error_in_the_middle_reaches_the_consumer_and_the_model_stays_usable(model, monkeypatch):
+    before = model.generate_text(TALES[0], max_new_tokens=5)
+    run, calls = type(model.transformer).run, []
+
+    def breaks(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("out of luck")
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.transformer), "run", breaks)
+    seen = []
+    with pytest.raises(RuntimeError, match="out of luck"):
+        for piece in model.stream(TALES[0], max_new_tokens=50):
+            seen.append(piece)
+    assert seen
+    monkeypatch.undo()
+    assert model.generate_text(TALES[0], max_new_tokens=5) == before
+
+
+def test_the_async_twin_gives_the_same_and_leaves_the_loop_free(model):
+    async def main():
+        ticks, pieces = [], []
+
+        async def ticker():
+            while True:
+                ticks.append(1)
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(ticker())
+        async for piece in model.astream(TALES[0], max_new_tokens=20):
+            pieces.append(piece)
+        task.cancel()
+        with pytest.raises(InputError, match="top_p"):
+            await anext(model.astream("x", top_p=3.0))
+        async for piece in model.astream(TALES[0], max_new_tokens=400):
+            assert piece
+            break
+        return ticks, "".join(pieces)
+
+    ticks, text = asyncio.run(main())
+    assert len(ticks) > 20
+    assert text == model.generate_text(TALES[0], max_new_tokens=20)
+
+
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it(model):
+    whole = model.generate_text(TALES[0], max_new_tokens=60)
+    for stop in (whole[20:23], whole[30:45], [whole[40], "never said"], whole[:2]):
+        first = min(at for s in ([stop] if isinstance(stop, str) else stop) if (at := whole.find(s)) >= 0)
+        expected = whole[:first]
+        assert model.generate_text(TALES[0], max_new_tokens=60, stop_strings=stop) == expected
+        assert "".join(model.stream(TALES[0], max_new_tokens=60, stop_strings=stop)) == expected
+        texts = model.generate_text(TALES, max_new_tokens=60, stop_strings=stop)
+        assert texts[0] == expected
+
+
+def test_stop_strings_end_generate_where_transformers_ends(model):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPTNeoForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, attn_implementation="eager")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    batch = tokenizer(TALES[0], return_tensors="pt")
+    text = model.generate_text(TALES[0], max_new_tokens=80)
+    for stop in (text[10:12], text[31:50], ["zzz", text[25:27]], " ", TALES[0][-3:] + text[:2]):
+        a = theirs.generate(**batch, stop_strings=stop, tokenizer=tokenizer, max_new_tokens=80)
+        assert torch.equal(model.generate(**batch, stop_strings=stop, max_new_tokens=80), a)
+        assert torch.equal(model.generate(**batch, stop_strings=stop, tokenizer=tokenizer, max_new_tokens=80), a)
+
+
+def test_streamers_print_and_iterate_as_those_of_transformers(model, capsys):
+    transformers = pytest.importorskip("transformers")
+    ids = model.tokenizer(TALES[0], return_tensors="pt").input_ids
+    outs = []
+    for module, kind in ((transformers, "TextStreamer"), (gptneo_fast, "TextStreamer")):
+        for skip in (False, True):
+            model.generate(ids, streamer=getattr(module, kind)(model.tokenizer, skip_prompt=skip), max_new_tokens=30)
+            outs.append(capsys.readouterr().out)
+    assert outs[:2] == outs[2:]
+    assert outs[0].strip() == TALES[0] + model.generate_text(TALES[0], max_new_tokens=30)
+
+    pieces = {}
+    for module in (transformers, gptneo_fast):
+        streamer = module.TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=30)
+        thread = threading.Thread(target=model.generate, args=(ids,), kwargs={"streamer": streamer, "max_new_tokens": 30})
+        thread.start()
+        pieces[module.__name__] = list(streamer)
+        thread.join()
+    assert pieces["transformers"] == pieces["gptneo_fast"]
+
+
+def test_an_error_reaches_the_one_who_iterates_over_a_streamer(model, monkeypatch):
+    ids = model.tokenizer(TALES[0], return_tensors="pt").input_ids
+    streamer = gptneo_fast.TextIteratorStreamer(model.tokenizer, timeout=30)
+    errors = []
+
+    def work():
+        try:
+            model.generate(ids, streamer=streamer, logits_processor=[lambda ids, scores: 1 / 0], max_new_tokens=5)
+        except ZeroDivisionError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with pytest.raises(ZeroDivisionError):
+        list(streamer)
+    thread.join()
+    assert errors
+
+
+def test_a_streamer_of_any_kind_gets_the_prompt_and_every_token(model):
+    class Keep:
+        def __init__(self):
+            self.values, self.ended = [], 0
+
+        def put(self, value):
+            self.values.append(value)
+
+        def end(self):
+            self.ended += 1
+
+    ids = model.tokenizer(TALES[0], return_tensors="pt").input_ids
+    for options in ({}, {"prompt_lookup_num_tokens": 4}):
+        keep = Keep()
+        out = model.generate(ids, streamer=keep, max_new_tokens=12, **options)
+        assert torch.equal(torch.cat([v.flatten() for v in keep.values]), out[0]) and keep.ended == 1
+        assert torch.equal(keep.values[0], ids)
+
+
+def test_a_row_with_broken_logits_ends_and_the_others_go_on(model):
+    batch = model.tokenizer.pad(
+        [model.tokenizer.encode(t) for t in TALES[:3]], pad_token_id=0, padding_side="left", return_tensors="pt"
+    )
+    T = batch.input_ids.shape[1]
+    whole = model.generate(**batch, max_new_tokens=12)
+    forward, broken = type(model.lm_head).forward, torch.tensor([False, True, False])
+
+    def breaks(self, x):
+        out = forward(self, x)
+        if model._steps_seen == 5:
+            out[broken] = float("nan")
+        model._steps_seen += 1
+        return out
+
+    model._steps_seen = 0
+    model.lm_head.forward = breaks.__get__(model.lm_head)
+    try:
+        with pytest.raises(NonFiniteLogitsError, match="row 1 were NaN or infinite") as error:
+            model.generate(**batch, max_new_tokens=12, pad_token_id=0)
+        assert error.value.rows == [1]
+        got = error.value.sequences
+        assert torch.equal(got[[0, 2]], whole[[0, 2]])
+        assert torch.equal(got[1, : T + 5], whole[1, : T + 5]) and (got[1, T + 5 :] == 0).all()
+        model._steps_seen = 0
+        assert model.generate(**batch, max_new_tokens=12, remove_invalid_values=True).shape == whole.shape
+    finally:
+        del model.lm_head.forward
+
+
+def test_processors_that_leave_no_token_are_named(model):
+    def nothing(ids, scores):
+        return torch.full_like(scores, -float("inf"))
+
+    ids = model.tokenizer(TALES[0], return_tensors="pt").input_ids
+    with pytest.raises(InputError, match="no token can be drawn"):
+        model.generate(ids, logits_processor=[nothing], do_sample=True)
+
+
+def test_prompts_that_are_empty_or_too_long(model):
+    assert model.generate_text("", max_new_tokens=8) == model.generate_text("<|endoftext|>", max_new_tokens=8)
+    with pytest.raises(InputError, match="the prompt is empty"):
+        model.generate_text(["a", ""], allow_empty=False)
+    long = "Once upon a time there was a fox. " * 80
+    with pytest.raises(InputError, match=r"past the model's 512 positions|tokens and the model 512 positions"):
+        model.generate_text(long, max_new_tokens=8)
+    text = model.generate_text(long, max_new_tokens=8, truncate="left")
+    ids = model.tokenizer(long, return_tensors="pt").input_ids[:, -504:]
+    assert text == model.tokenizer.decode(model.generate(ids, max_new_tokens=8)[0, 504:])
+    with pytest.raises(InputError, match="truncate='right'"):
+        model.generate_text("x", truncate="right")
+
+
+@pytest.mark.parametrize("prompt", [None, b"bytes", 7, ["a", None], "\ud800"], ids=repr)
+def test_prompts_that_are_no_text(model, prompt):
+    with pytest.raises(InputError):
+        model.generate_text(prompt)
+
+
+def test_a_model_without_a_tokenizer_says_what_to_do():
+    model = gptneo_fast.GPTNeoForCausalLM.from_pretrained(FOLDER)
+    with pytest.raises(SetupError, match=r"set model\.tokenizer"):
+        model.generate_text("x")
+
+
+def test_long_work_shows_a_bar_at_a_terminal_only(model, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stderr, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        model.generate_text(["The"] * 40, max_new_tokens=1)
+        assert ("40/40" in stderr.getvalue()) == shown
+        model.generate_text(["The"] * 4, max_new_tokens=1)
+        assert stderr.getvalue().count("4/4") == 0
+    monkeypatch.setattr(sys, "stderr", stderr := io.StringIO())
+    model.generate_text(["The"], max_new_tokens=1, progress=True)
+    assert "1/1" in stderr.getvalue()
+
+
+# Scripts, as they stand on the model cards of EleutherAI/gpt-neo-125m and -1.3B and in the documentation of GPT-Neo, on a
+# local checkpoint that transformers wrote; only the import line is ours.
+
+
+def test_the_script_of_the_documentation(checkpoint):
+    import transformers
+
+    texts = []
+    for module in (transformers, gptneo_fast):
+        GPTNeoForCausalLM, GPT2Tokenizer = module.GPTNeoForCausalLM, module.GPT2Tokenizer
+        model = GPTNeoForCausalLM.from_pretrained(checkpoint)
+        tokenizer = GPT2Tokenizer.from_pretrained(checkpoint)
+        prompt = "In a shocking finding, scientists discovered a herd of unicorns living in a remote valley."
+        input_ids = tokenizer(prompt, return_tensors="pt").input_ids
+        torch.manual_seed(0)
+        gen_tokens = model.generate(input_ids, do_sample=True, temperature=0.9, max_length=100)
+        texts.append(tokenizer.batch_decode(gen_tokens)[0])
+    assert texts[0] == texts[1] and texts[0].startswith(prompt)
+
+
+def test_the_script_of_the_model_cards(checkpoint):
+    import transformers
+
+    results = []
+    for module in (transformers, gptneo_fast):
+        pipeline = module.pipeline
+        generator = pipeline("text-generation", model=str(checkpoint))
+        module.set_seed(5)
+        results.append(generator("EleutherAI has", do_sample=True, min_length=20))
+        module.set_seed(6)
+        results.append(
+            generator(["EleutherAI has", "The fox"], max_new_tokens=9, num_return_sequences=2, return_full_text=False)
+        )
+        module.set_seed(7)
+        results.append(generator("The fox", max_length=30, do_sample=False))
+    assert results[:3] == results[3:]
+    assert results[0][0]["generated_text"].startswith("EleutherAI has")
+
+
+def test_auto_classes_and_a_batch_of_a_transformers_tokenizer(checkpoint):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    batch = tokenizer(["The little fox", "Once upon a time there"], return_tensors="pt", padding=True)
+    outs = []
+    for module in (transformers, gptneo_fast):
+        model = module.AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+        outs += [model(**batch).logits[batch.attention_mask.bool()], model.generate(**batch, max_new_tokens=9, pad_token_id=0)]
+    torch.testing.assert_close(outs[0], outs[2], rtol=1e-4, atol=1e-4)
+    assert torch.equal(outs[1], outs[3])
+    assert gptneo_fast.AutoConfig.from_pretrained(checkpoint).model_type == "gpt_neo"
+    ours = gptneo_fast.AutoTokenizer.from_pretrained(checkpoint, use_fast=True)
+    assert ours("The fox").input_ids == tokenizer("The fox").input_ids
+    assert isinstance(gptneo_fast.AutoModel.from_pretrained(checkpoint), gptneo_fast.GPTNeoModel)
+    with pytest.raises(InputError, match="from_pretrained"):
+        gptneo_fast.AutoModel()
+
+
+def test_auto_classes_refuse_other_architectures(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    for name in ("AutoModelForCausalLM", "AutoConfig"):
+        with pytest.raises(gptneo_fast.GPTNeoFastError, match=r"gpt2.*gpt_neo.* only"):
+            getattr(gptneo_fast, name).from_pretrained(tmp_path)
+
+
+def test_pipelines_of_other_tasks_are_refused(checkpoint):
+    with pytest.raises(InputError, match="'text-generation'"):
+        gptneo_fast.pipeline("text-classification", model=str(checkpoint))
+    with pytest.raises(InputError, match="needs model"):
+        gptneo_fast.pipeline("text-generation")
