@@ -39,7 +39,7 @@ _HOMES = {
         "TextStreamer",
     ),
     "heads": ("GPTNeoForCausalLM", "GPTNeoModel"),
-    "pipeline": ("TextGenerationPipeline", "pipeline"),
+    "pipelines": ("TextGenerationPipeline", "pipeline"),
     "pretrained": ("GPTNeoPreTrainedModel",),
     "tokenizer": ("GPT2Tokenizer",),
 }
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
         TextStreamer,
     )
     from .heads import GPTNeoForCausalLM, GPTNeoModel
-    from .pipeline import TextGenerationPipeline, pipeline
+    from .pipelines import TextGenerationPipeline, pipeline
     from .pretrained import GPTNeoPreTrainedModel
     from .tokenizer import GPT2Tokenizer
 

@@ -29,9 +29,9 @@ FLOORS = [
     ["heads"],
     ["classifiers"],
     ["auto"],
-    ["pipeline"],
+    ["pipelines"],
     ["testing", "demo"],
-    ["verify", "integrations", "cli"],
+    ["verification", "integrations", "cli"],
 ]
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 
