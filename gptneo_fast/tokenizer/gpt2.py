@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from ..errors import InputError, TokenizerError
 from ..hub import Source
 from ..jsonfile import read_object
+from .arguments import as_ids, checked_texts
 from .files import read_tokenizer
 from .stream import StreamDecoder, bytes_of
 
 _END = "<|endoftext|>"
-_MAX_TEXT = 16 << 20  # characters of one text; 2048 positions hold far fewer
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -125,7 +125,7 @@ class GPT2Tokenizer:
             InputError: something other than text; texts of different lengths as one tensor; padding without a pad token.
         """
         single = isinstance(text, str)
-        texts = _texts(text)
+        texts = checked_texts(text)
         ids = [e.ids for e in self.backend_tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)]
         if truncation:
             most = self.model_max_length if max_length is None else max_length
@@ -190,13 +190,13 @@ class GPT2Tokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """Tokens of one text, in the byte alphabet of GPT-2."""
-        return self.backend_tokenizer.encode(_texts(text)[0], add_special_tokens=False).tokens
+        return self.backend_tokenizer.encode(checked_texts(text)[0], add_special_tokens=False).tokens
 
     # Ids to text
 
     def decode(self, token_ids: int | Iterable[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """Text of token ids [T]; bytes that form no character become U+FFFD."""
-        return self.backend_tokenizer.decode(_ids(token_ids), skip_special_tokens=skip_special_tokens)
+        return self.backend_tokenizer.decode(as_ids(token_ids), skip_special_tokens=skip_special_tokens)
 
     def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
         """Texts of rows of token ids [B, T]."""
@@ -223,7 +223,7 @@ class GPT2Tokenizer:
         """Token of an id, or tokens of several."""
         if isinstance(ids, int):
             return self.backend_tokenizer.id_to_token(ids)
-        return [self.backend_tokenizer.id_to_token(i) for i in _ids(ids)]
+        return [self.backend_tokenizer.id_to_token(i) for i in as_ids(ids)]
 
     # Vocabulary and special tokens
 
@@ -279,30 +279,6 @@ class GPT2Tokenizer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} tokens, {', '.join(f'{k}={v!r}' for k, v in self._special.items())})"
-
-
-def _texts(text: Any) -> list[str]:
-    """Checked texts."""
-    texts = [text] if isinstance(text, str) else text
-    if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise InputError(f"text is a {type(text).__name__}; give a string or a list of strings")
-    texts = list(texts)
-    for i, t in enumerate(texts):
-        if not isinstance(t, str):
-            raise InputError(f"text {i} is a {type(t).__name__}; give strings")
-        if len(t) > _MAX_TEXT:
-            raise InputError(f"text {i} has {len(t)} characters; the limit is {_MAX_TEXT}, cut it into pieces")
-        try:
-            t.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"text {i} has a lone surrogate at character {error.start}; it is no valid Unicode") from None
-    return texts
-
-
-def _ids(token_ids: int | Iterable[int] | Tensor) -> list[int]:
-    if isinstance(token_ids, (Tensor, np.ndarray)):
-        token_ids = token_ids.tolist()
-    return [token_ids] if isinstance(token_ids, int) else list(token_ids)
 
 
 def _encoding(rows: dict[str, list[list[int]]], kind: str | None, single: bool) -> BatchEncoding:
