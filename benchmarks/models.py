@@ -1,0 +1,73 @@
+"""Models of the true shapes with random weights, ours and transformers' with the same ones."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import functools
+from typing import Any
+
+import torch
+
+import gptneo_fast
+
+SHAPES = {  # hidden, layers, heads
+    "125m": (768, 12, 12),
+    "1.3B": (2048, 24, 16),
+    "2.7B": (2560, 32, 20),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def config_of(shape: str) -> gptneo_fast.GPTNeoConfig:
+    """The configuration of a released size."""
+    hidden, layers, heads = SHAPES[shape]
+    return gptneo_fast.GPTNeoConfig(hidden_size=hidden, num_layers=layers, num_heads=heads)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Random weights in place, wider than fresh ones, so that attention is as peaked as in a trained model."""
+    some = next(model.parameters())
+    generator = torch.Generator(some.device).manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(generator=generator).mul_(0.04).add_(1 if p.dim() == 1 else 0)
+
+
+def peer_of(config: gptneo_fast.GPTNeoConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """transformers' causal model of this configuration on its eager path, random weights, in eval mode.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    import transformers
+
+    values = config.to_dict()
+    theirs = transformers.GPTNeoConfig(
+        **{k: v for k, v in values.items() if k not in ("model_type", "dtype", "id2label", "label2id")}
+    )
+    with torch.device(device):
+        model = transformers.GPTNeoForCausalLM._from_config(theirs, attn_implementation="eager")
+    randomise(model)
+    return model.to(dtype).eval()
+
+
+def ours_of(
+    theirs: Any, config: gptneo_fast.GPTNeoConfig, dtype: torch.dtype, device: torch.device | str = "cpu", backend: str = "auto"
+) -> gptneo_fast.GPTNeoForCausalLM:
+    """Our model with the weights of theirs."""
+    with torch.device(device):
+        model = gptneo_fast.GPTNeoForCausalLM(config, backend=backend)
+    model.to(dtype)
+    model.load_state_dict(theirs.state_dict())
+    return model.eval()
+
+
+@functools.lru_cache(maxsize=2)
+def pair(shape: str, dtype: torch.dtype) -> tuple[Any, gptneo_fast.GPTNeoForCausalLM]:
+    """(transformers' model on its eager path, ours), with equal random weights."""
+    config = config_of(shape)
+    theirs = peer_of(config, dtype)
+    return theirs, ours_of(theirs, config, dtype)
