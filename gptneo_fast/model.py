@@ -41,25 +41,36 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x + attention(norm(x)), and the weights [B, H, T, S] where they are wanted. x: [B, T, C]."""
         wq, wk, wv = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
-        qkv = op.norm_qkv(x, norm.weight, norm.bias, wq, wk, wv, norm.eps)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in qkv)  # [B, H, T, D]
+        args = (x, norm.weight, norm.bias, wq, wk, wv, norm.eps)
         dropout = self.attention_dropout if self.training else 0.0
-        if want_weights or dropout or rows.mask is not None:
-            y, weights = self._masked(q, k, v, rows, cache, op, dropout)
+        masked = want_weights or dropout > 0 or rows.mask is not None
+        weights = None
+        if cache is not None and cache.get_seq_length() > 0 and x.shape[1] <= STEP and not masked:
+            y = self._step(args, rows.starts, cache, op)
         else:
-            y, weights = self._attend(q, k, v, rows, cache, op), None
+            q, k, v = (self._heads(t) for t in op.norm_qkv(*args))
+            if masked:
+                y, weights = self._masked(q, k, v, rows, cache, op, dropout)
+            else:
+                y = self._attend(q, k, v, rows, cache, op)
         return _add(op, y, self.out_proj, x, self.resid_dropout if self.training else 0.0), weights
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
+
+    def _step(self, qkv_args: tuple, starts: Tensor | None, cache: KVCache, op: ModuleType) -> Tensor:
+        """A short step over a past: appends first, then reads everything from the slots. Returns [B, T, C]."""
+        k_cache, v_cache = cache.keys[self.layer], cache.values[self.layer]
+        q = self._heads(op.norm_qkv_append(*qkv_args, k_cache, v_cache, cache.lengths, starts))
+        seen = cache.past(self.layer, cache.get_seq_length() + q.shape[2])
+        return op.decode_attention(q, *seen, cache.lengths, self.window, starts)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: KVCache | None, op: ModuleType) -> Tensor:
         """Attention over ranges of columns; appends to the cache. Returns [B, T, C]."""
         if cache is None:
             return op.attention(q, k, v, self.window, rows.starts, rows.ends)
-        past, T = cache.get_seq_length(), q.shape[2]
+        past = cache.get_seq_length()
         k_cache, v_cache = cache.keys[self.layer], cache.values[self.layer]
-        if past > 0 and T <= STEP:  # append, then read everything from the slots
-            op.kv_append(k_cache, v_cache, k, v, cache.lengths, rows.starts)
-            seen = cache.past(self.layer, past + T)
-            return op.decode_attention(q, *seen, cache.lengths, self.window, rows.starts)
         old = (*cache.past(self.layer, past), cache.lengths) if past else ()
         y = op.attention(q, k, v, self.window, rows.starts, rows.ends, *old)
         op.kv_append(k_cache, v_cache, k, v, cache.lengths, rows.starts)

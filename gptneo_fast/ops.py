@@ -36,6 +36,12 @@ def _heads_merged(q: Tensor, *_: object, **__: object) -> Tensor:
     return q.new_empty(B, T, H * D)
 
 
+def _padded_logits(x: Tensor, nw: Tensor, nb: Tensor, weight: Tensor, eps: float) -> Tensor:
+    V = weight.shape[0]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(*x.shape[:-1], V + -V % reference.LOGITS_ALIGN, dtype=dtype)[..., :V]
+
+
 embed = _op(
     "embed(Tensor ids, Tensor position_ids, Tensor wte, Tensor wpe, Tensor? token_type_ids=None) -> Tensor",
     lambda ids, position_ids, wte, wpe, token_type_ids=None: wte.new_empty(*ids.shape, wte.shape[1]),
@@ -67,8 +73,17 @@ kv_append = _op(
     "kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, Tensor? starts=None) -> ()",
     lambda *_: None,
 )
+norm_qkv_append = _op(
+    "norm_qkv_append(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor wq, Tensor wk, Tensor wv, float eps,"
+    " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? starts=None) -> Tensor",
+    lambda x, nw, nb, wq, *_, **__: x.new_empty(*x.shape[:-1], wq.shape[0]),
+)
+lm_head = _op("lm_head(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, float eps) -> Tensor", _padded_logits)
 
-NAMES = ("embed", "layer_norm", "norm_linear", "norm_qkv", "linear_add", "attention", "decode_attention", "kv_append")
+NAMES = (
+    *("embed", "layer_norm", "norm_linear", "norm_qkv", "linear_add", "attention", "decode_attention", "kv_append"),
+    *("norm_qkv_append", "lm_head"),
+)
 BACKENDS = ("auto", "triton", "reference")
 
 

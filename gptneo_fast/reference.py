@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LOGITS_ALIGN = 8  # a row of logits takes a multiple of this many elements
 _QUERY_BLOCK = 256  # queries whose scores exist at one time: [B, H, 256, S] and never [B, H, T, S]
 
 
@@ -178,6 +179,52 @@ def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: T
         if starts is not None:
             value = torch.where((starts < T)[:, None, None, None], value, cache[rows, :, slots])
         cache[rows, :, slots] = value
+
+
+def norm_qkv_append(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """`norm_qkv`, with k and v going straight into the cache as `kv_append` puts them there: how a step begins.
+
+    Args:
+        x: [B, T, C]. norm_weight, norm_bias: [C]. wq, wk, wv: [C, C].
+        k_cache, v_cache: [B, H, R, D], the whole cache of a layer, changed.
+        lengths: int32 [B], tokens held before. starts: int32 [B], columns of left padding; None for none.
+
+    Returns:
+        q: [B, T, C]
+    """
+    q, k, v = norm_qkv(x, norm_weight, norm_bias, wq, wk, wv, eps)
+    heads = (k_cache.shape[1], k_cache.shape[3])
+    k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in (k, v))  # [B, H, T, D]
+    kv_append(k_cache, v_cache, k, v, lengths, starts)
+    return q
+
+
+def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The final norm and the head, in the dtype that sampling works in.
+
+    Args:
+        x: [..., C], before the final norm. norm_weight, norm_bias: [C].
+        weight: [V, C].
+
+    Returns:
+        Logits [..., V], float32 or wider. In memory a row takes V rounded up to a multiple of 8 (`LOGITS_ALIGN`), so
+        that rows begin on 16 bytes whatever V is; what stands after column V - 1 means nothing.
+    """
+    logits = F.linear(layer_norm(x, norm_weight, norm_bias, eps), weight)
+    logits = logits.to(torch.promote_types(x.dtype, torch.float32))
+    return F.pad(logits, (0, -weight.shape[0] % LOGITS_ALIGN))[..., : weight.shape[0]]
 
 
 def masked_attention(

@@ -153,6 +153,23 @@ def _kv_append() -> Iterator[Sample]:
         yield Sample(f"T {T}, lengths {lengths}, starts {starts}", (*cache, *new, _int32(*lengths), begin), mutates=(0, 1))
 
 
+def _norm_qkv_append() -> Iterator[Sample]:
+    for B, T, H, D, lengths, starts in (
+        *((1, 1, 4, 16, (9,), None), (3, 1, 2, 24, (0, 9, 1000), None), (3, 4, 2, 8, (8, 19, 3), None)),
+        *((2, 13, 4, 4, (0, 7), None), (3, 6, 4, 16, (0, 2, 9), (0, 4, 6)), (33, 2, 1, 64, tuple(range(33)), None)),
+    ):
+        C, cache = H * D, (_random(B, H, 10, D, seed=5), _random(B, H, 10, D, seed=6))
+        weights = (_random(C, C, scale=C**-0.5, seed=i) for i in range(3))
+        begin = None if starts is None else _int32(*starts)
+        args = (_random(B, T, C), *_norm(C), *weights, EPS, *cache, _int32(*lengths), begin)
+        yield Sample(f"{B} x {T} of {H} x {D}, starts {starts}", args, mutates=(7, 8))
+
+
+def _lm_head() -> Iterator[Sample]:
+    for B, C, V in ((1, 64, 97), (3, 48, 40), (17, 128, 51), (65, 16, 33)):
+        yield Sample(f"{B} rows of {C} to {V}", (_random(B, 1, C), *_norm(C), _random(V, C, scale=C**-0.5), EPS))
+
+
 SAMPLES: dict[str, Callable[[], Iterator[Sample]]] = {
     "embed": _embed,
     "layer_norm": _layer_norm,
@@ -162,4 +179,6 @@ SAMPLES: dict[str, Callable[[], Iterator[Sample]]] = {
     "attention": _attention,
     "decode_attention": _decode_attention,
     "kv_append": _kv_append,
+    "norm_qkv_append": _norm_qkv_append,
+    "lm_head": _lm_head,
 }
