@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow lint bench clean
 
-$(BIN)/gptneo-fast: pyproject.toml setup.py
+$(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q -e .

@@ -148,7 +148,7 @@ def _machine() -> dict[str, Any]:
 
     import torch
 
-    from . import ops
+    from . import extension, ops
     from .device import why_no_cuda
 
     def version_of(package: str) -> str:
@@ -170,6 +170,7 @@ def _machine() -> dict[str, Any]:
         "cuda devices": ", ".join(devices) or f"none: {why_no_cuda()}",
         "backend reference": "usable on every device; what 'auto' takes",
         "backend triton": f"not usable: {ops.WHY_NOT_TRITON}",
+        "C++ extension": extension.status(),
     }
 
 

@@ -17,7 +17,7 @@ FLOORS = [
     ["errors"],
     ["jsonfile"],
     ["hub", "rules", "device"],
-    ["config", "reference"],
+    ["config", "reference", "extension"],
     ["ops"],
     ["cache"],
     ["masks", "outputs"],

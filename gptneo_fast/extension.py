@@ -1,0 +1,84 @@
+"""The C++ extension that `csrc/` becomes: loaded at its first use, and where it cannot be used, why not.
+
+An install makes as much of it as the machine can (setup.py) and leaves a report beside it. Nothing here raises because the
+extension is missing: `why_not` and `why_not_on` say so, and `kv_append` is called only after they have given None.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import DeviceError, InputError
+
+LIBRARY = Path(__file__).with_name("_csrc.so")
+REPORT = Path(__file__).with_name("_csrc.json")
+
+
+def built() -> str:
+    """What the install made of it and why not more, in words: `built for the CPU only: no nvcc in ...`."""
+    try:
+        return str(json.loads(REPORT.read_text())["line"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "not built: installed without running setup.py; `pip install .` builds it"
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Load the library, once; None where that worked, else the reason."""
+    if not LIBRARY.is_file():
+        return built()
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except (OSError, RuntimeError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]  # torch wraps what the loader says
+        return f"cannot be loaded with torch {torch.__version__}: {reason}; install gptneo_fast again, with this torch in place"
+    return None
+
+
+@functools.cache
+def why_not_on(device: torch.device) -> str | None:
+    """Why the extension cannot serve tensors of a device (its driver, its architecture), or None where it can."""
+    reason = why_not()
+    if reason is None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        fault = torch.ops.gptneo_fast_csrc.cuda_fault(index)
+        return f"not usable on cuda:{index}: {fault}" if fault else None
+    if reason is None and device.type != "cpu":
+        return f"it serves the CPU and CUDA, not {device.type}"
+    return reason
+
+
+def status() -> str:
+    """One line for `gptneo-fast info`: what was built, whether it loads, and for each CUDA device whether it can run."""
+    reason = why_not()
+    if reason is not None:
+        return reason
+    faults = [why_not_on(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    return "; ".join([built(), *filter(None, faults)])
+
+
+def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None = None) -> None:
+    """`reference.kv_append` in one pass (one launch on CUDA, on torch's current stream), the cache changed in place.
+
+    Args:
+        k_cache, v_cache: [B, H, R, D] float16, bfloat16, float32 or float64, of any strides without overlap.
+        k, v: [B, H, T, D] of the same dtype, of any strides; rows that start at multiples of 16 bytes are fastest.
+        lengths: int32 [B], tokens held before. starts: int32 [B] or None.
+
+    Raises:
+        InputError: a shape, dtype, device or stride does not fit, or on the CPU a length or start is out of range; nothing
+            has been written. On CUDA, where looking at these values would wait for the device, such a row is left alone.
+        DeviceError: the launch failed.
+    """
+    try:
+        torch.ops.gptneo_fast_csrc.kv_append(k_cache, v_cache, k, v, lengths, starts)
+    except RuntimeError as error:
+        text = str(error).partition("\nException raised from")[0]
+        if text.startswith("kv_append: "):
+            raise InputError(text) from None
+        raise DeviceError(text) from error
