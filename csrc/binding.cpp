@@ -26,6 +26,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMostTokens = 1 << 30;  // of all heads of a row: block indices stay below 2^31
 
 // An argument that does not fit; gptneo_fast/extension.py knows these by how they begin.
 template <typename... Parts>
@@ -92,9 +93,9 @@ void check_all(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, co
   if (starts) check_counts("starts", *starts, k_cache);
   check(R > 0 || k.numel() == 0, "k_cache has 0 slots; give it at least one to store tokens in");
   const int64_t B = k_cache.size(0), H = k_cache.size(1);
-  check(B <= 65535, "batch of ", B, " rows exceeds 65535; split it");
-  check(T <= kInt32Max && R <= kInt32Max && H <= kInt32Max && H * std::min(T, R) <= kInt32Max, "H x min(T, slots) = ", H,
-        " x ", std::min(T, R), " exceeds ", kInt32Max, "; append in pieces");
+  check(B <= 32767, "a batch of ", B, " rows exceeds 32767; split it");
+  check(T <= kInt32Max && R <= kInt32Max && H <= kInt32Max && H * std::min(T, R) <= kMostTokens, "H x min(T, slots) = ", H,
+        " x ", std::min(T, R), " exceeds ", kMostTokens, "; append in pieces");
 }
 
 Heads heads(const Tensor& t, bool written, int64_t size, int64_t width, bool dense) {

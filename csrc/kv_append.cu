@@ -7,36 +7,43 @@ namespace gptneo_fast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMany = 4;             // rows a thread copies where there is work for all SMs; its loads are independent
-constexpr int64_t kManyFrom = 4096;  // blocks of one row a thread: 31 for each of 132 SMs
+constexpr int kMany = 4;           // tokens a thread copies where that leaves work for all SMs; its loads are independent
+constexpr int64_t kManyFrom = 512;  // blocks of that kind: about 4 for each of 132 SMs
 
-// Rows of a batch entry are numbered h * count + i for token i of head h: neighbouring threads write neighbouring slots.
-template <typename Granule, int ROWS>
+// threadIdx.x walks along the row of a token, threadIdx.y along tokens: neighbouring threads write neighbouring bytes.
+// With one token a thread, tokens of all heads are numbered h * count + i, so that a step of one token fills its blocks;
+// with more, blockIdx.y is the head, and no thread divides.
+template <typename Granule, int TOKENS>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ Append a) {
-  const int32_t b = blockIdx.y;
-  const Heads& from = blockIdx.z ? a.v : a.k;
-  const Heads& to = blockIdx.z ? a.v_cache : a.k_cache;
+  const int32_t b = blockIdx.z >> 1;
+  const Heads& from = blockIdx.z & 1 ? a.v : a.k;
+  const Heads& to = blockIdx.z & 1 ? a.v_cache : a.k_cache;
   const Span span = stored_span(a, b);
-  const int32_t rows = a.H * span.count;
-  const char* source = from.data + b * from.batch;
-  char* target = to.data + b * to.batch;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * ROWS + threadIdx.y;
+  int32_t h = blockIdx.y, i = blockIdx.x * (blockDim.y * TOKENS) + threadIdx.y;
+  if constexpr (TOKENS == 1) {
+    if (i >= a.H * span.count) return;  // all of them where the span is empty
+    h = i / span.count;
+    i -= h * span.count;
+  }
+  const char* source = from.data + b * from.batch + h * from.head;
+  char* target = to.data + b * to.batch + h * to.head;
   for (int32_t g = threadIdx.x; g < a.granules; g += blockDim.x) {
-    Granule value[ROWS];
-    char* place[ROWS];
+    Granule value[TOKENS];
 #pragma unroll
-    for (int u = 0; u < ROWS; ++u) {
-      const int64_t row = first + u * blockDim.y;
-      place[u] = nullptr;
-      if (row >= rows) continue;
-      const int32_t h = static_cast<int32_t>(row) / span.count, i = static_cast<int32_t>(row) - h * span.count;
-      const int64_t slot = slot_after(span.slot, i, a.R), column = span.column + i;
-      value[u] = *reinterpret_cast<const Granule*>(source + h * from.head + column * from.token + g * from.granule);
-      place[u] = target + h * to.head + slot * to.token + g * to.granule;
+    for (int u = 0; u < TOKENS; ++u) {
+      const int32_t n = i + u * blockDim.y;
+      if (n < span.count) {
+        const int64_t column = span.column + n;
+        value[u] = *reinterpret_cast<const Granule*>(source + column * from.token + g * from.granule);
+      }
     }
 #pragma unroll
-    for (int u = 0; u < ROWS; ++u) {
-      if (place[u]) *reinterpret_cast<Granule*>(place[u]) = value[u];
+    for (int u = 0; u < TOKENS; ++u) {
+      const int32_t n = i + u * blockDim.y;
+      if (n < span.count) {
+        const int64_t slot = slot_after(span.slot, n, a.R);
+        *reinterpret_cast<Granule*>(target + slot * to.token + g * to.granule) = value[u];
+      }
     }
   }
 }
@@ -44,14 +51,13 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
 template <typename Granule>
 void launch(const Append& a, cudaStream_t stream) {
   const int x = a.granules < kThreads ? a.granules : kThreads, y = kThreads / x;
-  const int64_t rows = static_cast<int64_t>(a.H) * (a.T < a.R ? a.T : a.R);
-  const int64_t blocks = (rows + y - 1) / y;
-  const dim3 block(x, y);
-  if (blocks * a.B * 2 < kManyFrom) {
-    append_kernel<Granule, 1><<<dim3(static_cast<unsigned>(blocks), a.B, 2), block, 0, stream>>>(a);
+  const int64_t tokens = a.T < a.R ? a.T : a.R;
+  const auto blocks_of = [](int64_t rows, int64_t of) { return static_cast<unsigned>((rows + of - 1) / of); };
+  const dim3 block(x, y), many(blocks_of(tokens, y * kMany), a.H, 2 * a.B), few(blocks_of(tokens * a.H, y), 1, 2 * a.B);
+  if (tokens >= y * kMany && a.H <= 65535 && static_cast<int64_t>(many.x) * many.y * many.z >= kManyFrom) {
+    append_kernel<Granule, kMany><<<many, block, 0, stream>>>(a);
   } else {
-    const auto fewer = static_cast<unsigned>((blocks + kMany - 1) / kMany);
-    append_kernel<Granule, kMany><<<dim3(fewer, a.B, 2), block, 0, stream>>>(a);
+    append_kernel<Granule, 1><<<few, block, 0, stream>>>(a);
   }
 }
 
