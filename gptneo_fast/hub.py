@@ -66,7 +66,7 @@ class Source:
         """
         if self.folder is not None:
             path = self.folder / name
-            return path if path.exists() else None
+            return path if os.path.lexists(path) else None  # a link that leads nowhere is a fault and no absence
         return self._download(name)
 
     def _download(self, name: str) -> Path | None:

@@ -30,25 +30,34 @@ def read_object(path: Path, error: type[Exception], limit: int = MAX_BYTES) -> d
             data = file.read(limit + 1)
         if len(data) > limit:
             raise ValueError(f"it has more than {limit} bytes")
+    except (ValueError, OSError) as fault:
+        raise error(f"{path} is not JSON that can be read: {fault}") from fault
+    return parse_object(data, str(path), error)
+
+
+def parse_object(data: bytes, what: str, error: type[Exception]) -> dict[str, Any]:
+    """The JSON object in some bytes, as strictly as `read_object`; errors call them `what`."""
+    try:
         values = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer, parse_float=_finite, parse_constant=_not_finite
         )
     except UnicodeDecodeError as fault:
-        raise error(f"{path} is not UTF-8: {fault}") from fault
+        raise error(f"{what} is not UTF-8: {fault}") from fault
     except RecursionError as fault:
-        raise error(f"{path} is not JSON that can be read: nested too deep") from fault
-    except (ValueError, OSError) as fault:
-        raise error(f"{path} is not JSON that can be read: {fault}") from fault
+        raise error(f"{what} is not JSON that can be read: nested too deep") from fault
+    except ValueError as fault:
+        raise error(f"{what} is not JSON that can be read: {fault}") from fault
     if not isinstance(values, dict):
-        raise error(f"{path} holds a {type(values).__name__}, not an object")
+        raise error(f"{what} holds a {type(values).__name__}, not an object")
     return values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        keys = [k for k, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+        seen = set[str]()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:200]!r} is given twice")
     return values
 
 

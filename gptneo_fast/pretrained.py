@@ -164,6 +164,8 @@ class GPTNeoPreTrainedModel(nn.Module):
         local_files_only: bool = False,
         subfolder: str = "",
         use_safetensors: bool | None = None,
+        allow_pickle: bool = True,
+        check_finite: bool = True,
         strict: bool = True,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
@@ -177,6 +179,8 @@ class GPTNeoPreTrainedModel(nn.Module):
             device_map: one device ("cpu", "cuda:1", "auto", {"": device}); None for the CPU.
             backend: "auto", "triton" or "reference".
             use_safetensors: True for safetensors only, False for `pytorch_model.bin` only.
+            allow_pickle: False refuses a checkpoint that has `pytorch_model.bin` only; no code in one is run either way.
+            check_finite: refuse NaN, infinities and values that dtype cannot hold.
             strict: refuse surplus tensors and an lm_head unlike the embedding it is tied to.
             ignore_mismatched_sizes: start a head of another size afresh.
             output_loading_info: return (model, info) with the keys missing, unexpected and mismatched.
@@ -195,24 +199,23 @@ class GPTNeoPreTrainedModel(nn.Module):
             local_files_only=local_files_only,
             subfolder=subfolder,
         )
-        if config is None:
-            config = GPTNeoConfig.from_source(source, **overrides)
-        elif overrides:
-            config = config.replace(**overrides)
+        config = GPTNeoConfig.from_source(source, **overrides) if config is None else config.replace(**overrides)
         wanted = dtype if dtype is not None else torch_dtype
         chosen = as_dtype("auto" if wanted is None else wanted) or as_dtype(config.dtype or "auto")
         with torch.device("meta"):
             model = cls(config, backend=backend)
-        files = checkpoint.find(source, use_safetensors)
-        report = checkpoint.load_into(
-            model,
-            files.tensors(),
-            dtype=chosen,
-            device=as_device(device_map),
-            where=source.name,
-            strict=strict,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-        )
+        device = as_device(device_map)
+        with checkpoint.find(source, use_safetensors, allow_pickle).open() as tensors:
+            report = checkpoint.load_into(
+                model,
+                tensors,
+                dtype=chosen,
+                device=device,
+                where=source.name,
+                strict=strict,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                check_finite=check_finite,
+            )
         for key in report.missing_keys:
             model._init_weights(model.get_submodule(key.rpartition(".")[0]))
         config.dtype = str(model.dtype).removeprefix("torch.")
@@ -247,11 +250,11 @@ class GPTNeoPreTrainedModel(nn.Module):
         tensors = dict(state_dict if state_dict is not None else self.state_dict())
         if self.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
-        checkpoint.save(tensors, folder, max_shard_size)
         config = self.config.replace(architectures=[type(self).__name__], dtype=str(self.dtype))
-        config.save_pretrained(folder)
+        texts = {"config.json": config.to_json_string()}
         if isinstance(generation := getattr(self, "generation_config", None), GenerationConfig):
-            generation.save_pretrained(folder)
+            texts["generation_config.json"] = generation.to_json_string()
+        checkpoint.save(tensors, folder, max_shard_size, texts)
 
 
 def _screen(others: dict[str, Any], attn_implementation: str | None) -> dict[str, Any]:

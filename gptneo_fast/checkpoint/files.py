@@ -1,120 +1,138 @@
-"""Weight files: which of them a source holds, reading their tensors one by one, writing them."""
+"""Weight files: which of them a source holds, opening them, and that shards and index agree."""
 
 from __future__ import annotations
 
 import os
-import pickle
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from ..errors import CheckpointError, UnsafeCheckpointError, UnsafePathError
+from ..errors import CheckpointError, UnsafeCheckpointError, UnsafePathError, warn_once
 from ..hub import Source
 from ..jsonfile import read_object
+from . import pickled, safetensors
+from .shapes import some
+from .stored import Stored, WeightFile
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+MAX_INDEX, MAX_KEYS, MAX_SHARDS = 16 << 20, 65536, 4096  # bytes; 1024 layers have 13 thousand keys
+_READERS: dict[str, Callable[[WeightFile], list[Stored]]] = {SAFETENSORS: safetensors.stored_in, PICKLE: pickled.stored_in}
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weight files of one checkpoint: one file, or shards with the index that names the tensors of each."""
+    """The weight files of one checkpoint: one file, or shards with the index that says which tensors each holds.
+
+    kind: the name that a single file has, which says how all are read. weight_map: tensor -> file name, of an index.
+    """
 
     paths: tuple[Path, ...]
-    safetensors: bool
+    kind: str
+    index: Path | None = None
+    weight_map: dict[str, str] | None = None
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with the name its file gives it, on the CPU, one at a time.
+    @contextmanager
+    def open(self) -> Iterator[list[Stored]]:
+        """Every tensor's place, all headers screened; files stay open until the end and may not have changed then.
 
         Raises:
-            CheckpointError: a file that cannot be read, or a name in two files.
-            UnsafeCheckpointError: a pickle that would run code.
+            CheckpointError: a file that cannot be read, a name in two files, shards unlike their index.
+            UnsafeCheckpointError: a pickle that would run code or claims more than it holds.
         """
-        seen: dict[str, Path] = {}
-        for path in self.paths:
-            for name, tensor in _read_safetensors(path) if self.safetensors else _read_pickle(path):
-                if name in seen:
-                    raise CheckpointError(f"tensor {name!r} stands both in {seen[name].name} and in {path.name}")
-                seen[name] = path
-                yield name, tensor
+        with ExitStack() as stack:
+            files = []
+            for path in self.paths:
+                files.append(WeightFile(path))
+                stack.callback(files[-1].close)
+            tensors = [tensor for file in files for tensor in _READERS[self.kind](file)]
+            self._check_names(tensors)
+            yield tensors
+            for file in files:
+                file.check_unchanged()
+
+    def _check_names(self, tensors: list[Stored]) -> None:
+        seen: dict[str, Stored] = {}
+        for tensor in tensors:
+            if (other := seen.setdefault(tensor.name, tensor)) is not tensor:
+                raise CheckpointError(
+                    f"tensor {tensor.name[:200]!r} stands both in {other.file.path.name} and in {tensor.file.path.name}"
+                )
+        if self.weight_map is None:
+            return
+        for name, shard in self.weight_map.items():
+            if name not in seen:
+                raise CheckpointError(f"{self.index} says that {shard!r} holds tensor {name[:200]!r}; no shard does")
+            if (holds := seen[name].file.path.name) != shard:
+                raise CheckpointError(f"{self.index} says that {shard!r} holds tensor {name[:200]!r}; {holds!r} does")
+        if extra := sorted(seen.keys() - self.weight_map.keys()):
+            raise CheckpointError(
+                f"{seen[extra[0]].file.path} holds tensor {extra[0][:200]!r}, which {self.index} does not list"
+            )
 
 
-def find(source: Source, use_safetensors: bool | None = None) -> WeightFiles:
+def find(source: Source, use_safetensors: bool | None = None, allow_pickle: bool = True) -> WeightFiles:
     """The weight files that a source holds: safetensors first, then pickles, each as one file or as shards.
 
     Args:
         source: folder or repository.
         use_safetensors: True for safetensors only, False for `pytorch_model.bin` only, None for either.
+        allow_pickle: False refuses `pytorch_model.bin`.
 
     Raises:
         CheckpointError: none of the files is there; lists those looked for.
+        UnsafeCheckpointError: only a `pytorch_model.bin` is there, and `allow_pickle` is False.
     """
     looked: list[str] = []
-    for name, safetensors in ((SAFETENSORS, True), (PICKLE, False)):
-        if use_safetensors is not None and use_safetensors != safetensors:
+    for kind in (SAFETENSORS, PICKLE):
+        if use_safetensors is not None and use_safetensors != (kind == SAFETENSORS):
             continue
-        if path := source.file(name):
-            return WeightFiles((path,), safetensors)
-        if index := source.file(f"{name}.index.json"):
-            return WeightFiles(_shards(source, index), safetensors)
-        looked += [name, f"{name}.index.json"]
+        looked += [kind, f"{kind}.index.json"]
+        path = source.file(kind)
+        found = path or source.file(f"{kind}.index.json")
+        if found is None:
+            continue
+        if kind == PICKLE:
+            _about_pickle(source, allow_pickle)
+        return WeightFiles((found,), kind) if path else _shards(source, found, kind)
     raise CheckpointError(f"{source.name!r} holds no weights; looked for {', '.join(looked)}")
 
 
-def _shards(source: Source, index: Path) -> tuple[Path, ...]:
-    weight_map = read_object(index, CheckpointError).get("weight_map")
+def _about_pickle(source: Source, allow_pickle: bool) -> None:
+    convert = "model.save_pretrained(folder) writes safetensors"
+    if not allow_pickle:
+        raise UnsafeCheckpointError(f"{source.name!r} holds {PICKLE} only, and allow_pickle=False refuses it; {convert}")
+    warn_once(f"{source.name!r} holds {PICKLE} only: its tensors are read and no code in it is run; {convert}")
+
+
+def _shards(source: Source, index: Path, kind: str) -> WeightFiles:
+    weight_map = read_object(index, CheckpointError, MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is no index of shards: it needs a 'weight_map' from tensor to file")
-    names = sorted({str(name) for name in weight_map.values()})
-    paths = []
+    if len(weight_map) > MAX_KEYS:
+        raise CheckpointError(f"{index} lists {len(weight_map)} tensors, of at most {MAX_KEYS}")
+    if bad := next((v for v in weight_map.values() if not isinstance(v, str)), None):
+        raise CheckpointError(f"{index}: weight_map names a {type(bad).__name__} as a shard; it maps tensor to file name")
+    names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
+        raise CheckpointError(f"{index} lists {len(names)} shards, of at most {MAX_SHARDS}")
     for name in names:
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-            raise UnsafePathError(f"{index} names the shard {name!r}; a shard is a file beside its index")
-        path = source.file(name)
-        if path is None:
-            there = sorted(n for n in names if source.file(n))
-            raise CheckpointError(f"shard {name!r} named by {index} is missing; present: {', '.join(there) or 'none'}")
-        paths.append(path)
-    return tuple(paths)
+        check_name(name, index)
+    paths = {name: source.file(name) for name in names}
+    if absent := [name for name, path in paths.items() if path is None]:
+        there = [name for name in names if name not in absent]
+        raise CheckpointError(
+            f"{some(absent)} named by {index} {'is' if len(absent) == 1 else 'are'} missing; present: {some(there) or 'none'}"
+        )
+    return WeightFiles(tuple(path for path in paths.values() if path), kind, index, weight_map)
 
 
-def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+def check_name(name: str, index: Path) -> None:
+    """Refuse a shard's name that is not that of a file beside its index.
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise CheckpointError(f"{path} ({size} bytes) is not a safetensors file: {error}; interrupted download?") from error
-
-
-def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UnsafeCheckpointError(f"{path} holds more than tensors and was not loaded: {error}") from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint that torch.save wrote: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a map from names to tensors")
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor")
-        yield name, tensor
-
-
-def save(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str = "50GB") -> None:
-    """Write safetensors into `folder`, in shards where they exceed `max_shard_size`; files appear whole or not at all."""
-    from huggingface_hub import save_torch_state_dict
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:
-        whole = {k: t.detach().contiguous() for k, t in tensors.items()}
-        save_torch_state_dict(whole, part, max_shard_size=max_shard_size, metadata={"format": "pt"})
-        for file in sorted(Path(part).iterdir()):
-            os.replace(file, folder / file.name)
+    Raises:
+        UnsafePathError: a path, a name that no file system takes, or one with characters that are not printed.
+    """
+    plain = name == os.path.basename(name) and name not in ("", ".", "..") and "\\" not in name and name.isprintable()
+    if not plain or len(name.encode("utf-8", "surrogatepass")) > 255:
+        raise UnsafePathError(f"{index} names the shard {name[:80]!r}; a shard is a file beside its index")

@@ -1,4 +1,7 @@
-"""Tensors of a checkpoint into the parameters of a model: foreign names, dtypes, what is missing and what is too much."""
+"""Tensors of a checkpoint into the parameters of a model: foreign names, dtypes, what is missing and what is too much.
+
+Everything is held against the configuration before the first weight is read.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, warn_once
+from .copying import Copier, copier_for
+from .shapes import check_shapes, layers_hint, some
+from .stored import Stored
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.")
 _MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.attention\.(bias|masked_bias)")
-_HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.")
-_FIELDS = {  # parameter -> fields of the configuration that give its shape
-    "wte.weight": "vocab_size, hidden_size",
-    "wpe.weight": "max_position_embeddings, hidden_size",
-}
 
 
 @dataclass
@@ -36,65 +39,108 @@ def canonical(name: str) -> str | None:
 
 def load_into(
     model: nn.Module,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[Stored],
     *,
     dtype: torch.dtype | None,
     device: torch.device,
     where: str,
     strict: bool = True,
     ignore_mismatched_sizes: bool = False,
+    check_finite: bool = True,
 ) -> LoadReport:
     """Give every parameter of `model`, which may be on the meta device, its tensor.
 
     Args:
-        model: its parameters are replaced. Shared parameters stay shared.
-        tensors: names and values in any order.
-        dtype: of the parameters; None for that of the first floating-point tensor.
+        model: its parameters are replaced, all or none. Shared parameters stay shared.
+        tensors: places of the weights, in the order to read them.
+        dtype: of the parameters; None for that of the first tensor that a parameter takes.
         device: of the parameters.
         where: what errors call the checkpoint.
         strict: refuse tensors that nothing takes, and an lm_head that is not the embedding it is tied to.
         ignore_mismatched_sizes: start head parameters of another shape afresh.
+        check_finite: refuse NaN, infinities and values that `dtype` cannot hold.
 
     Raises:
-        CheckpointError: a tensor of another shape or kind, one missing, one too many.
+        CheckpointError: tensors of another shape or kind, missing or too many; a value that is not finite.
     """
     owners = _owners(model)
-    tied = {k for k, places in owners.items() if "lm_head.weight" in places and k != "lm_head.weight"}
-    report, loaded, too_much = LoadReport(), set[str](), list[str]()
-    head: Tensor | None = None
-    for name, tensor in tensors:
-        key = canonical(name)
-        if key is None:
-            continue
-        if key == "lm_head.weight" and tied:
-            head = tensor
-        elif key not in owners:
-            (report.unexpected_keys if key.startswith(_HEADS) else too_much).append(name)
-        elif not tensor.is_floating_point():
-            raise CheckpointError(f"{where}: tensor {name!r} is {tensor.dtype}; weights are floating point")
-        elif tensor.shape != (param := _first(owners, key, model)).shape:
-            if not (ignore_mismatched_sizes and key.startswith(_HEADS)):
-                raise _shape_error(where, name, key, tensor, param)
-            report.mismatched_keys.append(name)
-        else:
-            dtype = dtype or tensor.dtype
-            _place(model, owners[key], tensor.to(device=device, dtype=dtype, copy=True))
-            loaded.add(key)
-    if head is not None and "wte.weight" in loaded:
-        _check_tied(head, _first(owners, "wte.weight", model), where, strict)
-    if too_much and strict:
-        raise CheckpointError(f"{where}: {_some(too_much)} fit no parameter; does config.json belong to these weights?")
-    report.unexpected_keys += too_much
-    missing = [k for k in owners if k not in loaded]
-    if trunk := [k for k in missing if not k.startswith(_HEADS)]:
-        raise CheckpointError(f"{where}: no tensor for {_some(trunk)}; does config.json belong to these weights?")
-    for key in missing:
-        empty = torch.empty_like(_first(owners, key, model), device=device, dtype=dtype)
-        _place(model, owners[key], empty)
-    report.missing_keys = missing
-    if missing:
-        warn_once(f"{where} has no weights for {_some(missing)}: freshly initialised, train them before use")
+    plan = _Plan(where, {key: tuple(model.get_parameter(_path(model, key)).shape) for key in owners}, _tied_head(owners))
+    for tensor in tensors:
+        plan.add(tensor)
+    report = plan.check(strict, ignore_mismatched_sizes)
+    copier = copier_for(device, check_finite)
+    new: dict[str, Tensor] = {}
+    for key, tensor in plan.taken.items():
+        dtype = dtype or tensor.dtype
+        new[key] = torch.empty(tensor.shape, dtype=dtype, device=device)
+        copier.fill(tensor, new[key])
+    copier.finish()
+    if plan.head is not None and "wte.weight" in new:
+        _check_tied(copier, plan.head, new["wte.weight"], where, strict)
+    for key in report.missing_keys:
+        new[key] = torch.empty(plan.shapes[key], dtype=dtype, device=device)
+    for key, value in new.items():
+        _place(model, owners[key], value)
+    if report.missing_keys:
+        warn_once(f"{where} has no weights for {some(report.missing_keys)}: freshly initialised, train them before use")
+    if others := [name for name in report.unexpected_keys if canonical(name) != "lm_head.weight"]:
+        warn_once(f"{where}: {some(others)} belong to another class than {type(model).__name__} and were not loaded")
     return report
+
+
+@dataclass
+class _Plan:
+    """Which tensor goes where, and all that speaks against it."""
+
+    where: str
+    shapes: dict[str, tuple[int, ...]]  # of the parameters
+    tied_head: bool
+    taken: dict[str, Stored] = field(default_factory=dict)
+    head: Stored | None = None  # lm_head.weight where it is tied
+    surplus: list[str] = field(default_factory=list)
+    other_heads: list[str] = field(default_factory=list)
+    no_floats: list[Stored] = field(default_factory=list)
+
+    def add(self, tensor: Stored) -> None:
+        """Find the parameter of one tensor."""
+        key = canonical(tensor.name)
+        if key is None:
+            return
+        if key in self.taken:
+            raise CheckpointError(f"{self.where}: {tensor.name!r} and {self.taken[key].name!r} are one parameter; keep one")
+        if key == "lm_head.weight" and self.tied_head:
+            self.head = tensor
+        elif key not in self.shapes:
+            (self.other_heads if key.startswith(HEADS) else self.surplus).append(tensor.name)
+        else:
+            self.taken[key] = tensor
+            if tensor.dtype not in FLOATS:
+                self.no_floats.append(tensor)
+
+    def check(self, strict: bool, ignore_mismatched_sizes: bool) -> LoadReport:
+        """What will be loaded, or every reason why not.
+
+        Raises:
+            CheckpointError: names tensors and the fields of config.json that they do not fit.
+        """
+        mismatched = []
+        if ignore_mismatched_sizes:
+            mismatched = [k for k, t in self.taken.items() if k.startswith(HEADS) and t.shape != self.shapes[k]]
+        names = [self.taken.pop(key).name for key in mismatched]
+        missing = [key for key in self.shapes if key not in self.taken]
+        faults = []
+        if self.no_floats:
+            kinds = ", ".join(f"{t.name[:200]!r} is {str(t.dtype).removeprefix('torch.')}" for t in self.no_floats[:4])
+            faults.append(f"weights are float32, float16, bfloat16 or float64, but tensor {kinds}")
+        if fault := check_shapes(self.taken, self.shapes):
+            faults.append(fault)
+        if trunk := [key for key in missing if not key.startswith(HEADS)]:
+            faults.append(f"no tensor for {some(trunk)}{layers_hint(self.taken, self.surplus, self.shapes)}")
+        if self.surplus and strict:
+            faults.append(f"{some(self.surplus)} fit no parameter{layers_hint(self.taken, self.surplus, self.shapes)}")
+        if faults:
+            raise CheckpointError(f"{self.where}: {'; '.join(faults)}; does config.json belong to these weights?")
+        return LoadReport(missing, self.other_heads + self.surplus, names)
 
 
 def _owners(model: nn.Module) -> dict[str, list[str]]:
@@ -107,6 +153,10 @@ def _owners(model: nn.Module) -> dict[str, list[str]]:
     return owners
 
 
+def _tied_head(owners: dict[str, list[str]]) -> bool:
+    return any("lm_head.weight" in places and key != "lm_head.weight" for key, places in owners.items())
+
+
 def _place(model: nn.Module, keys: list[str], tensor: Tensor) -> None:
     """Make `tensor` the parameter at each of these places."""
     param = nn.Parameter(tensor)
@@ -115,16 +165,12 @@ def _place(model: nn.Module, keys: list[str], tensor: Tensor) -> None:
         model.get_submodule(module)._parameters[name] = param
 
 
-def _first(owners: dict[str, list[str]], key: str, model: nn.Module) -> Tensor:
-    return model.get_parameter(_path(model, owners[key][0]))
-
-
 def _path(model: nn.Module, key: str) -> str:
-    return f"transformer.{key}" if hasattr(model, "transformer") and not key.startswith(_HEADS) else key
+    return f"transformer.{key}" if hasattr(model, "transformer") and not key.startswith(HEADS) else key
 
 
-def _check_tied(head: Tensor, wte: Tensor, where: str, strict: bool) -> None:
-    if head.shape == wte.shape and torch.equal(head.to(device=wte.device, dtype=wte.dtype), wte):
+def _check_tied(copier: Copier, head: Stored, wte: Tensor, where: str, strict: bool) -> None:
+    if copier.equal(head, wte):
         return
     message = (
         f"{where}: lm_head.weight {list(head.shape)} differs from wte.weight {list(wte.shape)} though "
@@ -133,15 +179,3 @@ def _check_tied(head: Tensor, wte: Tensor, where: str, strict: bool) -> None:
     if strict:
         raise CheckpointError(f"{message}, or pass strict=False to use wte.weight")
     warn_once(f"{message}; wte.weight is used")
-
-
-def _shape_error(where: str, name: str, key: str, tensor: Tensor, param: Tensor) -> CheckpointError:
-    about = _FIELDS.get(key, "num_labels" if key.startswith(_HEADS) else "hidden_size, intermediate_size")
-    return CheckpointError(
-        f"{where}: tensor {name!r} is {list(tensor.shape)}, config.json ({about}) asks for {list(param.shape)}"
-        + ("; ignore_mismatched_sizes=True starts it afresh" if key.startswith(_HEADS) else "")
-    )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,118 @@
+"""A weight file that is held open, and the place of a tensor in it."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class WeightFile:
+    """A regular file, open for positioned reads; what stood in it at opening must stand there to the end.
+
+    Positioned reads and no memory map: a mapped file that shrinks kills the process, and its pages count as memory.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        CheckpointError: not a regular file, or it may not be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            kind = stat.S_IFMT(os.stat(path).st_mode)
+            if kind != stat.S_IFREG:  # before opening: that of a FIFO or a device waits, or does something
+                raise CheckpointError(f"{path} is {_KINDS.get(kind, 'no regular file')}; weights are a regular file")
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            link = ", a symbolic link that leads nowhere" if path.is_symlink() else ""
+            raise CheckpointError(f"{path}{link} cannot be read: {error.strerror}") from error
+        self._stat = os.fstat(self._descriptor)
+        self.size = self._stat.st_size  # bytes
+
+    def read(self, start: int, count: int) -> bytes:
+        """`count` bytes from `start` on, or as many as there are."""
+        try:
+            return os.pread(self._descriptor, count, start)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill `view` from the bytes from `start` on.
+
+        Raises:
+            CheckpointError: the file ends before, as it did not when it was opened.
+        """
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
+            if not count:
+                raise CheckpointError(
+                    f"{self.path} had {self.size} bytes when loading began and ends at byte {start + done} now: "
+                    "it was cut while it was read; load again once nothing writes to it"
+                )
+            done += count
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened.
+
+        Raises:
+            CheckpointError: its size or time of change is another.
+        """
+        now = os.fstat(self._descriptor)
+        if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
+            raise CheckpointError(
+                f"{self.path} changed while it was read ({self.size} bytes then, {now.st_size} now); "
+                "load again once nothing writes to it"
+            )
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._descriptor)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor's place in a weight file.
+
+    name: as the file gives it. shape: of the tensor. dtype: as it is stored, little-endian.
+    start: byte of its first element. strides: in elements, None for rows one after the other.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: WeightFile
+    start: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last, both included, as they lie in the file."""
+        if self.strides is None or not self.numel:
+            return self.numel
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
