@@ -148,7 +148,7 @@ def _machine() -> dict[str, Any]:
 
     import torch
 
-    from . import extension, ops
+    from . import backends, extension
     from .device import why_no_cuda
 
     def version_of(package: str) -> str:
@@ -168,8 +168,7 @@ def _machine() -> dict[str, Any]:
         "triton": version_of("triton"),
         "cpu threads": torch.get_num_threads(),
         "cuda devices": ", ".join(devices) or f"none: {why_no_cuda()}",
-        "backend reference": "usable on every device; what 'auto' takes",
-        "backend triton": f"not usable: {ops.WHY_NOT_TRITON}",
+        **backends.report(),
         "C++ extension": extension.status(),
     }
 
@@ -194,6 +193,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
         "cache bytes per token": f"{cache_bytes(config, 1, 1, model.dtype):,} within the window",
         f"cache bytes at {longest} tokens": f"{bounded:,} ({bounded / full:.0%} of a cache without bound)",
         "device": str(model.device),
+        "backend": str(model.backend),
         "tokenizer": repr(model.tokenizer) if model.tokenizer else "none",
     }
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import ops, reference
+from . import backends, reference
 from .cache import STEP, KVCache
 from .config import GPTNeoConfig
 from .masks import Rows
@@ -152,6 +152,8 @@ class Trace:
 class Transformer(nn.Module):
     """Token ids to the hidden states after the final norm. Arguments are taken as they are: callers check them."""
 
+    requested_backend: str  # as the caller named it; what it comes to depends on device, dtype and gradients
+
     def build(self, config: GPTNeoConfig, backend: str) -> None:
         """Make the modules; apart from `__init__`, which belongs to the class that this is mixed into."""
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -159,7 +161,7 @@ class Transformer(nn.Module):
         self.embed_dropout = config.embed_dropout
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.backend = backend
+        self.requested_backend = backend
         self.gradient_checkpointing = False
 
     def run(
@@ -180,7 +182,7 @@ class Transformer(nn.Module):
             cache: read, appended to and advanced by T columns.
             trace: filled with what it has lists for.
         """
-        op, T = ops.namespace(self.backend), x.shape[1]
+        op, T = self._functions(x), x.shape[1]
         if cache is not None:
             cache.reserve(T)
         if x.is_floating_point():
@@ -206,6 +208,12 @@ class Transformer(nn.Module):
         if trace.hidden_states is not None:
             trace.hidden_states.append(x)
         return x
+
+    def _functions(self, x: Tensor) -> ModuleType:
+        """The namespace that computes a call with these inputs."""
+        weight = self.wte.weight
+        grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return backends.choose(self.requested_backend, weight.device, weight.dtype, grad).functions
 
 
 def _add(op: ModuleType, x: Tensor, linear: nn.Linear, residual: Tensor, dropout: float) -> Tensor:

@@ -6,25 +6,42 @@ known shapes. Ops have no backward: training runs on the `reference` namespace.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .errors import InputError, SetupError
 
 _LIBRARY = torch.library.Library("gptneo_fast", "DEF")
 
 
 def _op(schema: str, shape_rule: Callable) -> Callable:
-    """Declare one op: its schema, what a fake tensor gives, and its reference as the CPU implementation."""
+    """Declare one op: its schema, what a fake tensor gives, its reference on the CPU and its kernel on CUDA."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, getattr(reference, name), "CPU")
+    _LIBRARY.impl(name, _launcher(name), "CUDA")
     torch.library.register_fake(f"gptneo_fast::{name}", shape_rule, lib=_LIBRARY)
     return getattr(torch.ops.gptneo_fast, name).default
+
+
+def _launcher(name: str) -> Callable:
+    """The kernel of an op, loaded at its first call: importing the package needs no triton.
+
+    float64 is the oracle's dtype and has no kernels: there the reference computes, on whatever device.
+    """
+    plain = getattr(reference, name)
+
+    def launch(*args: Any, **keywords: Any) -> Any:
+        if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
+            return plain(*args, **keywords)
+        from . import kernels
+
+        return getattr(kernels, name)(*args, **keywords)
+
+    return launch
 
 
 def _rows(x: Tensor, *_: object) -> Tensor:
@@ -84,21 +101,3 @@ NAMES = (
     *("embed", "layer_norm", "norm_linear", "norm_qkv", "linear_add", "attention", "decode_attention", "kv_append"),
     *("norm_qkv_append", "lm_head"),
 )
-BACKENDS = ("auto", "triton", "reference")
-
-
-def namespace(backend: str) -> types.ModuleType:
-    """The module whose functions a model calls: `reference`, or this one where kernels were asked for.
-
-    Raises:
-        InputError: no such backend.
-        SetupError: the backend cannot be had; says why and what to do.
-    """
-    if backend not in BACKENDS:
-        raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise SetupError(f"backend='triton': {WHY_NOT_TRITON}; use backend='reference' or 'auto'")
-    return reference
-
-
-WHY_NOT_TRITON = "this version has no Triton kernels yet"

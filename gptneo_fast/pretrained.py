@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, ops
+from . import backends, checkpoint
 from .cache import cache_bytes
 from .config import GPTNeoConfig
 from .device import as_device, as_dtype
@@ -35,7 +35,7 @@ class GPTNeoPreTrainedModel(nn.Module):
         super().__init__()
         if not isinstance(config, GPTNeoConfig):
             raise InputError(f"config is a {type(config).__name__}; give a gptneo_fast.GPTNeoConfig")
-        ops.namespace(backend)  # an impossible request fails here, not in the first call
+        backends.check(backend)  # an impossible request fails here, not in the first call
         self.config = config
 
     @property
@@ -53,6 +53,15 @@ class GPTNeoPreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the parameters."""
         return next(self.parameters()).dtype
+
+    @property
+    def backend(self) -> backends.Choice:
+        """What computes a call without gradients on the present device and dtype, and why.
+
+        Raises:
+            SetupError: backend="triton" was asked for and cannot be had there.
+        """
+        return backends.choose(self.base_model.requested_backend, self.device, self.dtype)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters, tied ones counted once."""
@@ -177,7 +186,8 @@ class GPTNeoPreTrainedModel(nn.Module):
         Args:
             dtype: torch dtype, its name, or "auto" (the default): the configuration's, else that of the weights.
             device_map: one device ("cpu", "cuda:1", "auto", {"": device}); None for the CPU.
-            backend: "auto", "triton" or "reference".
+            backend: "auto": kernels on CUDA devices of capability 8.0 and up, plain torch elsewhere and for gradients;
+                "triton" and "reference": that or an error. `model.backend` says what it came to.
             use_safetensors: True for safetensors only, False for `pytorch_model.bin` only.
             allow_pickle: False refuses a checkpoint that has `pytorch_model.bin` only; no code in one is run either way.
             check_finite: refuse NaN, infinities and values that dtype cannot hold.
@@ -222,6 +232,7 @@ class GPTNeoPreTrainedModel(nn.Module):
         if model.can_generate():
             setattr(model, "generation_config", GenerationConfig.from_source(source, config))  # noqa: B010 (not of every class)
         model.eval()
+        assert model.backend  # a request that this device cannot fulfil fails here, not in the first call
         return (model, vars(report)) if output_loading_info else model
 
     @classmethod

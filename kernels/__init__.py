@@ -1,1 +1,10 @@
-"""Triton kernels, installed as `gptneo_fast.kernels`: tensors in, tensors out, no knowledge of the model."""
+"""Triton kernels, installed as `gptneo_fast.kernels`: tensors in, tensors out, no knowledge of the model.
+
+A launcher bears the name of its op and has the signature of its reference, so that this package can be handed to a model
+as the namespace that computes: on CUDA tensors, or with TRITON_INTERPRET=1 set before the import on CPU tensors too.
+"""
+
+from .embedding import embed
+from .norms import layer_norm
+
+__all__ = ["embed", "layer_norm"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import peers
 
-from gptneo_fast import ops
+from gptneo_fast import backends, ops
 
 
 @pytest.fixture(params=["reference", "ops"])
@@ -12,7 +12,7 @@ def model(request, monkeypatch):
     """A causal model on either namespace; with `ops` a tracer sees one node for each op."""
     _, model = peers(num_layers=2)
     if request.param == "ops":
-        monkeypatch.setattr(ops, "namespace", lambda backend: ops)
+        monkeypatch.setattr(backends, "choose", lambda *_: backends.Choice("triton", "a test", ops))
     torch.compiler.reset()
     yield model
     torch.compiler.reset()
@@ -75,7 +75,7 @@ def test_the_default_compiler_gives_the_same_logits():
 
 def test_ops_are_nodes_of_the_exported_graph(monkeypatch):
     _, model = peers(num_layers=2)
-    monkeypatch.setattr(ops, "namespace", lambda backend: ops)
+    monkeypatch.setattr(backends, "choose", lambda *_: backends.Choice("triton", "a test", ops))
     seen = []
 
     def backend(graph, inputs):

@@ -1,0 +1,65 @@
+"""Token + position (+ token type) embeddings in one kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+_BLOCK_C = 1024
+
+
+def embed(ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    """Token + position (+ token type) embeddings, summed in float32.
+
+    Args:
+        ids: [B, T] int64, of any strides; from 0 to V - 1, which the caller has checked.
+        position_ids: [B or 1, T] int64.
+        wte: [V, C]. wpe: [P, C].
+        token_type_ids: [B or 1, T] int64 or None.
+
+    Returns:
+        [B, T, C] in the dtype of `wte`.
+
+    Raises:
+        InputError, SetupError: see `launch.check`.
+    """
+    launch.check("embed", wte, wpe=wpe)
+    B, T = ids.shape
+    C = wte.shape[1]
+    out = launch.empty((B, T, C), wte)
+    positions, types = (x if x is None else x.expand(B, T) for x in (position_ids, token_type_ids))
+    BLOCK_C = min(_BLOCK_C, max(16, triton.next_power_of_2(C)))
+    tables = (wte, wpe, wte.stride(0), wpe.stride(0))
+    chosen = (ids, *ids.stride(), positions, *positions.stride())
+    chosen += (ids, 0, 0) if types is None else (types, *types.stride())
+    programs = B * T * triton.cdiv(C, BLOCK_C)
+    meta = {"HAS_TYPES": types is not None, "BLOCK_C": BLOCK_C, "num_warps": max(1, BLOCK_C // 256)}
+    launch.run(_embed_kernel, programs, wte, *tables, *chosen, out, T, C, **meta)
+    return out
+
+
+@triton.jit
+def _embed_kernel(
+    wte_ptr, wpe_ptr, stride_wte, stride_wpe,
+    ids_ptr, stride_ib, stride_it,
+    positions_ptr, stride_pb, stride_pt,
+    types_ptr, stride_tb, stride_tt,
+    out_ptr, T, C,
+    HAS_TYPES: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(C, BLOCK_C)
+    token = tl.program_id(0) // blocks
+    offs_c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
+    token_id = tl.load(ids_ptr + b * stride_ib + t * stride_it).to(tl.int64)
+    position = tl.load(positions_ptr + b * stride_pb + t * stride_pt).to(tl.int64)
+    x = tl.load(wte_ptr + token_id * stride_wte + offs_c, mask=mask_c).to(tl.float32)
+    x += tl.load(wpe_ptr + position * stride_wpe + offs_c, mask=mask_c).to(tl.float32)
+    if HAS_TYPES:
+        token_type = tl.load(types_ptr + b * stride_tb + t * stride_tt).to(tl.int64)
+        x += tl.load(wte_ptr + token_type * stride_wte + offs_c, mask=mask_c).to(tl.float32)
+    tl.store(out_ptr + token.to(tl.int64) * C + offs_c, x.to(out_ptr.dtype.element_ty), mask=mask_c)

@@ -1,0 +1,74 @@
+"""The one way to allocate, check and launch: guards of arguments, the tensor's own device, its current stream.
+
+Launchers call these through the module (`launch.run`), so that a test may count or watch them in one place.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from gptneo_fast.errors import InputError, SetupError
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # what `triton.jit` makes of the kernels of this process
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 matrices silently wrong
+_SMS_OF_NO_DEVICE = 132
+
+
+def run(kernel: Any, programs: int, like: Tensor, *args: Any, **meta: Any) -> None:
+    """Run `kernel` on a 1-D grid, on the device of `like` and its current stream; never waits for it."""
+    if programs == 0:
+        return
+    other = like.is_cuda and like.device.index != torch.cuda.current_device()
+    with torch.cuda.device(like.device) if other else nullcontext():
+        kernel[(programs,)](*args, **meta)
+
+
+def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous memory for a result, on the device of `like` and, unless told otherwise, in its dtype."""
+    return like.new_empty(shape, dtype=dtype)
+
+
+def check(op: str, like: Tensor, **tensors: Tensor | None) -> None:
+    """Refuse what the kernels of an op cannot read; alignment needs no check: triton compiles for what it meets.
+
+    Args:
+        op: its name, for the message.
+        like: decides dtype and device.
+        tensors: by argument name; each needs that dtype and device and neighbours in memory along its last axis.
+
+    Raises:
+        InputError: another dtype, device or stride.
+        SetupError: tensors that are not on CUDA, or bfloat16, in the interpreter.
+    """
+    if like.dtype not in DTYPES:
+        raise InputError(f"{op}: kernels take float32, float16 and bfloat16, not {like.dtype}; use backend='reference'")
+    if INTERPRETED and like.dtype not in INTERPRETED_DTYPES:
+        raise SetupError(f"{op}: the Triton interpreter computes {like.dtype} wrong; use float32, float16 or a GPU")
+    if not (INTERPRETED or like.is_cuda):
+        raise SetupError(
+            f"{op}: kernels run on CUDA tensors, not on {like.device}; move the model, use backend='reference', or set "
+            "TRITON_INTERPRET=1 before Python starts"
+        )
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.dtype != like.dtype or x.device != like.device:
+            raise InputError(f"{op}: {name} is {x.dtype} on {x.device}, expected {like.dtype} on {like.device}")
+        if x.stride(-1) != 1 and x.shape[-1] != 1:
+            raise InputError(f"{op}: the last axis of {name} has stride {x.stride(-1)}, expected 1; call .contiguous()")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., C] as contiguous rows [M, C]; a copy only where x is not contiguous already."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def multiprocessors(like: Tensor) -> int:
+    """How many SMs share the programs of a grid; for tensors on no GPU, as many as an H100 has."""
+    return torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else _SMS_OF_NO_DEVICE

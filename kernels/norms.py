@@ -1,0 +1,49 @@
+"""LayerNorm of rows: one pass over memory, two passes over registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+_ELEMENTS_PER_WARP = 512  # 16 a thread: two 16-byte loads in 16 bits
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """LayerNorm over the last axis with biased variance, statistics in float32.
+
+    Args:
+        x: [..., C]. weight, bias: [C].
+        out: contiguous memory of the shape of x for the result, or None for new memory.
+
+    Returns:
+        [..., C]
+
+    Raises:
+        InputError, SetupError: see `launch.check`.
+    """
+    launch.check("layer_norm", x, weight=weight, bias=bias, out=out)
+    C = x.shape[-1]
+    rows = launch.as_rows(x)
+    y = launch.empty(tuple(x.shape), x) if out is None else out
+    BLOCK_C = max(16, triton.next_power_of_2(C))
+    num_warps = min(16, max(1, BLOCK_C // _ELEMENTS_PER_WARP))
+    launch.run(_layer_norm_kernel, len(rows), x, rows, weight, bias, y, C, eps, BLOCK_C=BLOCK_C, num_warps=num_warps)
+    return y
+
+
+@triton.jit
+def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, C, eps, BLOCK_C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    x = tl.load(x_ptr + row * C + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / C
+    centred = tl.where(mask_c, x - mean, 0.0)  # E[x^2] - E[x]^2 would lose digits where |mean| >> std
+    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
+    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    y = centred * rstd * weight + bias
+    tl.store(y_ptr + row * C + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask_c)

@@ -1,0 +1,73 @@
+"""Every kernel in the Triton interpreter: within its error budget, writing its result and nothing else."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from gptneo_fast.kernels import launch
+from interpreting import bfloat16, watched
+
+from gptneo_fast import errors, kernels, ops, testing
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu.py checks them")
+
+CASES = [(name, sample) for name in ops.NAMES if hasattr(kernels, name) for sample in testing.SAMPLES[name]()]
+IDS = [f"{name}: {sample.name}" for name, sample in CASES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "sample"), CASES, ids=IDS)
+def test_a_kernel_stays_within_its_error_budget_and_its_memory(name, sample, dtype, monkeypatch):
+    function = watched(getattr(kernels, name), monkeypatch, sample.mutates)
+    with bfloat16(monkeypatch) if dtype == torch.bfloat16 else nullcontext():
+        assert testing.over_budget(name, function, sample.to(dtype)) is None
+
+
+def test_the_bench_notices_what_a_kernel_does_wrong(monkeypatch):
+    sample = next(testing.SAMPLES["layer_norm"]()).to(torch.float32)
+
+    def over(function):
+        return testing.over_budget("layer_norm", watched(function, monkeypatch), sample)
+
+    def writes_beside_its_result(x, *rest):
+        out = kernels.layer_norm(x, *rest)
+        out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
+        return out
+
+    def changes_its_argument(x, weight, *rest):
+        out = kernels.layer_norm(x, weight, *rest)
+        weight += 1
+        return out
+
+    with pytest.raises(AssertionError, match="wrote beside a result"):
+        over(writes_beside_its_result)
+    with pytest.raises(AssertionError, match="argument 1 was changed"):
+        over(changes_its_argument)
+    assert "finite" in over(lambda x, *rest: launch.empty(tuple(x.shape), x))
+
+
+def test_interpreted_bfloat16_raises_outside_the_bench():
+    sample = next(testing.SAMPLES["layer_norm"]()).to(torch.bfloat16)
+    with pytest.raises(errors.SetupError, match=r"interpreter computes torch\.bfloat16 wrong"):
+        sample.run(kernels.layer_norm)
+
+
+def test_kernels_refuse_what_they_cannot_read():
+    x, weight, bias, eps = next(testing.SAMPLES["layer_norm"]()).to(torch.float32).args
+    for bad, words in [
+        ((x.double(), weight, bias, eps), "not torch.float64"),
+        ((x, weight.half(), bias, eps), "weight is torch.float16 on cpu, expected torch.float32 on cpu"),
+        ((x, weight, torch.stack([bias, bias], 1)[:, 0], eps), "the last axis of bias has stride 2"),
+    ]:
+        with pytest.raises(errors.InputError, match=words):
+            kernels.layer_norm(*bad)
+
+
+def test_without_the_interpreter_a_cpu_tensor_is_refused():
+    code = "import torch; from gptneo_fast import kernels; x = torch.ones(2, 16); kernels.layer_norm(x, x[0], x[0], 1e-5)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin", "TRITON_INTERPRET": "0"}
+    )
+    assert "SetupError: layer_norm: kernels run on CUDA tensors, not on cpu" in done.stderr
