@@ -1,13 +1,14 @@
 # make demo  install into .venv and tell a story     make lint   ruff, format and types
 # make test  run the tests                           make bench  throughput on this machine
 # make test-slow  the long ones                      make clean  remove .venv and caches
+# make compile-report  every kernel compiled for GPUs that need not be here: registers, spills, loads
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench compile-report clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +41,9 @@ lint: $(VENV)/lint.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks -q --benchmark-sort=name
+
+compile-report: $(VENV)/test.stamp
+	$(BIN)/python -W ignore -m benchmarks.compile_report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -28,7 +28,7 @@ from benchmarks import aot
 from benchmarks.costs import as_table
 from benchmarks.counting import swapped
 from benchmarks.models import DTYPES, SHAPES, config_of
-from gptneo_fast import ops
+from gptneo_fast import backends, ops
 from gptneo_fast.cache import KVCache
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,16 +40,15 @@ VECTOR_SHARE = 0.95
 
 @dataclass
 class Row:
-    """One kernel as one launch of a model runs it."""
+    """One kernel as a model launches it. launches: its blocks, as "16x24", by phase."""
 
     model: str
     dtype: str
     sm: int
-    phases: list[str]
     op: str
     kernel: str
     tiles: dict[str, Any]
-    grid: list[int]
+    launches: dict[str, list[str]]
     warps: int
     registers: int
     spills: int
@@ -70,7 +69,7 @@ class Row:
             found.append(
                 f"{self.vector_share:.0%} of the weight bytes come 128 bits at a time, at least {VECTOR_SHARE:.0%} must"
             )
-        on_tensor_cores = self.op in MATMUL_OPS and any("prefill" in phase for phase in self.phases) and self.tiles_a_dot()
+        on_tensor_cores = self.op in MATMUL_OPS and any("prefill" in phase for phase in self.launches) and self.tiles_a_dot()
         if on_tensor_cores and (self.sm, self.dtype) == (90, "bf16") and self.tensor_cores != "HGMMA":
             found.append(f"tensor cores: {self.tensor_cores or 'none'}, HGMMA is due")
         return found
@@ -90,12 +89,17 @@ def namespace(pad: aot.Launchpad) -> Any:
     return SimpleNamespace(**{name: pick(name) for name in ops.NAMES})
 
 
+def _every_call_takes(pad: aot.Launchpad) -> Any:
+    choice = backends.Choice("triton", "compiled ahead of time", namespace(pad))
+    return swapped(backends, "choose", lambda _: lambda *a, **k: choice)
+
+
 def launches(shape: str, dtype: torch.dtype, sm: int) -> Iterator[tuple[str, aot.Launch]]:
     """(phase, launch) of a prefill and of decode steps of a released size, cut to its first two layers."""
     config = config_of(shape).replace(num_layers=2)
     with torch.device("meta"):
         model = gptneo_fast.GPTNeoForCausalLM(config, backend="reference").to(dtype).eval()
-    with aot.Launchpad(sm) as pad, FakeTensorMode(), swapped(ops, "namespace", lambda _: lambda *a, **k: namespace(pad)):
+    with aot.Launchpad(sm) as pad, FakeTensorMode(), _every_call_takes(pad):
         for module in model.modules():
             for name, p in module.named_parameters(recurse=False):
                 fake = torch.empty(p.shape, dtype=dtype, device="cuda")
@@ -121,13 +125,14 @@ def _step(model: Any, batch: int, tokens: int, past: int, op: Any) -> None:
 
 
 def rows(shape: str, dtype: str, sm: int) -> list[Row]:
-    """One row for each distinct kernel and grid."""
-    found: dict[tuple[str, str, tuple[int, ...]], Row] = {}
+    """One row for each distinct kernel of an op."""
+    found: dict[tuple[str, str], Row] = {}
     for phase, launch in launches(shape, DTYPES[dtype], sm):
-        key = (launch.op, aot.digest(launch.binary), launch.grid)
+        key = (launch.op, aot.digest(launch.binary))
+        grid = "x".join(map(str, launch.grid))
         if key in found:
-            if phase not in found[key].phases:
-                found[key].phases.append(phase)
+            grids = found[key].launches.setdefault(phase, [])
+            grids += [] if grid in grids else [grid]
             continue
         machine = _inspected(launch.binary)
         held = aot.warps_per_sm(sm, machine.registers, launch.warps, launch.shared)
@@ -135,11 +140,10 @@ def rows(shape: str, dtype: str, sm: int) -> list[Row]:
             shape,
             dtype,
             sm,
-            [phase],
             launch.op,
             launch.kernel,
             launch.options,
-            list(launch.grid),
+            {phase: [grid]},
             launch.warps,
             machine.registers,
             machine.spills,
@@ -168,7 +172,7 @@ def _inspected(binary: bytes) -> aot.Machine:
     return machine
 
 
-HEADER = "model dtype sm op kernel tiles grid warps registers spills shared warps/SM 128-bit tensor_cores phases".split()
+HEADER = "model dtype sm op kernel tiles warps registers spills shared warps/SM 128-bit tensor_cores blocks".split()
 
 
 def table(found: Sequence[Row]) -> str:
@@ -178,8 +182,8 @@ def table(found: Sequence[Row]) -> str:
         tiles = " ".join(f"{k}={v}" for k, v in row.tiles.items())
         share = "-" if row.vector_share is None else f"{row.vector_share:.0%}"
         machine = [row.warps, row.registers, row.spills, row.shared, row.warps_per_sm, share, row.tensor_cores or "-"]
-        grid = "x".join(map(str, row.grid))
-        return [row.model, row.dtype, row.sm, row.op, row.kernel, tiles, grid, *machine, ", ".join(row.phases)]
+        blocks = "; ".join(f"{phase}: {', '.join(grids)}" for phase, grids in row.launches.items())
+        return [row.model, row.dtype, row.sm, row.op, row.kernel, tiles, *machine, blocks]
 
     return as_table(HEADER, map(cells, found))
 
@@ -206,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found += rows(shape, dtype, sm)
                 print(f"{shape} {dtype} sm_{sm}: {len(found)} rows, {time.perf_counter() - began:.0f} s", file=sys.stderr)
     faults = [
-        f"{r.model} {r.dtype} sm_{r.sm} {r.op} {r.kernel} ({', '.join(r.phases)}): {f}" for r in found for f in r.faults()
+        f"{r.model} {r.dtype} sm_{r.sm} {r.op} {r.kernel} ({', '.join(r.launches)}): {f}" for r in found for f in r.faults()
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     values = {"versions": versions(), "faults": faults, "rows": [dataclasses.asdict(r) for r in found]}

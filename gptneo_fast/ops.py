@@ -56,7 +56,8 @@ def _heads_merged(q: Tensor, *_: object, **__: object) -> Tensor:
 def _padded_logits(x: Tensor, nw: Tensor, nb: Tensor, weight: Tensor, eps: float) -> Tensor:
     V = weight.shape[0]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(*x.shape[:-1], V + -V % reference.LOGITS_ALIGN, dtype=dtype)[..., :V]
+    padded = x.new_empty(*x.shape[:-1], V + -V % reference.LOGITS_ALIGN, dtype=dtype)
+    return padded.narrow(-1, 0, V)  # indexing would ask a CUDA device to be current, which a fake tensor has not
 
 
 embed = _op(

@@ -118,9 +118,9 @@ def test_occupancy_is_what_registers_memory_and_blocks_leave(capability, registe
 
 def row(**changes):
     values = dict(
-        model="125m", dtype="bf16", sm=90, phases=["prefill 1x2048"], op="linear_add", kernel="_linear_add_kernel", tiles={},
-        grid=[1], warps=4, registers=64, spills=0, stack=0, shared=1024, warps_per_sm=16, vector_share=1.0,
-        tensor_cores="HGMMA",
+        model="125m", dtype="bf16", sm=90, op="linear_add", kernel="_linear_add_kernel", tiles={},
+        launches={"prefill 1x2048": ["1"]}, warps=4, registers=64, spills=0, stack=0, shared=1024, warps_per_sm=16,
+        vector_share=1.0, tensor_cores="HGMMA",
     )  # fmt: skip
     return Row(**(values | changes))
 
@@ -137,7 +137,7 @@ def row(**changes):
         ({"tensor_cores": "HMMA"}, "HGMMA is due"),
         ({"tensor_cores": "", "op": "attention"}, "HGMMA is due"),
         ({"tensor_cores": "HMMA", "sm": 80}, None),
-        ({"tensor_cores": "", "phases": ["decode 1"]}, None),
+        ({"tensor_cores": "", "launches": {"decode 1": ["1"]}}, None),
         ({"tensor_cores": "", "dtype": "fp32"}, None),
     ],
 )
