@@ -5,6 +5,7 @@ as the namespace that computes: on CUDA tensors, or with TRITON_INTERPRET=1 set 
 """
 
 from .embedding import embed
+from .linear import linear_add, norm_linear, norm_qkv
 from .norms import layer_norm
 
-__all__ = ["embed", "layer_norm"]
+__all__ = ["embed", "layer_norm", "linear_add", "norm_linear", "norm_qkv"]

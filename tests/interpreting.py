@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import triton.language as tl
 from gptneo_fast.kernels import launch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 MARGIN = 64  # elements before and after every tensor
 _GARBAGE = 2**31 - 77
@@ -72,21 +74,34 @@ def watched(function, monkeypatch, mutates=()):
 
 
 def _float32(handle):
-    """The data of an operand, bfloat16 (which the interpreter keeps as the bits of uint16) as float32."""
-    if str(handle.dtype.scalar) == "bf16" and handle.data.dtype == np.uint16:
+    """The data of an operand, bfloat16 (which the interpreter keeps as the bits in uint16) as float32."""
+    if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
     return handle.data
 
 
 @contextmanager
 def bfloat16(monkeypatch):
-    """Let kernels take bfloat16 in the interpreter, with the operands of dots widened: as they are it multiplies their bits."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    """Let kernels take bfloat16 in the interpreter, which by itself multiplies its bits, and truncates to it from float32.
+
+    Operands of dots are widened, and casts round to the nearest, as on a GPU.
+    """
+    cast_of_others = InterpreterBuilder.cast_impl
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         return TensorHandle(np.matmul(_float32(a), _float32(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
+    def cast_impl(self, src, dst_type):
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle(_float32(src), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            return TensorHandle(bits, tl.bfloat16)
+        return cast_of_others(self, src, dst_type)
+
     with monkeypatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
         patch.setattr(launch, "INTERPRETED_DTYPES", launch.DTYPES)
         yield

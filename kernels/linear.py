@@ -1,0 +1,207 @@
+"""Products of many rows with a weight: LayerNorm on the way in; bias, gelu_new and residual on the way out.
+
+One kernel; what it adds to the product are constexprs. Few rows belong to `gemv`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, norms, tiles
+
+_GROUP_M = 8  # row tiles that run side by side and share the tiles of the weight in L2
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gelu: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm, linear, and with `gelu` gelu_new (Hendrycks and Gimpel 2016, section 2).
+
+    Up to `tiles.NORM_LINEAR_ROWS` rows this is one kernel: each program normalises its rows on the way to the product. For
+    more rows it is two: `layer_norm`, then a product with bias and gelu in its epilogue, which is cuBLASLt's on a GPU and
+    the kernel of this file where that is interpreted.
+
+    Args:
+        x: [..., C]. norm_weight, norm_bias: [C].
+        weight: [F, C]. bias: [F].
+        out: contiguous [..., F] for the result, or None for new memory.
+
+    Returns:
+        [..., F]
+
+    Raises:
+        InputError, SetupError: see `launch.check`.
+    """
+    launch.check("norm_linear", x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias, out=out)
+    rows = launch.as_rows(x)
+    y = launch.empty((*x.shape[:-1], weight.shape[0]), x) if out is None else out
+    if len(rows) <= tiles.NORM_LINEAR_ROWS:
+        _multiply(rows, (weight,), (y,), bias=bias, gelu=gelu, norm=(norm_weight, norm_bias, eps))
+        return y
+    rows = norms.layer_norm(rows, norm_weight, norm_bias, eps)
+    if launch.INTERPRETED:
+        _multiply(rows, (weight,), (y,), bias=bias, gelu=gelu)
+    else:
+        _multiply_by_library(rows, weight, bias, gelu, y.view(len(rows), -1))
+    return y
+
+
+def norm_qkv(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm and the three projections, which have no bias, in one launch up to `tiles.NORM_LINEAR_ROWS` rows, else two.
+
+    The weights stay three parameters: a program picks one by its number.
+
+    Args:
+        x: [..., C]. norm_weight, norm_bias: [C]. wq, wk, wv: [C, C].
+
+    Returns:
+        Three of [..., C].
+
+    Raises:
+        InputError, SetupError: see `launch.check`.
+    """
+    launch.check("norm_qkv", x, norm_weight=norm_weight, norm_bias=norm_bias, wq=wq, wk=wk, wv=wv)
+    rows = launch.as_rows(x)
+    q, k, v = (launch.empty((*x.shape[:-1], wq.shape[0]), x) for _ in range(3))
+    if len(rows) <= tiles.NORM_LINEAR_ROWS:
+        _multiply(rows, (wq, wk, wv), (q, k, v), norm=(norm_weight, norm_bias, eps))
+    else:
+        _multiply(norms.layer_norm(rows, norm_weight, norm_bias, eps), (wq, wk, wv), (q, k, v))
+    return q, k, v
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
+    """residual + x @ weight.T + bias in one kernel, summed in float32.
+
+    Args:
+        x: [..., K]. weight: [C, K]. bias: [C].
+        residual: [..., C]. out: contiguous [..., C] for the result, which may be the residual; None for new memory.
+
+    Returns:
+        [..., C]
+
+    Raises:
+        InputError, SetupError: see `launch.check`.
+    """
+    launch.check("linear_add", x, weight=weight, bias=bias, residual=residual, out=out)
+    rows = launch.as_rows(x)
+    y = launch.empty(tuple(residual.shape), x) if out is None else out
+    _multiply(rows, (weight,), (y,), bias=bias, residual=launch.as_rows(residual))
+    return y
+
+
+def _multiply(
+    rows: Tensor,
+    weights: tuple[Tensor, ...],
+    results: tuple[Tensor, ...],
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+) -> None:
+    """Launch the kernel. rows: contiguous [M, K]; weights: one or three of [N, K]; results: as many, contiguous [M, N]."""
+    (M, K), N = rows.shape, weights[0].shape[0]
+    tile = tiles.linear(rows.dtype, M, N * len(weights), launch.multiprocessors(rows), norm is not None)
+    programs = triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N) * len(weights)
+    w, y = (t if len(t) == 3 else t * 3 for t in (weights, results))
+    gamma, beta, eps = norm or (rows, rows, 0.0)
+    others = (rows if bias is None else bias, rows if residual is None else residual)
+    launch.run(
+        _linear_kernel, programs, rows,
+        rows, gamma, beta, *w, *others, *y, M, N, K, eps, weights[0].stride(0),
+        WEIGHTS=len(weights), NORM=norm is not None, BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None,
+        EVEN_K=K % tile.K == 0, GROUP_M=_GROUP_M, **tile.meta(),
+    )  # fmt: skip
+
+
+def _multiply_by_library(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool, y: Tensor) -> None:
+    """y = rows @ weight.T + bias, then gelu_new, by cuBLASLt with its epilogue, in the dtype of the rows."""
+    with torch.autocast("cuda", enabled=False):
+        if gelu:
+            torch._addmm_activation(bias, rows, weight.t(), use_gelu=True, out=y)  # the tanh form on CUDA, and only there
+        else:
+            torch.addmm(bias, rows, weight.t(), out=y)
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, gamma_ptr, beta_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, residual_ptr, y0_ptr, y1_ptr, y2_ptr,
+    M, N, K, eps, stride_wn,
+    WEIGHTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = GROUP_M * tiles_n * WEIGHTS  # programs of GROUP_M row tiles
+    first_m = pid // group * GROUP_M
+    size_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    pid_m = first_m + pid % group % size_m
+    pid_n = pid % group // size_m
+    which = pid_n // tiles_n  # of the weights
+    w_ptr, y_ptr = w0_ptr, y0_ptr
+    if WEIGHTS == 3:
+        if which == 1:
+            w_ptr, y_ptr = w1_ptr, y1_ptr
+        if which == 2:
+            w_ptr, y_ptr = w2_ptr, y2_ptr
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    # Rows past the edges repeat the last one, so that loads need no mask; only the store leaves them out.
+    x_ptrs = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * K + offs_k[None, :]  # [M, K]
+    w_ptrs = w_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]  # [N, K]
+
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    rstd = mean
+    if NORM:  # Chan's merge of chunk statistics, each by two passes over registers
+        squares = tl.zeros([BLOCK_M], tl.float32)
+        for k in range(0, K, BLOCK_K):
+            held = offs_k[None, :] < K - k
+            x = tl.load(x_ptrs + k, mask=held, other=0.0).to(tl.float32)
+            count = tl.minimum(K - k, BLOCK_K).to(tl.float32)
+            chunk_mean = tl.sum(x, 1) / count
+            centred = tl.where(held, x - chunk_mean[:, None], 0.0)
+            delta = chunk_mean - mean
+            share = count / (k + count)
+            mean += delta * share
+            squares += tl.sum(centred * centred, 1) + delta * delta * (k * share)
+        rstd = tl.rsqrt(squares / K + eps)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x, w = tl.load(x_ptrs + k), tl.load(w_ptrs + k)
+        else:
+            held = offs_k[None, :] < K - k
+            x, w = tl.load(x_ptrs + k, mask=held, other=0.0), tl.load(w_ptrs + k, mask=held, other=0.0)
+        if NORM:
+            held_k = offs_k < K - k
+            gamma = tl.load(gamma_ptr + k + offs_k, mask=held_k, other=0.0).to(tl.float32)
+            beta = tl.load(beta_ptr + k + offs_k, mask=held_k, other=0.0).to(tl.float32)
+            normal = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+            x = normal.to(w.dtype)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+
+    mask_n = offs_n < N
+    at = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if GELU:  # x/2 (1 + tanh(u)) = x / (1 + exp(-2u))
+        acc = acc / (1.0 + tl.exp(-2.0 * 0.7978845608028654 * (acc + 0.044715 * acc * acc * acc)))  # sqrt(2 / pi)
+    if RESIDUAL:
+        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)

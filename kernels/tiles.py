@@ -1,0 +1,70 @@
+"""Tiles of the prefill kernels: one table per kernel, by dtype class. Set from ahead-of-time compiles, not from timings yet.
+
+Every row compiles without spills for sm_80 and sm_90; 16-bit rows have 64 rows or more for four warps, as HGMMA wants.
+float32 multiplies on the plain cores (IEEE, no TF32), from registers, and so has small tiles of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a kernel is compiled for: tile sizes by letter, warps of a program, stages of its pipeline."""
+
+    M: int
+    N: int
+    K: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        fields = asdict(self)
+        return {f"BLOCK_{k}" if len(k) == 1 else k: v for k, v in fields.items() if v}
+
+
+# Matrix products, from the largest: the first that gives every SM a tile is taken. float32's are bound by its FMA units.
+_LINEAR = {
+    2: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
+    4: (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+}
+# The same with rows normalised on the way to the product, from registers.
+_NORM_LINEAR = {
+    2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
+    4: (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+}
+# Rows up to which normalising belongs into the product's kernel. Beyond, every column tile would redo the statistics of its
+# rows, and a kernel of its own is one launch more and K reads fewer. Not measured yet.
+NORM_LINEAR_ROWS = 128
+# Rows of q and columns of k by (bytes of the dtype, padded head dim). K stands for nothing here.
+_ATTENTION = {
+    (2, 16): Tile(128, 64, 0, 4, 3),
+    (2, 32): Tile(128, 64, 0, 4, 3),
+    (2, 64): Tile(128, 64, 0, 4, 3),
+    (2, 128): Tile(128, 64, 0, 8, 3),
+    (2, 256): Tile(64, 32, 0, 4, 2),
+    (4, 16): Tile(32, 32, 0, 4, 2),
+    (4, 32): Tile(32, 32, 0, 4, 2),
+    (4, 64): Tile(16, 32, 0, 4, 2),
+    (4, 128): Tile(16, 32, 0, 4, 2),
+    (4, 256): Tile(16, 16, 0, 4, 1),
+}
+
+
+def linear(dtype: torch.dtype, M: int, N: int, multiprocessors: int, norm: bool) -> Tile:
+    """The tile for M rows and N columns (of all the weights that one launch multiplies with)."""
+    rows = (_NORM_LINEAR if norm else _LINEAR)[dtype.itemsize]
+    for tile in rows:
+        if triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N) >= multiprocessors:
+            return tile
+    return rows[-1]
+
+
+def attention(dtype: torch.dtype, D: int) -> Tile:
+    """The tile for a head dim, which kernels pad to a power of two of 16 or more."""
+    return _ATTENTION[dtype.itemsize, max(16, triton.next_power_of_2(D))]
