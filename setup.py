@@ -7,7 +7,7 @@ kept beside the package, where `gptneo-fast info` finds it. torch is never impor
 Environment:
     GPTNEO_FAST_BUILD_EXT   1: fail where something that torch could use cannot be built; 0: build nothing
     TORCH_CUDA_ARCH_LIST    as for torch's own extensions, e.g. "8.0;9.0+PTX"
-    CUDA_HOME, CXX          a CUDA toolkit before the one in PATH; a compiler other than c++ or g++
+    CUDA_HOME, CXX          a CUDA toolkit instead of the one in PATH; a compiler other than c++ or g++
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def find_compiler() -> list[str]:
 
 
 def find_nvcc() -> str:
-    """nvcc of CUDA_HOME, of PATH, or of /usr/local/cuda; it knows its own toolkit, wherever a link to it stands."""
+    """nvcc of CUDA_HOME where that is set, else of PATH or /usr/local/cuda; it finds its own toolkit, be it a link or not."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    for place in ([f"{home}/bin/nvcc"] if home else []) + ["nvcc", "/usr/local/cuda/bin/nvcc"]:
+    for place in [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]:
         if found := shutil.which(place):
             return found
-    raise NoNvccError("no nvcc in CUDA_HOME, PATH or /usr/local/cuda")
+    raise NoNvccError(f"no nvcc in CUDA_HOME={home}" if home else "no nvcc in PATH or /usr/local/cuda")
 
 
 def answer(command: list[str]) -> str:
@@ -147,7 +147,7 @@ class Plan:
 
     def key(self) -> str:
         """The same for the same sources, commands and torch."""
-        digest = hashlib.sha256(repr(self).encode())
+        digest = hashlib.sha256(repr((self.objects, self.link, self.torch)).encode())
         for name in (*CPU_SOURCES, *CUDA_SOURCES, *HEADERS):
             digest.update((ROOT / "csrc" / name).read_bytes())
         return digest.hexdigest()[:16]

@@ -191,8 +191,12 @@ std::string fault_of(int64_t device) {
   const char* fault = cuda_fault(static_cast<int32_t>(device));
   return fault ? fault : "";
 }
+
+bool has_cuda() { return true; }
 #else
-std::string fault_of(int64_t) { return "it was built without CUDA"; }
+std::string fault_of(int64_t) { return "the extension was built without CUDA"; }
+
+bool has_cuda() { return false; }
 #endif
 
 }  // namespace
@@ -202,12 +206,14 @@ STABLE_TORCH_LIBRARY(gptneo_fast_csrc, m) {
   m.def(
       "kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, Tensor? starts=None) -> ()");
   m.def("cuda_fault(int device) -> str");
+  m.def("has_cuda() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CPU, m) { m.impl("kv_append", TORCH_BOX(&gptneo_fast::kv_append_cpu)); }
 
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CompositeExplicitAutograd, m) {
   m.impl("cuda_fault", TORCH_BOX(&gptneo_fast::fault_of));
+  m.impl("has_cuda", TORCH_BOX(&gptneo_fast::has_cuda));
 }
 
 #ifdef GPTNEO_FAST_CUDA

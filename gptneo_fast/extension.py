@@ -17,6 +17,7 @@ from .errors import DeviceError, InputError
 
 LIBRARY = Path(__file__).with_name("_csrc.so")
 REPORT = Path(__file__).with_name("_csrc.json")
+_TWIN = "on CUDA the Triton kernel stores keys and values"
 
 
 def built() -> str:
@@ -54,12 +55,14 @@ def why_not_on(device: torch.device) -> str | None:
 
 
 def status() -> str:
-    """One line for `gptneo-fast info`: what was built, whether it loads, and for each CUDA device whether it can run."""
+    """One line for `gptneo-fast info`: what was built and whether it loads, and where it does not serve CUDA what does."""
     reason = why_not()
     if reason is not None:
-        return reason
+        return f"{reason}; {_TWIN}"
+    if not torch.ops.gptneo_fast_csrc.has_cuda():
+        return f"{built()}; {_TWIN}"
     faults = [why_not_on(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
-    return "; ".join([built(), *filter(None, faults)])
+    return "; ".join([built(), *(f"{fault}, where {_TWIN}" for fault in faults if fault)])
 
 
 def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None = None) -> None:

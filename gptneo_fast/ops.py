@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import extension, reference
 
 _LIBRARY = torch.library.Library("gptneo_fast", "DEF")
 
 
-def _op(schema: str, shape_rule: Callable) -> Callable:
+def _op(schema: str, shape_rule: Callable, on_cuda: Callable | None = None) -> Callable:
     """Declare one op: its schema, what a fake tensor gives, its reference on the CPU and its kernel on CUDA."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, getattr(reference, name), "CPU")
-    _LIBRARY.impl(name, _launcher(name), "CUDA")
+    _LIBRARY.impl(name, on_cuda or _launcher(name), "CUDA")
     torch.library.register_fake(f"gptneo_fast::{name}", shape_rule, lib=_LIBRARY)
     return getattr(torch.ops.gptneo_fast, name).default
 
@@ -42,6 +42,12 @@ def _launcher(name: str) -> Callable:
         return getattr(kernels, name)(*args, **keywords)
 
     return launch
+
+
+def _append(k_cache: Tensor, *args: Tensor | None, **keywords: Tensor | None) -> None:
+    """`kv_append` on CUDA: the extension's kernel where it can run on the device, else the Triton one."""
+    ours = extension.why_not_on(k_cache.device) is None
+    (extension.kv_append if ours else _launcher("kv_append"))(k_cache, *args, **keywords)  # type: ignore[arg-type]
 
 
 def _rows(x: Tensor, *_: object) -> Tensor:
@@ -90,6 +96,7 @@ decode_attention = _op(
 kv_append = _op(
     "kv_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lengths, Tensor? starts=None) -> ()",
     lambda *_: None,
+    _append,
 )
 norm_qkv_append = _op(
     "norm_qkv_append(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor wq, Tensor wk, Tensor wv, float eps,"

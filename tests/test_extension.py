@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from append_calls import BITS, DTYPES, LAYOUTS, assert_like_reference, int32, noise, projected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptneo_fast import cli, errors, extension, reference, testing
+from gptneo_fast import cli, errors, extension, ops, reference, testing
 
 REPO = Path(__file__).parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++")
-BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-DTYPES = list(BITS)
-
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
@@ -36,7 +34,7 @@ def append(tmp_path_factory):
     """The extension's kv_append: the installed one where it was made of these sources, else one made for the occasion."""
     setup = setup_module_of_the_project()
     keys = []
-    for plan in (setup.plan_cuda, lambda *found: setup.plan_cpu(*found, "no nvcc in CUDA_HOME, PATH or /usr/local/cuda")):
+    for plan in (setup.plan_cuda, lambda *found: setup.plan_cpu(*found, "")):
         try:
             keys.append(plan(setup.find_torch(), setup.find_compiler()).key())
         except setup.CannotBuildError:
@@ -54,33 +52,6 @@ def append(tmp_path_factory):
     assert extension.why_not() is None
     assert extension.why_not_on(torch.device("cpu")) is None
     return extension.kv_append
-
-
-def noise(*shape, dtype=torch.float32, device="cpu"):
-    """Any bits, NaNs and infinities included: an append copies, it does not compute."""
-    bits = BITS[dtype]
-    limits = torch.iinfo(bits)
-    return torch.randint(limits.min, limits.max, shape, dtype=bits).view(dtype).to(device)
-
-
-def projected(B, H, T, D, dtype=torch.float32, device="cpu"):
-    """[B, H, T, D] as a projection gives it: a view of [B, T, H * D]."""
-    return noise(B, T, H * D, dtype=dtype, device=device).unflatten(-1, (H, D)).transpose(1, 2)
-
-
-def int32(values, device="cpu"):
-    return torch.tensor(list(values), dtype=torch.int32, device=device)
-
-
-def assert_like_reference(function, k_cache, v_cache, k, v, lengths, starts=None):
-    """Both write the same bits into equal caches, and nothing else around them."""
-    want = [t.clone(memory_format=torch.contiguous_format) for t in (k_cache, v_cache)]
-    reference.kv_append(*want, k, v, lengths, starts)
-    function(k_cache, v_cache, k, v, lengths, starts)
-    for name, got, wanted in zip(("k_cache", "v_cache"), (k_cache, v_cache), want, strict=True):
-        bits = BITS[got.dtype]
-        different = (got.contiguous().view(bits) != wanted.view(bits)).nonzero()
-        assert not len(different), f"{name} differs at {different[:5].tolist()}"
 
 
 @pytest.mark.parametrize("R", [255, 256, 257, 384])
@@ -114,22 +85,11 @@ def test_every_batch_size(append, B):
     assert_like_reference(append, *caches, projected(B, 3, 5, 8), projected(B, 3, 5, 8), lengths)
 
 
-LAYOUTS = {
-    "contiguous": lambda B, H, T, D, dtype: noise(B, H, T, D, dtype=dtype),
-    "view of a projection": projected,
-    "one element off alignment": lambda B, H, T, D, dtype: noise(B * H * T * D + 1, dtype=dtype)[1:].view(B, H, T, D),
-    "odd row stride": lambda B, H, T, D, dtype: noise(B, H, T, D + 1, dtype=dtype)[..., :D],
-    "head axis last": lambda B, H, T, D, dtype: noise(B, D, T, H, dtype=dtype).transpose(1, 3),
-    "every second token": lambda B, H, T, D, dtype: noise(B, H, 2 * T, D, dtype=dtype)[:, :, ::2],
-    "one head for all": lambda B, H, T, D, dtype: noise(B, 1, T, D, dtype=dtype).expand(B, H, T, D),
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [1, 4, 48, 128])
 def test_every_layout_head_dim_and_dtype(append, layout, dtype, D):
-    k, v = LAYOUTS[layout](2, 3, 11, D, dtype), projected(2, 3, 11, D, dtype)
+    k, v = LAYOUTS[layout](2, 3, 11, D, dtype=dtype), projected(2, 3, 11, D, dtype)
     caches = noise(2, 3, 9, D, dtype=dtype), noise(2, 3, 9, D, dtype=dtype)
     assert_like_reference(append, *caches, k, v, int32([4, 30]))
     assert_like_reference(append, *caches, v, k, int32([4, 30]), int32([5, 0]))
@@ -179,7 +139,7 @@ def test_any_call_equals_the_reference(append, data):
     starts = data.draw(st.none() | st.lists(st.integers(0, T + 1), min_size=B, max_size=B))
     layout = LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))]
     caches = noise(B, H, R, D, dtype=dtype), noise(B, H, R, D, dtype=dtype)
-    k, v = layout(B, H, T, D, dtype), projected(B, H, T, D, dtype)
+    k, v = layout(B, H, T, D, dtype=dtype), projected(B, H, T, D, dtype)
     if T:
         assert_like_reference(append, *caches, k, v, int32(lengths), starts if starts is None else int32(starts))
     else:
@@ -285,5 +245,18 @@ def test_samples_equal_the_reference(append):
                 assert torch.equal(got, want), sample.name
 
 
-def test_info_says_what_was_built():
+def test_info_says_what_was_built(append, monkeypatch):
     assert cli._machine()["C++ extension"] == extension.status()
+    monkeypatch.setattr(extension, "why_not", lambda: "not built: no C++ compiler (c++, g++) in PATH")
+    text = "not built: no C++ compiler (c++, g++) in PATH; on CUDA the Triton kernel stores keys and values"
+    assert extension.status() == text
+
+
+def test_on_cuda_the_op_takes_the_extension_where_it_can_run_and_the_triton_kernel_elsewhere(monkeypatch):
+    taken = []
+    monkeypatch.setattr(extension, "kv_append", lambda *_, **__: taken.append("extension"))
+    monkeypatch.setattr(ops, "_launcher", lambda name: lambda *_, **__: taken.append(f"kernels.{name}"))
+    for reason in (None, "the extension was built without CUDA"):
+        monkeypatch.setattr(extension, "why_not_on", lambda device, reason=reason: reason)
+        ops._append(*call().values())
+    assert taken == ["extension", "kernels.kv_append"]
