@@ -7,6 +7,7 @@ of 4 GB and more stand in zip64 fields.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from ..errors import CheckpointError, UnsafeCheckpointError
 from .stored import WeightFile
@@ -16,12 +17,20 @@ _END, _END64, _LOCATOR, _ENTRY, _LOCAL = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\
 _FULL = 0xFFFFFFFF
 
 
-def members(file: WeightFile) -> dict[str, tuple[int, int]]:
-    """Name of each member -> (byte in the file where it begins, bytes that it has).
+class Member(NamedTuple):
+    """A file in an archive: where its bytes begin, how many there are, and whether they are the file's own as they stand."""
+
+    begin: int
+    size: int
+    plain: bool
+
+
+def members(file: WeightFile) -> dict[str, Member]:
+    """Every member of an archive by its name.
 
     Raises:
         CheckpointError: no zip archive, or a cut one.
-        UnsafeCheckpointError: a member is compressed or encrypted, stands outside the file, or twice.
+        UnsafeCheckpointError: a member stands outside the file, or twice.
     """
     try:
         start, size = _directory(file)
@@ -35,7 +44,7 @@ def _directory(file: WeightFile) -> tuple[int, int]:
     tail_at = max(0, file.size - (22 + 0xFFFF))
     tail = file.read(tail_at, file.size - tail_at)
     at = tail.rfind(_END)
-    if at < 0:
+    if at < 0 or len(tail) < at + 22:
         raise CheckpointError(
             f"{file.path} ({file.size} bytes) is a zip archive without its end: interrupted download? "
             "delete it and fetch it again"
@@ -54,8 +63,8 @@ def _directory(file: WeightFile) -> tuple[int, int]:
     return start, size
 
 
-def _entries(file: WeightFile, directory: bytes) -> dict[str, tuple[int, int]]:
-    found: dict[str, tuple[int, int]] = {}
+def _entries(file: WeightFile, directory: bytes) -> dict[str, Member]:
+    found: dict[str, Member] = {}
     at = 0
     while at < len(directory):
         if not directory.startswith(_ENTRY, at):
@@ -68,14 +77,10 @@ def _entries(file: WeightFile, directory: bytes) -> dict[str, tuple[int, int]]:
         name = directory[at + 46 : extra_at].decode("utf-8", "replace")
         packed, size, local = _wide(directory[extra_at : extra_at + long_extra], size, packed, local)
         at = extra_at + long_extra + long_note
-        if method or flags & 1 or packed != size:
-            raise UnsafeCheckpointError(
-                f"{file.path}: member {name[:200]!r} is compressed or encrypted; torch.save stores tensors as they are, so "
-                "this archive may unpack to any size"
-            )
         if name in found:
             raise UnsafeCheckpointError(f"{file.path}: member {name[:200]!r} stands twice in the zip archive")
-        found[name] = (_begin(file, name, local, size), size)
+        plain = method == 0 and not flags & 1 and packed == size
+        found[name] = Member(_begin(file, name, local, packed), packed, plain)
     return found
 
 

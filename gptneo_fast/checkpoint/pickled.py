@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, UnsafeCheckpointError
-from .archive import members
+from .archive import Member, members
 from .sniff import kind_of
 from .stored import Stored, WeightFile
 
@@ -81,9 +81,14 @@ def stored_in(file: WeightFile) -> list[Stored]:
         raise CheckpointError(f"{file.path} is a zip archive without data.pkl: torch.save did not write it")
     if f"{root}constants.pkl" in found or any(name.startswith(f"{root}code/") for name in found):
         raise UnsafeCheckpointError(f"{file.path} is a TorchScript program and no state dict; save model.state_dict() instead")
-    if f"{root}byteorder" in found and file.read(found[f"{root}byteorder"][0], 6) != b"little":
+    if packed := next((name for name, member in found.items() if not member.plain), None):
+        raise UnsafeCheckpointError(
+            f"{file.path}: member {packed[:200]!r} is compressed or encrypted; torch.save stores tensors as they are, so this "
+            f"archive may unpack to any size; {_CONVERT}"
+        )
+    if f"{root}byteorder" in found and file.read(found[f"{root}byteorder"].begin, 6) != b"little":
         raise CheckpointError(f"{file.path} was written on a big-endian machine; {_CONVERT}")
-    begin, size = found[f"{root}data.pkl"]
+    begin, size, _ = found[f"{root}data.pkl"]
     if size > MAX_PICKLE:
         raise UnsafeCheckpointError(f"{file.path}: data.pkl has {size} bytes, of at most {MAX_PICKLE}")
     state = _read(file, file.read(begin, size))
@@ -93,7 +98,7 @@ def stored_in(file: WeightFile) -> list[Stored]:
     return sorted(tensors, key=lambda t: t.start)
 
 
-def _placed(file: WeightFile, found: dict[str, tuple[int, int]], root: str, name: str, value: Any) -> Stored:
+def _placed(file: WeightFile, found: dict[str, Member], root: str, name: str, value: Any) -> Stored:
     """One tensor of the state dict, held against the bytes that its storage has."""
     where = f"{file.path}: tensor {name[:200]!r}"
     if not isinstance(value, _Tensor):
@@ -102,8 +107,8 @@ def _placed(file: WeightFile, found: dict[str, tuple[int, int]], root: str, name
         )
     storage, item = value.storage, value.storage.dtype.itemsize
     member = found.get(f"{root}data/{storage.key}")
-    if member is None or member[1] != storage.numel * item:
-        has = "is missing" if member is None else f"has {member[1]} bytes"
+    if member is None or member.size != storage.numel * item:
+        has = "is missing" if member is None else f"has {member.size} bytes"
         raise UnsafeCheckpointError(f"{where}: its storage {storage.key[:40]!r} of {storage.numel} x {item} bytes {has}")
     numel = math.prod(value.shape)
     last = value.offset + sum((n - 1) * step for n, step in zip(value.shape, value.strides, strict=True))
@@ -117,7 +122,7 @@ def _placed(file: WeightFile, found: dict[str, tuple[int, int]], root: str, name
         rows.append(step)
         step *= n
     dense = all(n == 1 or a == b for n, a, b in zip(value.shape, value.strides, reversed(rows), strict=True))
-    start = member[0] + value.offset * item
+    start = member.begin + value.offset * item
     return Stored(name, storage.dtype, value.shape, file, start, None if dense or not numel else value.strides)
 
 
