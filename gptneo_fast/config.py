@@ -178,7 +178,10 @@ class GPTNeoConfig:
         """The configuration of a folder or hub repository."""
         path = source.file("config.json")
         if path is None:
-            raise ConfigError(f"{source.name!r} holds no config.json; a GPT-Neo checkpoint needs one beside its weights")
+            raise ConfigError(
+                f"{source.name!r} holds no config.json ({source.holdings()}); a GPT-Neo checkpoint is config.json, weights "
+                "(model.safetensors or pytorch_model.bin) and a tokenizer (tokenizer.json, or vocab.json and merges.txt)"
+            )
         return cls.from_json_file(path, **({"name_or_path": source.name} | overrides))
 
     @classmethod

@@ -69,6 +69,13 @@ class Source:
             return path if os.path.lexists(path) else None  # a link that leads nowhere is a fault and no absence
         return self._download(name)
 
+    def holdings(self) -> str:
+        """What a folder holds, for errors."""
+        if self.folder is None:
+            return "a hub repository"
+        names = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
+        return f"it holds {', '.join(map(repr, names[:8]))}{', ...' if len(names) > 8 else ''}" if names else "it is empty"
+
     def _download(self, name: str) -> Path | None:
         from huggingface_hub import errors as hub
         from huggingface_hub import hf_hub_download

@@ -111,8 +111,8 @@ def _shards(source: Source, index: Path, kind: str) -> WeightFiles:
         raise CheckpointError(f"{index} is no index of shards: it needs a 'weight_map' from tensor to file")
     if len(weight_map) > MAX_KEYS:
         raise CheckpointError(f"{index} lists {len(weight_map)} tensors, of at most {MAX_KEYS}")
-    if bad := next((v for v in weight_map.values() if not isinstance(v, str)), None):
-        raise CheckpointError(f"{index}: weight_map names a {type(bad).__name__} as a shard; it maps tensor to file name")
+    if bad := [type(v).__name__ for v in weight_map.values() if not isinstance(v, str)]:
+        raise CheckpointError(f"{index}: weight_map names a {bad[0]} as a shard; it maps tensor to file name")
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_SHARDS:
         raise CheckpointError(f"{index} lists {len(names)} shards, of at most {MAX_SHARDS}")
