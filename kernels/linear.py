@@ -1,6 +1,6 @@
 """Products of many rows with a weight: LayerNorm on the way in; bias, gelu_new and residual on the way out.
 
-One kernel; what it adds to the product are constexprs. Few rows belong to `gemv`.
+One kernel; what it adds to the product are constexprs. Few rows belong to `few`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, norms, tiles
+from . import few, launch, norms, tiles
 
 _GROUP_M = 8  # row tiles that run side by side and share the tiles of the weight in L2
 
@@ -45,6 +45,11 @@ def norm_linear(
     launch.check("norm_linear", x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias, out=out)
     rows = launch.as_rows(x)
     y = launch.empty((*x.shape[:-1], weight.shape[0]), x) if out is None else out
+    if len(rows) <= few.ROWS:
+        few.multiply(
+            "norm_linear", rows, (weight,), y.view(len(rows), -1), norm=(norm_weight, norm_bias), eps=eps, bias=bias, gelu=gelu
+        )
+        return y
     if len(rows) <= tiles.NORM_LINEAR_ROWS:
         _multiply(rows, (weight,), (y,), bias=bias, gelu=gelu, norm=(norm_weight, norm_bias, eps))
         return y
@@ -98,7 +103,10 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, out: T
     launch.check("linear_add", x, weight=weight, bias=bias, residual=residual, out=out)
     rows = launch.as_rows(x)
     y = launch.empty(tuple(residual.shape), x) if out is None else out
-    _multiply(rows, (weight,), (y,), bias=bias, residual=launch.as_rows(residual))
+    if len(rows) <= few.ROWS:
+        few.multiply("linear_add", rows, (weight,), y.view(len(rows), -1), bias=bias, residual=launch.as_rows(residual))
+    else:
+        _multiply(rows, (weight,), (y,), bias=bias, residual=launch.as_rows(residual))
     return y
 
 
@@ -195,26 +203,9 @@ def _linear_kernel(
             x = normal.to(w.dtype)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
 
-    rows_at = offs_m.to(tl.int64)[:, None] * N
-    mask_m = (offs_m < M)[:, None]
-    if BLOCK_N > 128:  # in halves: a residual as wide as the sums would not fit in the registers beside them
-        HALF: tl.constexpr = BLOCK_N // 2
-        first, second = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        offs_half = pid_n % tiles_n * BLOCK_N + tl.arange(0, HALF)
-        _finish(first, y_ptr, bias_ptr, residual_ptr, rows_at, mask_m, offs_half, N, BIAS, GELU, RESIDUAL)
-        _finish(second, y_ptr, bias_ptr, residual_ptr, rows_at, mask_m, offs_half + HALF, N, BIAS, GELU, RESIDUAL)
-    else:
-        _finish(acc, y_ptr, bias_ptr, residual_ptr, rows_at, mask_m, offs_n, N, BIAS, GELU, RESIDUAL)
-
-
-@triton.jit
-def _finish(
-    acc, y_ptr, bias_ptr, residual_ptr, rows_at, mask_m, offs_n, N,
-    BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """Bias, gelu_new and residual on a tile of sums, and its store."""
     mask_n = offs_n < N
-    at, mask = rows_at + offs_n[None, :], mask_m & mask_n[None, :]
+    at = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if GELU:  # x/2 (1 + tanh(u)) = x / (1 + exp(-2u))

@@ -1,0 +1,198 @@
+"""Attention of a few new tokens to a cache that holds them already: split along the keys, merged by the last program.
+
+The unit of work is a tile of BT queries of one head. Its visible keys are the tokens [lo, hi), at most window + BT - 1 of
+them in a local layer, and are dealt out in splits of SPLIT tokens: a number that knows nothing of the batch, so that a row
+gives the same bits in any company. Lengths come from device memory; programs beyond the last split end at once. Token t
+is read from slot t mod R.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .tickets import arrives_last, tickets
+
+
+class Tile(NamedTuple):
+    """Queries of a tile, keys of a load, loads of a split, warps, pipeline stages."""
+
+    BT: int
+    BS: int
+    steps: int
+    warps: int
+    stages: int
+
+
+def tile(T: int, D: int, itemsize: int) -> Tile:
+    """One query works on CUDA cores with all keys and values of its split in flight; more take the tensor cores."""
+    wide = D > 64
+    if T == 1:
+        return Tile(1, 64 if itemsize == 2 else 32, 1 if itemsize == 2 else 2, 4 if wide else 2, 1)
+    if itemsize == 4:
+        return Tile(16, 32, 8, 8 if wide else 4, 1)
+    if T <= 16:
+        return Tile(16, 64, 4, 4, 2)
+    return Tile(64, 64, 8, 8 if wide else 4, 2)
+
+
+@triton.jit
+def _absorb(
+    q, m, total, acc, k_ptr, v_ptr, token, hi, query, window, R, D, stride_kr, stride_vr, offs_d,
+    BT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, WHOLE_D: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys `token` [BS]: m and total [BT] running maximum and sum, acc [BT, BD] weighted values."""
+    slot = (token % R).to(tl.int64)[:, None]
+    mask = (token < hi)[:, None] if WHOLE_D else (token < hi)[:, None] & (offs_d < D)[None]
+    k = tl.load(k_ptr + slot * stride_kr + offs_d[None], mask=mask, other=0)  # [BS, BD]
+    v = tl.load(v_ptr + slot * stride_vr + offs_d[None], mask=mask, other=0)
+    if BT == 1:  # noqa: SIM108 (a branch of the compiler's)
+        scores = tl.sum(k.to(tl.float32) * q.to(tl.float32), 1)[None]  # [1, BS]
+    else:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    visible = (token[None] <= query[:, None]) & (token < hi)[None]
+    if window > 0:
+        visible = visible & (token[None] > query[:, None] - window)
+    scores = tl.where(visible, scores, float("-inf"))
+    top = tl.maximum(m, tl.max(scores, 1))
+    base = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
+    p = tl.exp2((scores - base[:, None]) * 1.4426950408889634)
+    fade = tl.exp2((m - base) * 1.4426950408889634)
+    total = total * fade + tl.sum(p, 1)
+    if BT == 1:
+        new = tl.sum(tl.reshape(p, [BS, 1]) * v.to(tl.float32), 0)[None]
+    else:
+        new = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return top, total, acc * fade[:, None] + new
+
+
+@triton.jit
+def _merge(part_ptr, stat_ptr, splits, BT: tl.constexpr, BD: tl.constexpr, AT_ONCE: tl.constexpr):
+    """The sum of all parts of a tile, in the order of the splits whoever arrived first. Returns total [BT] and acc [BT, BD]."""
+    offs_t, offs_d, offs_s = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, AT_ONCE)
+    m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
+    acc = tl.zeros([BT, BD], tl.float32)
+    for s in range(0, splits, AT_ONCE):
+        row = (s + offs_s)[:, None] * BT + offs_t[None]  # [AT_ONCE, BT]
+        held = (s + offs_s < splits)[:, None]
+        stat = stat_ptr + (s + offs_s)[:, None] * (2 * BT) + offs_t[None]
+        m_s = tl.load(stat, mask=held, other=float("-inf"), cache_modifier=".cg")
+        l_s = tl.load(stat + BT, mask=held, other=0, cache_modifier=".cg")
+        part = tl.load(
+            part_ptr + row[:, :, None] * BD + offs_d[None, None], mask=held[:, :, None], other=0, cache_modifier=".cg"
+        )
+        top = tl.maximum(m, tl.max(m_s, 0))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        fade, weight = tl.exp2((m - base) * 1.4426950408889634), tl.exp2((m_s - base[None]) * 1.4426950408889634)
+        m, total = top, total * fade + tl.sum(l_s * weight, 0)
+        acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
+    return total, acc
+
+
+@triton.jit
+def attend(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, H, T, R, D, window, tiles_t, most,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh, stride_vr,
+    BT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, WHOLE_D: tl.constexpr,
+    AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A split of the keys of one tile of queries; grid: B * H * tiles_t tiles of `most` splits."""
+    item, split = tl.program_id(0) // most, tl.program_id(0) % most
+    b, h, c = item // tiles_t // H, item // tiles_t % H, item % tiles_t * BT
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    first = tl.load(lengths_ptr + b)  # token of column 0
+    if starts_ptr is not None:
+        first -= tl.load(starts_ptr + b)
+    hi = first + tl.minimum(c + BT, T)
+    lo = tl.maximum(first + T - R, 0)  # what the cache still holds
+    if window > 0:
+        lo = tl.maximum(lo, first + c - window + 1)
+    SPLIT: tl.constexpr = BS * STEPS
+    splits = tl.maximum(tl.cdiv(hi - lo, SPLIT), 1)
+    if split >= splits:
+        return
+
+    offs_t, offs_d = c + tl.arange(0, BT), tl.arange(0, BD)
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    q_at = q_ptr + b64 * stride_qb + h64 * stride_qh + offs_t.to(tl.int64)[:, None] * stride_qt + offs_d[None]
+    q = tl.load(q_at, mask=(offs_t < T)[:, None] & (offs_d < D)[None], other=0)  # [BT, BD]
+    k_ptr += b64 * stride_kb + h64 * stride_kh
+    v_ptr += b64 * stride_vb + h64 * stride_vh
+    m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
+    acc = tl.zeros([BT, BD], tl.float32)
+    lo += split * SPLIT
+    if STEPS == 1:
+        m, total, acc = _absorb(
+            q, m, total, acc, k_ptr, v_ptr, lo + tl.arange(0, BS), hi, first + offs_t, window, R, D, stride_kr, stride_vr,
+            offs_d, BT, BD, BS, WHOLE_D,
+        )  # fmt: skip
+    else:
+        for token in range(lo, tl.minimum(lo + SPLIT, hi), BS):
+            m, total, acc = _absorb(
+                q, m, total, acc, k_ptr, v_ptr, token + tl.arange(0, BS), hi, first + offs_t, window, R, D, stride_kr,
+                stride_vr, offs_d, BT, BD, BS, WHOLE_D,
+            )  # fmt: skip
+
+    part_ptr += item.to(tl.int64) * most * BT * BD
+    stat_ptr += item.to(tl.int64) * most * (2 * BT)
+    mine = True
+    if splits > 1:
+        rows = tl.arange(0, BT)
+        tl.store(part_ptr + (split * BT + rows)[:, None] * BD + offs_d[None], acc)
+        tl.store(stat_ptr + split * (2 * BT) + rows, m)
+        tl.store(stat_ptr + split * (2 * BT) + BT + rows, total)
+        mine = arrives_last(ticket_ptr + item, splits)
+        if mine:
+            total, acc = _merge(part_ptr, stat_ptr, splits, BT, BD, AT_ONCE)
+    if mine:
+        out = acc / tl.where(total == 0, 1.0, total)[:, None]
+        at = (b64 * T + offs_t)[:, None] * (H * D) + h * D + offs_d[None]
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_d < D)[None])
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int, starts: Tensor | None = None,
+    *, pdl: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention of T new tokens that the cache already holds, without the 1/sqrt(D) factor, scores in float32.
+
+    Args:
+        q: [B, H, T, D].
+        k_cache, v_cache: [B, H, R, D]; a view of the first slots will do while the cache has not wrapped.
+        lengths: int32 [B], tokens held before the T new ones.
+        window: keys a query sees; 0 for all.
+        starts: int32 [B], columns of left padding; None for none.
+        pdl: launch it before the kernel before it has ended; it waits by itself.
+
+    Returns:
+        [B, T, H * D]
+
+    Raises:
+        InputError, SetupError: see `launch.check`.
+    """
+    launch.check("decode_attention", q, k_cache=k_cache, v_cache=v_cache)
+    B, H, T, D = q.shape
+    R = k_cache.shape[2]
+    t = tile(T, D, q.element_size())
+    out = launch.empty((B, T, H * D), q)
+    tiles_t = triton.cdiv(T, t.BT)
+    tiles = B * H * tiles_t
+    visible = min(R, window + min(T, t.BT) - 1) if window else R  # the most keys that a tile sees
+    splits = triton.cdiv(visible, t.BS * t.steps)
+    BD = triton.next_power_of_2(D) if t.BT == 1 else max(16, triton.next_power_of_2(D))
+    parts, stats = (launch.empty((tiles * splits if splits > 1 else 0, t.BT, n), q, torch.float32) for n in (BD, 2))
+    launch.run(
+        attend, tiles * splits, q,
+        q, k_cache, v_cache, lengths, starts, out, parts, stats, tickets(tiles, q.device), H, T, R, D, window, tiles_t, splits,
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], BT=t.BT, BD=BD, BS=t.BS, STEPS=t.steps,
+        WHOLE_D=BD == D, AT_ONCE=32 if t.BT == 1 else 1, PDL=pdl, num_warps=t.warps, num_stages=t.stages,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,177 @@
+"""A few rows times weights on tensor cores: the weights are the M operand of the dot and the rows its N, from 8 up.
+
+A program owns BM rows of a weight and a share of K. SK slices of a tile are a batch of dots side by side, a warp each, so
+that 16 rows of a weight keep four warps busy. Where that leaves SMs idle, K is dealt out to `splits` programs, and the last
+to arrive adds up their parts, in the order of the splits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .gemv import Cache, finish
+from .tickets import arrives_last, tickets
+
+NORM_ROWS = 16  # up to here a program normalises its rows itself; for more, `layer_norm` has run before
+MOST_ROWS = 64
+
+
+class Tile(NamedTuple):
+    """Weight rows of a program, slices of a tile and K of a slice, programs that share K, warps, pipeline stages."""
+
+    BM: int
+    SK: int
+    BK: int
+    splits: int
+    warps: int
+    stages: int
+
+
+# (kernel, K) in 16 bits, up to NORM_ROWS rows. No spills, weights 128 bits at a time. Not yet timed.
+TILES = {
+    ("qkv", 768): Tile(16, 4, 64, 1, 4, 3),
+    ("norm_linear", 768): Tile(16, 4, 64, 1, 4, 3),
+    ("linear_add", 768): Tile(16, 2, 32, 4, 2, 3),
+    ("linear_add", 3072): Tile(16, 2, 64, 8, 2, 3),
+    ("qkv", 2048): Tile(16, 4, 64, 1, 4, 4),
+    ("norm_linear", 2048): Tile(16, 4, 64, 1, 4, 4),
+    ("linear_add", 2048): Tile(16, 4, 64, 2, 4, 4),
+    ("linear_add", 8192): Tile(16, 4, 64, 4, 4, 4),
+    ("qkv", 2560): Tile(16, 4, 64, 1, 4, 4),
+    ("norm_linear", 2560): Tile(16, 4, 64, 1, 4, 4),
+    ("linear_add", 2560): Tile(16, 2, 64, 4, 2, 4),
+    ("linear_add", 10240): Tile(16, 4, 64, 4, 4, 4),
+}
+
+
+def tile(kernel: str, M: int, N: int, K: int, itemsize: int, sms: int) -> Tile:
+    """The row of the table; for other widths and for more rows, one by rule: programs for every SM, K in whole tiles."""
+    if M > NORM_ROWS:
+        found = Tile(64 if itemsize == 2 else 32, 1, 64 if itemsize == 2 else 32, 1, 4, 3)
+    elif itemsize == 4:
+        found = Tile(16, 4, 32, 1, 4, 1)
+    elif (found := TILES.get((kernel, K), Tile(16, 4, 64, 1, 4, 3))).splits > 1:
+        return found
+    splits = 1
+    while triton.cdiv(N, found.BM) * splits < sms and splits < 8 and K % (2 * splits * found.SK * found.BK) == 0:
+        splits *= 2
+    return found._replace(splits=splits)
+
+
+@triton.jit
+def statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
+    """Mean and 1 / sqrt(variance + eps) of rows [m] of K elements: Chan's merge of chunks, two passes in each."""
+    offs_k = tl.arange(0, BK)
+    mean, squares = tl.zeros([rows.shape[0]], tl.float32), tl.zeros([rows.shape[0]], tl.float32)
+    for k in range(0, K, BK):
+        held = (offs_k < K - k)[None]
+        x = tl.load(x_ptr + rows[:, None] * K + k + offs_k[None], mask=mask[:, None] & held, other=0).to(tl.float32)
+        count = tl.minimum(K - k, BK).to(tl.float32)
+        centre = tl.sum(x, 1) / count
+        rest = tl.where(held, x - centre[:, None], 0.0)
+        delta = centre - mean
+        share = count / (k + count)
+        mean += delta * share
+        squares += tl.sum(rest * rest, 1) + delta * delta * (k * share)
+    return mean, 1 / tl.sqrt(squares / K + eps)
+
+
+@triton.jit
+def skinny(
+    x_ptr, gamma_ptr, beta_ptr, w_ptr, wk_ptr, wv_ptr, bias_ptr, residual_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
+    lengths_ptr, starts_ptr, part_ptr, ticket_ptr, M, N, K, tiles_n, splits, share, eps, stride_kb, stride_kh,
+    stride_kr, stride_vb, stride_vh, stride_vr, stride_om, T, R, D, GELU: tl.constexpr, NB: tl.constexpr, BM: tl.constexpr,
+    SK: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out = [residual +] [gelu](norm(x) @ w.T [+ bias]) for rows x [M, K]; w: [N, K]; a share of K is `share` columns.
+
+    Grid: for each NB rows of x, each weight and each BM rows of it, `splits` programs. Caches as in `gemv`.
+    """
+    pid = tl.program_id(0)
+    split, group = pid % splits, pid // splits
+    pid_n, pid_m, third = group % tiles_n, group // tiles_n, 0
+    if k_cache_ptr is not None:
+        third = pid_m % 3
+        pid_m = pid_m // 3
+        if third == 1:
+            w_ptr = wk_ptr
+        elif third == 2:
+            w_ptr = wv_ptr
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    rows = pid_m * NB + tl.arange(0, NB)
+    mask_m = rows < M
+    offs_m = rows.to(tl.int64)
+    mean, scale = tl.zeros([NB], tl.float32), tl.zeros([NB], tl.float32)
+    if gamma_ptr is not None:
+        mean, scale = statistics(x_ptr, offs_m, mask_m, K, eps, SK * BK)
+
+    begin = split * share
+    end = tl.minimum(begin + share, K)
+    offs_n = pid_n * BM + tl.arange(0, BM)
+    offs_k = tl.arange(0, SK)[:, None] * BK + tl.arange(0, BK)[None]  # [SK, BK]
+    x_ptrs = x_ptr + offs_m[None, :, None] * K + offs_k[:, None, :]  # [SK, NB, BK]
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :, None] * K + offs_k[:, None, :]  # [SK, BM, BK]
+    acc = tl.zeros([SK, BM, NB], tl.float32)
+    for k in range(begin, end, SK * BK):
+        held = (offs_k < end - k)[:, None, :]
+        mask_x = mask_m[None, :, None] if EVEN_K else mask_m[None, :, None] & held
+        x = tl.load(x_ptrs + k, mask=mask_x, other=0)
+        if EVEN_K and EVEN_N:
+            w = tl.load(w_ptrs + k, eviction_policy="evict_first")
+        else:
+            w = tl.load(w_ptrs + k, mask=(offs_n < N)[None, :, None] & held, other=0, eviction_policy="evict_first")
+        if gamma_ptr is not None:
+            gamma = tl.load(gamma_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32)[:, None, :]
+            beta = tl.load(beta_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32)[:, None, :]
+            x = ((x.to(tl.float32) - mean[None, :, None]) * scale[None, :, None] * gamma + beta).to(w.dtype)
+        acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+    total = tl.sum(acc, 0)  # [BM, NB]
+
+    mine = True
+    if splits > 1:
+        at = tl.arange(0, BM)[:, None] * NB + tl.arange(0, NB)[None]
+        part_ptr += group.to(tl.int64) * splits * (BM * NB)
+        tl.store(part_ptr + split * (BM * NB) + at, total)
+        mine = arrives_last(ticket_ptr + group, splits)
+        if mine:
+            total = tl.zeros([BM, NB], tl.float32)
+            for s in range(splits):
+                total += tl.load(part_ptr + s * (BM * NB) + at, cache_modifier=".cg")
+    if mine:
+        n, m = offs_n[:, None], rows[None]
+        finish(
+            total, n, m, (n < N) & (m < M), N, third, out_ptr, bias_ptr, residual_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr,
+            starts_ptr, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh, stride_vr, stride_om, T, R, D, GELU,
+        )  # fmt: skip
+
+
+def run(
+    kernel: str, x: Tensor, weights: tuple[Tensor, ...], out: Tensor, *, norm: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0, bias: Tensor | None = None, residual: Tensor | None = None, gelu: bool = False,
+    cache: Cache | None = None, pdl: bool = False,
+) -> None:  # fmt: skip
+    """Rows x [M, K] through `skinny`; out [M, N] may have a row stride. Arguments as those of `gemv.run`."""
+    (M, K), (N, _) = x.shape, weights[0].shape
+    t = tile(kernel, M, N * len(weights), K, x.element_size(), launch.multiprocessors(x))
+    NB = min(64, max(8, triton.next_power_of_2(M)))
+    tiles_n = triton.cdiv(N, t.BM)
+    groups = tiles_n * len(weights) * triton.cdiv(M, NB)
+    share = triton.cdiv(K, t.splits * t.SK * t.BK) * t.SK * t.BK
+    parts = launch.empty((groups * t.splits * t.BM * NB if t.splits > 1 else 1,), x, torch.float32)
+    gamma, beta = norm or (None, None)
+    w = weights if len(weights) == 3 else (weights[0], None, None)
+    launch.run(
+        skinny, groups * t.splits, x,
+        x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), parts, tickets(groups, x.device), M, N, K, tiles_n,
+        t.splits, share, eps, *Cache.strides(cache), out.stride(0), *Cache.sizes(cache), GELU=gelu,
+        NB=NB, BM=t.BM, SK=t.SK, BK=t.BK, EVEN_K=K % (t.splits * t.SK * t.BK) == 0, EVEN_N=N % t.BM == 0, PDL=pdl,
+        num_warps=t.warps, num_stages=t.stages, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
