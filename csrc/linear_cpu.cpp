@@ -1,0 +1,182 @@
+// Linear layers of a few rows on the CPU: memory-bound, so each weight is read once, at the rate of the memory.
+//
+// One op serves all linear layers of a decode step: [LayerNorm of x] -> weight -> [bias] -> [gelu_new] -> [residual].
+// Sums are fp32 whatever the weights are. torch's own reaches about half of the bandwidth here (NOTES.md).
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMaxRows = 4;      // of x; with more, a blocked GEMM reuses weights better
+constexpr int64_t kBlock = 16;       // output columns that one thread takes at a time
+constexpr int64_t kLanes = 16;
+
+typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void narrow(float x, float* out) { *out = x; }
+inline void narrow(float x, BFloat16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const bool nan = x != x;
+  out->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+INLINE Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+INLINE Floats load(const BFloat16* p) {
+  const Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16;
+  return reinterpret_cast<const Floats&>(words);
+}
+
+INLINE float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; i++) total += v[i];
+  return total;
+}
+
+// out[r * stride] = dot(w, x + r * K) for R rows of x. Several chains of additions hide the latency of each.
+template <int R, typename T>
+INLINE void dot(const T* w, const float* x, int64_t K, float* out, int64_t stride) {
+  constexpr int kChains = R >= 4 ? 1 : 4 / R;
+  Floats acc[R][kChains] = {};
+  int64_t k = 0;
+  for (; k + kLanes * kChains <= K; k += kLanes * kChains)
+    UNROLL for (int c = 0; c < kChains; c++) {
+      const Floats weight = load(w + k + c * kLanes);
+      UNROLL for (int r = 0; r < R; r++) acc[r][c] += weight * load(x + r * K + k + c * kLanes);
+    }
+  for (int r = 0; r < R; r++) {
+    Floats total = acc[r][0];
+    for (int c = 1; c < kChains; c++) total += acc[r][c];
+    float value = sum(total);
+    for (int64_t j = k; j < K; j++) value += widen(w[j]) * x[r * K + j];
+    out[r * stride] = value;
+  }
+}
+
+// Output columns [begin, end) of R rows: y[r * (end - begin) + column - begin].
+template <int R, typename T>
+INLINE void columns(const T* w, const float* x, int64_t K, int64_t begin, int64_t end, float* y) {
+  for (int64_t n = begin; n < end; n++) dot<R>(w + n * K, x, K, y + n - begin, end - begin);
+}
+
+template <typename T>
+INLINE void columns(const T* w, const float* x, int64_t rows, int64_t K, int64_t begin, int64_t end, float* y) {
+  switch (rows) {
+    case 1: return columns<1>(w, x, K, begin, end, y);
+    case 2: return columns<2>(w, x, K, begin, end, y);
+    case 3: return columns<3>(w, x, K, begin, end, y);
+    default: return columns<4>(w, x, K, begin, end, y);
+  }
+}
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EVERY_CPU
+#endif
+
+EVERY_CPU void columns_of(const float* w, const float* x, int64_t rows, int64_t K, int64_t begin, int64_t end, float* y) {
+  columns(w, x, rows, K, begin, end, y);
+}
+EVERY_CPU void columns_of(const BFloat16* w, const float* x, int64_t rows, int64_t K, int64_t begin, int64_t end, float* y) {
+  columns(w, x, rows, K, begin, end, y);
+}
+
+template <typename T>
+const T* data(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+void layer_norm(float* x, int64_t rows, int64_t K, const T* weight, const T* bias, double eps) {
+  for (int64_t r = 0; r < rows; r++, x += K) {
+    float mean = 0, variance = 0;
+    for (int64_t k = 0; k < K; k++) mean += x[k];
+    mean /= K;
+    for (int64_t k = 0; k < K; k++) variance += (x[k] - mean) * (x[k] - mean);
+    const float scale = 1 / std::sqrt(variance / K + static_cast<float>(eps));
+    for (int64_t k = 0; k < K; k++) x[k] = (x[k] - mean) * scale * widen(weight[k]) + widen(bias[k]);
+  }
+}
+
+inline float gelu_new(float x) { return 0.5f * x * (1 + std::tanh(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
+
+template <typename T>
+void linear(const T* x, const T* w, const T* bias, const T* residual, const T* norm_weight, const T* norm_bias,
+            double eps, bool gelu, T* out, int64_t rows, int64_t K, int64_t N) {
+  std::vector<float> wide(rows * K);
+  for (int64_t i = 0; i < rows * K; i++) wide[i] = widen(x[i]);
+  if (norm_weight) layer_norm(wide.data(), rows, K, norm_weight, norm_bias, eps);
+  const int64_t blocks = (N + kBlock - 1) / kBlock;
+  const int64_t grain = std::max<int64_t>(1, 32768 / (K * kBlock * static_cast<int64_t>(sizeof(T)) / 8));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
+    float y[kMaxRows * kBlock];
+    for (int64_t b = first; b < last; b++) {
+      const int64_t begin = b * kBlock, end = std::min(N, begin + kBlock), width = end - begin;
+      columns_of(w, wide.data(), rows, K, begin, end, y);
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t n = 0; n < width; n++) {
+          float value = y[r * width + n] + (bias ? widen(bias[begin + n]) : 0.0f);
+          if (gelu) value = gelu_new(value);
+          if (residual) value += widen(residual[r * N + begin + n]);
+          narrow(value, out + r * N + begin + n);
+        }
+    }
+  });
+}
+
+}  // namespace
+
+Tensor linear_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+                  std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool gelu) {
+  const int64_t N = weight.size(0), K = weight.size(1), rows = x.numel() / K;
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = N;
+  Tensor out = torch::stable::new_empty(x, shape);
+  if (x.scalar_type() == ScalarType::BFloat16)
+    linear(static_cast<const BFloat16*>(x.const_data_ptr()), static_cast<const BFloat16*>(weight.const_data_ptr()),
+           data<BFloat16>(bias), data<BFloat16>(residual), data<BFloat16>(norm_weight), data<BFloat16>(norm_bias), eps,
+           gelu, static_cast<BFloat16*>(out.mutable_data_ptr()), rows, K, N);
+  else
+    linear(static_cast<const float*>(x.const_data_ptr()), static_cast<const float*>(weight.const_data_ptr()),
+           data<float>(bias), data<float>(residual), data<float>(norm_weight), data<float>(norm_bias), eps, gelu,
+           static_cast<float*>(out.mutable_data_ptr()), rows, K, N);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps,"
+      " bool gelu) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CPU, m) { m.impl("linear", TORCH_BOX(&linear_cpu)); }

@@ -1,0 +1,302 @@
+"""sample: the next token of every row from its logits, penalties to state update, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SLICE = 2048  # tokens of one program where a row is split
+_KEEP = 64  # candidates that a slice hands on in mode FEW
+
+GREEDY = tl.constexpr(0)
+FREE = tl.constexpr(1)
+FEW = tl.constexpr(2)
+
+
+@triton.jit
+def _ordered(x):
+    """Integers in the order of float32 numbers."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _kth_largest(key, k):
+    """The largest t that at least k of the keys reach: the k-th largest key. int64."""
+    low = tl.full((), -2147483648, tl.int64)
+    high = tl.full((), 2147483647, tl.int64)
+    for _ in range(32):
+        middle = low + ((high - low + 1) >> 1)
+        enough = tl.sum((key >= middle).to(tl.int32)) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low
+
+
+@triton.jit
+def _nucleus(key, mass, share):
+    """The smallest t for which the keys above t have less than `share` of the mass. int64."""
+    bound = share * tl.sum(mass)
+    low = tl.full((), -2147483648, tl.int64)
+    high = tl.full((), 2147483647, tl.int64)
+    for _ in range(32):
+        middle = low + ((high - low) >> 1)
+        less = tl.sum(tl.where(key > middle, mass, 0.0)) < bound
+        high = tl.where(less, middle, high)
+        low = tl.where(less, low, middle + 1)
+    return high
+
+
+@triton.jit
+def _first_k(key, valid, k):
+    """Which of the keys are the k largest; of equal ones the first."""
+    t = _kth_largest(tl.where(valid, key, -2147483648), k)
+    tied = valid & (key == t)
+    room = k - tl.sum((valid & (key > t)).to(tl.int32))
+    return valid & ((key > t) | (tied & (tl.cumsum(tied.to(tl.int32)) <= room)))
+
+
+@triton.jit
+def _noise(seed, ids, drawn):
+    """-log(E), E exponential; see gptneo_fast/sampling.py. float32, shaped as ids."""
+    zero = ids * 0
+    r, _, _, _ = tl.philox(seed, ids, zero + drawn, zero, zero)
+    u = (r.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    e = tl.where(u < 0.0009765625, u + 0.5 * u * u, -tl.log(tl.maximum(1.0 - u, 5.960464477539063e-08)))
+    return -tl.log(e)
+
+
+@triton.jit
+def _likeliest(x, ids):
+    """(largest x, the lowest id that has it)."""
+    best = tl.max(x)
+    return best, tl.min(tl.where(x == best, ids, 2147483647))
+
+
+@triton.jit
+def _scores(logits_ptr, seen_ptr, flags_ptr, rates_ptr, ids, inside, drawn, least, GREEDY: tl.constexpr, SEEN: tl.constexpr):
+    """(scores / temperature after penalties, whether some logit is not finite); flags and pointers are at the row."""
+    x = tl.load(logits_ptr + ids, mask=inside, other=0.0).to(tl.float32)
+    broken = tl.max((~(tl.abs(x) < float("inf"))).to(tl.int32))
+    if SEEN:
+        seen = tl.load(seen_ptr + ids, mask=inside, other=0)
+        penalty = tl.load(rates_ptr + 3)
+        x = tl.where(seen != 0, tl.where(x < 0, x * penalty, x / penalty), x)
+    flags = tl.load(flags_ptr + ids, mask=inside, other=2)
+    barred = ((flags & 2) != 0) | (((flags & 1) != 0) & (drawn < least)) | (((flags & 4) != 0) & (drawn == 0))
+    x = tl.where(barred, float("-inf"), x)
+    if not GREEDY:
+        x = x / tl.load(rates_ptr)
+    return x, broken
+
+
+@triton.jit
+def _advance(
+    row, token, broken, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B, out_ptr, stride_ob, lengths_ptr,
+    SEEN: tl.constexpr,
+):  # fmt: skip
+    """What the row's last program does: store the token, count it, tell whether the row has ended."""
+    if broken:
+        tl.store(state_ptr + 3 * B + row, 3)
+    else:
+        tl.store(out_ptr + row * stride_ob + drawn, token)
+        if SEEN:
+            tl.store(seen_ptr + row * stride_sb + token, 1)
+        ended = ((tl.load(flags_ptr + token) & 1) != 0) | (drawn + 1 >= limit)
+        tl.store(state_ptr + row, token.to(tl.int64))
+        tl.store(state_ptr + B + row, tl.load(state_ptr + B + row) + 1)
+        tl.store(state_ptr + 2 * B + row, drawn + 1)
+        tl.store(state_ptr + 3 * B + row, ended.to(tl.int64))
+        tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + 1)
+
+
+@triton.jit
+def sample_kernel(
+    logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb, state_ptr, out_ptr, stride_ob,
+    lengths_ptr, value_ptr, id_ptr, B, V,
+    MODE: tl.constexpr, SEEN: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """Programs [B * SPLITS]; each takes BLOCK tokens of a row, the last of a row to arrive merges what they hand on."""
+    row = (tl.program_id(0) // SPLITS).to(tl.int64)
+    part = tl.program_id(0) % SPLITS
+    if tl.load(state_ptr + 3 * B + row) != 0:
+        return
+    drawn = tl.load(state_ptr + 2 * B + row).to(tl.int32)
+    top_k, least, limit = tl.load(counts_ptr), tl.load(counts_ptr + 1), tl.load(counts_ptr + 2)
+    seed = tl.load(seeds_ptr + row)
+
+    ids = part * BLOCK + tl.arange(0, BLOCK)
+    inside = ids < V
+    x, broken = _scores(
+        logits_ptr + row * stride_lb, seen_ptr + row * stride_sb, flags_ptr, rates_ptr, ids, inside, drawn, least,
+        MODE == GREEDY, SEEN,
+    )  # fmt: skip
+    scratch = (row * SPLITS + part) * KEEP
+    if MODE == FEW:
+        kept = _first_k(_ordered(x), inside, top_k)
+        place = tl.cumsum(kept.to(tl.int32)) - 1
+        tl.store(value_ptr + scratch + place, x, mask=kept)
+        tl.store(id_ptr + scratch + place, ids, mask=kept)
+        rest = tl.arange(0, KEEP)
+        unused = rest >= tl.sum(kept.to(tl.int32))
+        tl.store(id_ptr + scratch + rest, rest * 0 - 1, mask=unused)
+    else:
+        if MODE == FREE:
+            x = x + _noise(seed, ids, drawn)
+        best, first = _likeliest(x, ids)
+        tl.store(value_ptr + scratch, best)
+        tl.store(id_ptr + scratch, first)
+    if broken != 0:  # told through the first id, which finite logits never make -2
+        tl.debug_barrier()
+        tl.store(id_ptr + scratch, -2)
+
+    tl.debug_barrier()  # every store of this program before its ticket
+    if tl.atomic_add(state_ptr + 4 * B + row, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(state_ptr + 4 * B + row, 0)
+        at = tl.arange(0, MERGE)
+        base = row * SPLITS * KEEP + at
+        found = tl.load(id_ptr + base, mask=at < SPLITS * KEEP, other=-1)
+        value = tl.load(value_ptr + base, mask=found >= 0, other=float("-inf"))
+        if MODE == FEW:
+            top_p, min_p = tl.load(rates_ptr + 1), tl.load(rates_ptr + 2)
+            kept = _first_k(_ordered(value), found >= 0, top_k)
+            mass = tl.where(kept, tl.exp(value - tl.max(value)), 0.0)
+            if top_p < 1.0:
+                kept = kept & (_ordered(value) >= _nucleus(_ordered(value), mass, top_p))
+            kept = kept & (mass >= min_p)
+            value = tl.where(kept, value + _noise(seed, found, drawn), float("-inf"))
+        _, token = _likeliest(value, tl.where(found >= 0, found, 2147483647))
+        _advance(
+            row, token, tl.min(found) == -2, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B, out_ptr, stride_ob,
+            lengths_ptr, SEEN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _reach(score_ptr, V, largest, low, step, tied, last_tied, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """For the 7 thresholds low + step ... low + 7 step: how many scores reach each; with MASS, the mass above each.
+
+    With MASS, of the scores whose key is `tied` those after the id `last_tied`, and all with a lower key, count for nothing.
+    """
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros([8, BLOCK], tl.float32)
+    thresholds = low + step * tl.arange(0, 8)[:, None].to(tl.int64)  # of the row 0, nothing is asked
+    for first in range(0, V, BLOCK):
+        ids = first + offs
+        x = tl.load(score_ptr + ids, mask=ids < V, other=float("-inf"))
+        key = _ordered(x)
+        if MASS:
+            kept = (ids < V) & ((key > tied) | ((key == tied) & (ids <= last_tied)))
+            mass = tl.where(kept, tl.exp(x - largest), 0.0)
+            total += tl.where(key[None, :] > thresholds, mass[None, :], 0.0)
+        else:
+            total += ((key[None, :] >= thresholds) & (ids < V)[None, :]).to(tl.float32)
+    return tl.sum(total, 1)  # [8]; counts are exact below 2^24
+
+
+@triton.jit
+def sample_row_kernel(
+    logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb, state_ptr, out_ptr, stride_ob,
+    lengths_ptr, score_ptr, B, V, SEEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Programs [B]: any top_k, top_p and min_p. Thresholds are found 3 bits a pass over the row, which the cache holds."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(state_ptr + 3 * B + row) != 0:
+        return
+    drawn = tl.load(state_ptr + 2 * B + row).to(tl.int32)
+    top_k, least, limit = tl.load(counts_ptr), tl.load(counts_ptr + 1), tl.load(counts_ptr + 2)
+    top_p, min_p = tl.load(rates_ptr + 1), tl.load(rates_ptr + 2)
+    seed = tl.load(seeds_ptr + row)
+    score_ptr += row * V
+    offs = tl.arange(0, BLOCK)
+    largest, broken = float("-inf"), 0
+    for first in range(0, V, BLOCK):
+        ids = first + offs
+        x, bad = _scores(
+            logits_ptr + row * stride_lb, seen_ptr + row * stride_sb, flags_ptr, rates_ptr, ids, ids < V, drawn, least,
+            False, SEEN,
+        )  # fmt: skip
+        tl.store(score_ptr + ids, x, mask=ids < V)
+        largest = tl.maximum(largest, tl.max(x))
+        broken = tl.maximum(broken, bad)
+    tl.debug_barrier()
+
+    places = tl.arange(0, 8)
+    tied = tl.full((), -2147483648, tl.int64)  # the key of rank top_k
+    last_tied = tl.full((), 2147483647, tl.int32)  # the last id of that key that is kept
+    if top_k > 0:
+        for bits in range(11):
+            step = tl.full((), 1, tl.int64) << (30 - 3 * bits)
+            reach = _reach(score_ptr, V, largest, tied, step, tied, last_tied, False, BLOCK)
+            tied += step * tl.sum(((places > 0) & (reach >= top_k)).to(tl.int64))
+        above = 0
+        for first in range(0, V, BLOCK):
+            ids = first + offs
+            key = _ordered(tl.load(score_ptr + ids, mask=ids < V, other=float("-inf")))
+            above += tl.sum(((key > tied) & (ids < V)).to(tl.int32))
+        room, last_tied = top_k - above, last_tied * 0 - 1
+        for first in range(0, V, BLOCK):
+            ids = first + offs
+            key = _ordered(tl.load(score_ptr + ids, mask=ids < V, other=float("-inf")))
+            same = ((key == tied) & (ids < V)).to(tl.int32)
+            last_tied = tl.maximum(last_tied, tl.max(tl.where((same != 0) & (tl.cumsum(same) <= room), ids, -1)))
+            room -= tl.sum(same)
+    lowest = tl.full((), -2147483648, tl.int64)  # top_p keeps the keys from here on
+    if top_p < 1.0:
+        whole = _reach(score_ptr, V, largest, lowest - 1, lowest * 0, tied, last_tied, True, BLOCK)
+        bound = top_p * tl.max(whole)
+        for bits in range(11):
+            step = tl.full((), 1, tl.int64) << (30 - 3 * bits)
+            reach = _reach(score_ptr, V, largest, lowest - 1, step, tied, last_tied, True, BLOCK)
+            lowest += step * tl.sum(((places > 0) & (reach >= bound)).to(tl.int64))
+
+    best, token = float("-inf"), 2147483647
+    for first in range(0, V, BLOCK):
+        ids = first + offs
+        x = tl.load(score_ptr + ids, mask=ids < V, other=float("-inf"))
+        key = _ordered(x)
+        kept = (ids < V) & ((key > tied) | ((key == tied) & (ids <= last_tied))) & (key >= lowest)
+        kept = kept & (tl.exp(x - largest) >= min_p)
+        value, chosen = _likeliest(tl.where(kept, x + _noise(seed, ids, drawn), float("-inf")), ids)
+        token = tl.where(value > best, chosen, token)
+        best = tl.maximum(best, value)
+    _advance(
+        row, token, broken != 0, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B, out_ptr, stride_ob, lengths_ptr,
+        SEEN,
+    )  # fmt: skip
+
+
+def sample(
+    logits: Tensor,
+    rates: Tensor,
+    counts: Tensor,
+    flags: Tensor,
+    seeds: Tensor,
+    seen: Tensor | None,
+    state: Tensor,
+    out: Tensor,
+    lengths: Tensor,
+    mode: int,
+) -> None:
+    """As `gptneo_fast.sampling.sample`; rows of logits may have any stride. One launch.
+
+    Modes GREEDY, FREE and FEW split a row over programs; in mode ALL one program walks a row some thirty times.
+    """
+    B, V = logits.shape
+    row = (
+        logits, logits.stride(0), rates, counts, flags, seeds, flags if seen is None else seen,
+        0 if seen is None else seen.stride(0), state, out, out.stride(0), lengths,
+    )  # fmt: skip
+    if mode == 3:
+        scores = torch.empty(B, V, dtype=torch.float32, device=logits.device)
+        sample_row_kernel[(B,)](*row, scores, B, V, SEEN=seen is not None, BLOCK=_SLICE, num_warps=16)
+        return
+    splits, keep = triton.cdiv(V, _SLICE), _KEEP if mode == 2 else 1
+    value = torch.empty(B * splits * keep, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(B * splits * keep, dtype=torch.int32, device=logits.device)
+    sample_kernel[(B * splits,)](
+        *row, value, ids, B, V, MODE=mode, SEEN=seen is not None, SPLITS=splits,
+        BLOCK=min(_SLICE, triton.next_power_of_2(V)), KEEP=keep, MERGE=triton.next_power_of_2(splits * keep), num_warps=8,
+    )  # fmt: skip
