@@ -33,7 +33,7 @@ LIBRARY, REPORT = "_csrc.so", "_csrc.json"
 OLDEST_TORCH = (2, 11)  # whose stable ABI is targeted: one binary serves every later one
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 ARCHITECTURES = "8.0 8.6 8.9 9.0+PTX"
-CPU_SOURCES = ("binding.cpp", "kv_append_cpu.cpp")
+CPU_SOURCES = ("binding.cpp", "kv_append_cpu.cpp", "linear_cpu.cpp")
 CUDA_SOURCES = ("kv_append.cu",)
 HEADERS = ("kv_append.h", "slots.h")
 
@@ -155,7 +155,7 @@ class Plan:
 
 def plan_cpu(torch: Torch, compiler: list[str], why_not_cuda: str) -> Plan:
     """The CPU side alone."""
-    flags = ["-c", "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", TARGET, "-isystem", str(torch.folder / "include")]
+    flags = ["-c", "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", TARGET, "-isystem", str(torch.folder / "include")]
     objects = {name: [*compiler, *flags, f"csrc/{name}"] for name in CPU_SOURCES}
     line = f"built for the CPU only: {why_not_cuda}"
     return Plan("cpu", line, objects, [*compiler, "-shared", *libraries(torch)], torch.version)

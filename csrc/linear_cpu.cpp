@@ -1,8 +1,5 @@
-// Linear layers of a few rows on the CPU: memory-bound, so each weight is read once, at the rate of the memory.
-//
-// One op serves all linear layers of a decode step: [LayerNorm of x] -> weight -> [bias] -> [gelu_new] -> [residual].
-// Sums are fp32 whatever the weights are. torch's own reaches about half of the bandwidth here (NOTES.md).
-
+// The op gptneo_fast_csrc::linear: linear layers of a few rows on the CPU. They are bound by memory: each weight is read once.
+// One op serves all of a decode step: [LayerNorm of x] -> weight -> [bias] -> [gelu_new] -> [residual]. Sums are float32.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,16 +10,20 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
+namespace gptneo_fast {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMaxRows = 4;      // of x; with more, a blocked GEMM reuses weights better
-constexpr int64_t kBlock = 16;       // output columns that one thread takes at a time
+constexpr int64_t kMaxRows = 4;  // of x; with more, a blocked GEMM reads weights seldom enough
+constexpr int64_t kBlock = 16;   // output columns that a thread takes at a time
 constexpr int64_t kLanes = 16;
+constexpr int64_t kGrain = 1 << 17;  // bytes of weights that are worth a thread
 
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -99,7 +100,7 @@ INLINE void columns(const T* w, const float* x, int64_t rows, int64_t K, int64_t
   }
 }
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define EVERY_CPU
@@ -138,7 +139,7 @@ void linear(const T* x, const T* w, const T* bias, const T* residual, const T* n
   for (int64_t i = 0; i < rows * K; i++) wide[i] = widen(x[i]);
   if (norm_weight) layer_norm(wide.data(), rows, K, norm_weight, norm_bias, eps);
   const int64_t blocks = (N + kBlock - 1) / kBlock;
-  const int64_t grain = std::max<int64_t>(1, 32768 / (K * kBlock * static_cast<int64_t>(sizeof(T)) / 8));
+  const int64_t grain = std::max<int64_t>(1, kGrain / (kBlock * K * static_cast<int64_t>(sizeof(T))));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
     float y[kMaxRows * kBlock];
     for (int64_t b = first; b < last; b++) {
@@ -155,22 +156,36 @@ void linear(const T* x, const T* w, const T* bias, const T* residual, const T* n
   });
 }
 
-}  // namespace
+void check(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(std::string("linear: ") + what);
+}
 
 Tensor linear_cpu(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                   std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool gelu) {
-  const int64_t N = weight.size(0), K = weight.size(1), rows = x.numel() / K;
+  check(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "x must be [..., K] and weight [N, K]");
+  const int64_t N = weight.size(0), K = weight.size(1), rows = K ? x.numel() / K : 0;
+  check(rows >= 1 && rows <= kMaxRows, "x must have 1 to 4 rows");
+  const ScalarType dtype = x.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x must be float32 or bfloat16");
+  const auto fits = [&](const std::optional<Tensor>& t, int64_t numel) {
+    return !t || (t->numel() == numel && t->scalar_type() == dtype && t->is_contiguous() && t->is_cpu());
+  };
+  check(fits(x, rows * K) && fits(weight, N * K) && fits(bias, N) && fits(residual, rows * N) && fits(norm_weight, K) &&
+            fits(norm_bias, K) && norm_weight.has_value() == norm_bias.has_value(),
+        "all tensors must be contiguous, on the CPU, of the dtype of x and of fitting sizes");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = N;
   Tensor out = torch::stable::new_empty(x, shape);
-  if (x.scalar_type() == ScalarType::BFloat16)
-    linear(static_cast<const BFloat16*>(x.const_data_ptr()), static_cast<const BFloat16*>(weight.const_data_ptr()),
-           data<BFloat16>(bias), data<BFloat16>(residual), data<BFloat16>(norm_weight), data<BFloat16>(norm_bias), eps,
-           gelu, static_cast<BFloat16*>(out.mutable_data_ptr()), rows, K, N);
-  else
-    linear(static_cast<const float*>(x.const_data_ptr()), static_cast<const float*>(weight.const_data_ptr()),
-           data<float>(bias), data<float>(residual), data<float>(norm_weight), data<float>(norm_bias), eps, gelu,
-           static_cast<float*>(out.mutable_data_ptr()), rows, K, N);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    linear(data<T>(x), data<T>(weight), data<T>(bias), data<T>(residual), data<T>(norm_weight), data<T>(norm_bias), eps, gelu,
+           static_cast<T*>(out.mutable_data_ptr()), rows, K, N);
+  };
+  if (dtype == ScalarType::BFloat16) {
+    run(BFloat16{});
+  } else {
+    run(0.0f);
+  }
   return out;
 }
 
@@ -180,3 +195,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
       " bool gelu) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CPU, m) { m.impl("linear", TORCH_BOX(&linear_cpu)); }
+
+}  // namespace
+}  // namespace gptneo_fast

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from . import ops, reference
+from . import cpu, extension, ops, reference
 from .errors import GPTNeoFastError, InputError, SetupError, warn_once
 
 BACKENDS = ("auto", "triton", "reference")
@@ -20,7 +20,7 @@ _INSTEAD = "use backend='reference' or 'auto'"
 class Choice:
     """What computes, and why.
 
-    name: "triton" or "reference".
+    name: "triton", "cpu" (plain torch with linear layers in C++) or "reference".
     why: the reason, for people.
     functions: the namespace; each op is a function of it, as in `reference`.
     """
@@ -64,7 +64,9 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, grad: bool = 
     if backend == "reference":
         return Choice("reference", "asked for", reference)
     if backend == "auto" and device.type != "cuda":
-        return Choice("reference", f"the model is on the {device.type.upper()}", reference)
+        where = f"the model is on the {device.type.upper()}"
+        reason = "gradients are required" if grad else why_no_extension(device.type)
+        return Choice("reference", f"{where}, and {reason}", reference) if reason else Choice("cpu", where, cpu)
     reason = why_not(device.type, device.index or 0, str(dtype).removeprefix("torch."))
     if backend == "triton":
         if grad:
@@ -118,6 +120,12 @@ def why_not(device_type: str, index: int, dtype: str) -> str:
         f"kernels run on CUDA devices and the model is on the {device_type.upper()}; move it to 'cuda', or set "
         "TRITON_INTERPRET=1 before Python starts to have them interpreted on the CPU (slow; for checking)"
     )
+
+
+@torch.compiler.assume_constant_result
+def why_no_extension(device_type: str) -> str:
+    """Why the C++ extension cannot serve a device, or nothing. Tracers see a constant."""
+    return extension.why_not_on(torch.device(device_type)) or ""
 
 
 def _interpreted() -> bool:

@@ -148,3 +148,17 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, TextGenerationMixin):
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self._give(result, return_dict)
+
+    def step(
+        self, ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, cache: KVCache, keep: int = 1
+    ) -> Tensor:
+        """Logits [B, keep, V], float32 or wider, of the last columns of a step of generation; nothing is checked.
+
+        Args:
+            ids: int64 [B, T], every column a token. position_ids: [B or 1, T]. token_type_ids: [B, T] or None.
+            cache: of the columns before; appended to.
+        """
+        trunk = self.transformer
+        x = trunk.run(ids, position_ids, token_type_ids, cache=cache, final_norm=False)[:, -keep:]
+        norm = trunk.ln_f
+        return trunk.functions(x).lm_head(x, norm.weight, norm.bias, self.lm_head.weight, norm.eps)

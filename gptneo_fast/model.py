@@ -172,8 +172,9 @@ class Transformer(nn.Module):
         rows: Rows = Rows(),  # noqa: B008 (frozen)
         cache: KVCache | None = None,
         trace: Trace | None = None,
+        final_norm: bool = True,
     ) -> Tensor:
-        """Hidden states [B, T, C] after ln_f.
+        """Hidden states [B, T, C] after ln_f, or with `final_norm=False` before it (the `lm_head` op has it inside).
 
         Args:
             x: ids [B, T] int64, or embeddings [B, T, C].
@@ -182,7 +183,7 @@ class Transformer(nn.Module):
             cache: read, appended to and advanced by T columns.
             trace: filled with what it has lists for.
         """
-        op, T = self._functions(x), x.shape[1]
+        op, T = self.functions(x), x.shape[1]
         if cache is not None:
             cache.reserve(T)
         if x.is_floating_point():
@@ -204,12 +205,14 @@ class Transformer(nn.Module):
                 trace.attentions.append(weights)
         if cache is not None:
             cache.advance(T, rows.starts)
+        if not final_norm:
+            return x
         x = op.layer_norm(x, self.ln_f.weight, self.ln_f.bias, self.ln_f.eps)
         if trace.hidden_states is not None:
             trace.hidden_states.append(x)
         return x
 
-    def _functions(self, x: Tensor) -> ModuleType:
+    def functions(self, x: Tensor) -> ModuleType:
         """The namespace that computes a call with these inputs."""
         weight = self.wte.weight
         grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))

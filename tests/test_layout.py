@@ -18,7 +18,7 @@ FLOORS = [
     ["jsonfile"],
     ["hub", "rules", "device"],
     ["config", "reference", "extension", "kernels"],
-    ["ops"],
+    ["ops", "cpu"],
     ["backends"],
     ["cache"],
     ["masks", "outputs"],

@@ -40,8 +40,9 @@ class LogitsProcessorList(list[Callable[[Tensor, Tensor], Tensor]]):
 
 def _at(vocabulary: int, ids: Iterable[int], like: Tensor) -> Tensor:
     """Boolean [V], True at `ids`; those beyond the vocabulary are ignored."""
-    tokens = torch.arange(vocabulary, device=like.device)
-    return torch.isin(tokens, torch.tensor(list(ids), dtype=torch.long, device=like.device))
+    found = torch.zeros(vocabulary, dtype=torch.bool)
+    found[[i for i in ids if 0 <= i < vocabulary]] = True
+    return found.to(like.device)
 
 
 @dataclass

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..errors import CacheError, InputError
-from ..masks import Rows
 
 
 @dataclass
@@ -112,8 +111,7 @@ class Session:
 
     def _step(self, ids: Tensor, keep: int) -> Tensor:
         T, new = self.seen + ids.shape[1], ids.shape[1]
-        hidden = self.model.transformer.run(ids, self._positions(T, new), self._types(T, new), Rows(), self.cache)
-        return self.model.lm_head(hidden[:, -keep:])
+        return self.model.step(ids, self._positions(T, new), self._types(T, new), self.cache, keep)
 
     def _call(self, ids: Tensor, keep: int) -> Tensor:
         T, first = ids.shape[1], self.seen
