@@ -58,10 +58,13 @@ INLINE Floats load(const BFloat16* p) {
   return reinterpret_cast<const Floats&>(words);
 }
 
+// Pairwise, which errs less than one after the other.
 INLINE float sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; i++) total += v[i];
-  return total;
+  float part[kLanes];
+  std::memcpy(part, &v, sizeof(part));
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) part[i] += part[i + half];
+  return part[0];
 }
 
 // out[r * stride] = dot(w, x + r * K) for R rows of x. Several chains of additions hide the latency of each.
@@ -118,14 +121,25 @@ const T* data(const std::optional<Tensor>& t) {
   return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
+// Sum of (x - shift) ^ power over a row, power 1 or 2.
+template <int power>
+INLINE float moment(const float* x, int64_t K, float shift) {
+  Floats total = {};
+  int64_t k = 0;
+  for (; k + kLanes <= K; k += kLanes) {
+    const Floats d = load(x + k) - shift;
+    total += power == 1 ? d : d * d;
+  }
+  float value = sum(total);
+  for (; k < K; k++) value += power == 1 ? x[k] - shift : (x[k] - shift) * (x[k] - shift);
+  return value;
+}
+
 template <typename T>
 void layer_norm(float* x, int64_t rows, int64_t K, const T* weight, const T* bias, double eps) {
   for (int64_t r = 0; r < rows; r++, x += K) {
-    float mean = 0, variance = 0;
-    for (int64_t k = 0; k < K; k++) mean += x[k];
-    mean /= K;
-    for (int64_t k = 0; k < K; k++) variance += (x[k] - mean) * (x[k] - mean);
-    const float scale = 1 / std::sqrt(variance / K + static_cast<float>(eps));
+    const float mean = moment<1>(x, K, 0) / K;
+    const float scale = 1 / std::sqrt(moment<2>(x, K, mean) / K + static_cast<float>(eps));
     for (int64_t k = 0; k < K; k++) x[k] = (x[k] - mean) * scale * widen(weight[k]) + widen(bias[k]);
   }
 }

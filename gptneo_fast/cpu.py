@@ -16,8 +16,18 @@ _ROWS = 4  # of x that the extension takes; a blocked GEMM reads weights seldom 
 _INPUT = 8192  # numbers of x, which stay in the first-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
 
-__all__ = [*("attention", "decode_attention", "embed", "kv_append", "layer_norm", "linear_add", "lm_head", "norm_linear")]
-__all__ += ["norm_qkv", "norm_qkv_append"]
+__all__ = [
+    "attention",
+    "decode_attention",
+    "embed",
+    "kv_append",
+    "layer_norm",
+    "linear_add",
+    "lm_head",
+    "norm_linear",
+    "norm_qkv",
+    "norm_qkv_append",
+]
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:

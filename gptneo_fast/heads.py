@@ -149,9 +149,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, TextGenerationMixin):
         result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self._give(result, return_dict)
 
-    def step(
-        self, ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, cache: KVCache, keep: int = 1
-    ) -> Tensor:
+    def step(self, ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, cache: KVCache, keep: int = 1) -> Tensor:
         """Logits [B, keep, V], float32 or wider, of the last columns of a step of generation; nothing is checked.
 
         Args:

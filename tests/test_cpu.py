@@ -1,0 +1,88 @@
+"""The CPU namespace: linear layers of a few rows in C++ compute what the reference does, at every odd shape."""
+
+import pytest
+import torch
+
+from gptneo_fast import backends, cpu, extension, ops, reference
+from gptneo_fast.testing import EPS, SAMPLES, Sample, over_budget
+
+pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def test_it_has_every_op():
+    assert set(ops.NAMES) <= {*cpu.__all__, "sample"}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("name", cpu.__all__)
+def test_it_stays_within_the_error_budget(name, dtype):
+    for sample in SAMPLES[name]():
+        assert not over_budget(name, getattr(cpu, name), sample.to(dtype))
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(("K", "N"), [(1, 301), (15, 317), (16, 320), (65, 303), (100, 129), (768, 40)])
+def test_lanes_chains_and_blocks_may_be_cut_anywhere(rows, K, N, dtype):
+    w, b = random(N, K, seed=1) * K**-0.5, random(N, seed=2)
+    x, residual = random(1, rows, K, seed=3), random(1, rows, N, seed=4)
+    norm = (1 + 0.1 * random(K, seed=5), 0.1 * random(K, seed=6))
+    fused = Sample("norm, gelu", (x, *norm, w, b, EPS, True)).to(dtype)
+    assert cpu._takes(fused.args[0], fused.args[3])
+    assert not over_budget("norm_linear", cpu.norm_linear, fused)
+    assert not over_budget("linear_add", cpu.linear_add, Sample("residual", (x, w, b, residual)).to(dtype))
+
+
+def test_more_rows_and_other_dtypes_take_the_reference(monkeypatch):
+    monkeypatch.setattr(cpu, "_linear", None)
+    for rows, dtype in ((5, torch.float32), (1, torch.float16), (1, torch.float64)):
+        x, w = torch.ones(1, rows, 8, dtype=dtype), torch.ones(8, 8, dtype=dtype)
+        assert torch.equal(cpu.linear_add(x, w, w[0], x), reference.linear_add(x, w, w[0], x))
+
+
+def test_bfloat16_results_round_to_the_nearest_even_and_nan_stays():
+    x = torch.ones(1, 1, dtype=torch.bfloat16)
+    residual = torch.tensor([[1.0, 1.0, float("nan"), -3.0]], dtype=torch.bfloat16)
+    w = torch.tensor([[0.00390625], [0.01171875], [0.0], [1e-30]], dtype=torch.bfloat16)  # 1 + half an ulp, 1 + 3/2 ulp
+    out = cpu.linear_add(x, w, torch.zeros(4, dtype=torch.bfloat16), residual)[0]
+    assert out[:2].tolist() == [1.0, 1.015625]
+    assert out[2].isnan()
+    assert out[3] == -3.0
+
+
+def test_a_tensor_that_does_not_fit_is_refused():
+    linear = torch.ops.gptneo_fast_csrc.linear.default
+    x, w = torch.ones(1, 8), torch.ones(4, 8)
+    for args in (
+        (torch.ones(1, 7), w),
+        (torch.ones(5, 8), w),
+        (x.half(), w.half()),
+        (x, w.bfloat16()),
+        (x, torch.ones(8, 4).T),
+    ):
+        with pytest.raises(RuntimeError, match="linear: "):
+            linear(*args, None, None, None, None, EPS, False)
+    with pytest.raises(RuntimeError, match="linear: all tensors"):
+        linear(x, w, torch.ones(3), None, None, None, EPS, False)
+
+
+def test_threads_change_nothing():
+    x, w = random(1, 300).float(), random(5000, 300, seed=1).float()
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(cpu.lm_head(x, w[0], w[1], w, EPS))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_auto_takes_it_on_the_cpu_and_the_reference_for_gradients():
+    here = torch.device("cpu")
+    assert backends.choose("auto", here, torch.float32).functions is cpu
+    assert backends.choose("auto", here, torch.float32, grad=True).functions is reference
