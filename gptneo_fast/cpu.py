@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import extension, reference
-from .reference import attention, decode_attention, embed, kv_append, layer_norm
+from .reference import attention, decode_attention, embed, kv_append, layer_norm, sample
 
 _ROWS = 4  # of x that the extension takes; a blocked GEMM reads weights seldom enough with more
 _INPUT = 8192  # numbers of x, which stay in the first-level cache
@@ -27,6 +27,7 @@ __all__ = [
     "norm_linear",
     "norm_qkv",
     "norm_qkv_append",
+    "sample",
 ]
 
 

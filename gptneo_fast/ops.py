@@ -104,8 +104,13 @@ norm_qkv_append = _op(
     lambda x, nw, nb, wq, *_, **__: x.new_empty(*x.shape[:-1], wq.shape[0]),
 )
 lm_head = _op("lm_head(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, float eps) -> Tensor", _padded_logits)
+sample = _op(
+    "sample(Tensor logits, Tensor rates, Tensor counts, Tensor flags, Tensor seeds, Tensor(a!)? seen, Tensor(b!) state,"
+    " Tensor(c!) out, Tensor(d!) lengths, int method) -> ()",
+    lambda *_: None,
+)
 
 NAMES = (
     *("embed", "layer_norm", "norm_linear", "norm_qkv", "linear_add", "attention", "decode_attention", "kv_append"),
-    *("norm_qkv_append", "lm_head"),
+    *("norm_qkv_append", "lm_head", "sample"),
 )

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sampling import sample as sample
+
 LOGITS_ALIGN = 8  # a row of logits takes a multiple of this many elements
 _QUERY_BLOCK = 256  # queries whose scores exist at one time: [B, H, 256, S] and never [B, H, T, S]
 

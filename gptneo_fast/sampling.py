@@ -28,7 +28,7 @@ def sample(
     state: Tensor,
     out: Tensor,
     lengths: Tensor,
-    mode: int,
+    method: int,
 ) -> None:
     """Draw the next token of each row that has not finished, and advance the row; finished rows stay as they are.
 
@@ -37,14 +37,14 @@ def sample(
     Args:
         logits: [B, V] floating point.
         rates: float32 [4]: temperature, top_p (1: off), min_p (0: off), repetition_penalty (1: off).
-        counts: int32 [3]: top_k (0: off; in mode FEW from 1 to 64), tokens before which no END token may come, tokens at most.
+        counts: int32 [3]: top_k (0: off; in method FEW from 1 to 64), tokens before which no END may come, tokens at most.
         flags: uint8 [V], bits of each token: END, SUPPRESSED, NOT_FIRST.
         seeds: int64 [B], key of each row's random numbers.
         seen: uint8 [B, V], 1 for tokens that repetition_penalty touches, or None for no penalty; changed.
         state: int64 [5, B]: newest token, its position, tokens drawn, status bits, a ticket of the kernel's; changed.
         out: int32 [B, N], the tokens drawn; changed.
         lengths: int32 [B], tokens that the cache holds of each row, without the newest; changed.
-        mode: GREEDY, FREE, FEW or ALL.
+        method: GREEDY, FREE, FEW or ALL.
     """
     x = logits.float()
     drawn, live = state[COUNT], (state[STATUS] & FINISHED) == 0
@@ -56,9 +56,9 @@ def sample(
     barred = barred | (((flags & END) != 0) & (drawn < counts[1])[:, None])
     barred = barred | (((flags & NOT_FIRST) != 0) & (drawn == 0)[:, None])
     x = x.masked_fill(barred, float("-inf"))
-    if mode != GREEDY:
+    if method != GREEDY:
         x = x / rates[0]
-        x = x.masked_fill(~_kept(x, rates, counts), float("-inf")) if mode != FREE else x
+        x = x.masked_fill(~_kept(x, rates, counts), float("-inf")) if method != FREE else x
         x = x - exponential(seeds, drawn, x.shape[-1]).log()
     token = x.argmax(-1)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .sampling import ALL, COUNT, END, FEW, FINISHED, FREE, GREEDY, NOT_FIRST, STATUS, SUPPRESSED
 
 EPS = 1e-5
 
@@ -170,6 +171,38 @@ def _lm_head() -> Iterator[Sample]:
         yield Sample(f"{B} rows of {C} to {V}", (_random(B, 1, C), *_norm(C), _random(V, C, scale=C**-0.5), EPS))
 
 
+def _sample() -> Iterator[Sample]:
+    B, V, N = 5, 2500, 4
+    for name, method, temperature, top_k, top_p, min_p, penalty in (
+        *(("greedy", GREEDY, 1.0, 0, 1.0, 0.0, 1.0), ("greedy, penalty", GREEDY, 1.0, 0, 1.0, 0.0, 1.5)),
+        *(("temperature", FREE, 0.75, 0, 1.0, 0.0, 1.0), ("top_k", FEW, 0.75, 50, 1.0, 0.0, 1.0)),
+        *(("all of few", FEW, 1.25, 64, 0.75, 0.03125, 1.25), ("top_k 1", FEW, 1.0, 1, 0.5, 0.0, 1.0)),
+        *(("top_p", ALL, 1.0, 0, 0.875, 0.0, 1.0), ("all of many", ALL, 1.5, 300, 0.75, 0.03125, 1.25)),
+    ):
+        logits = _random(B, V, scale=3.0)
+        logits[3, 7], logits[2] = float("nan"), logits[2].round()  # a broken row, and one of many equal scores
+        flags = torch.zeros(V, dtype=torch.uint8)
+        flags[:300], flags[300:600], flags[600:900] = SUPPRESSED, END, NOT_FIRST
+        state = torch.zeros(5, B, dtype=torch.int64)
+        state[COUNT], state[STATUS, 4] = torch.tensor([0, 1, 2, 3, 1]), FINISHED
+        seen = None if penalty == 1 else (_random(B, V, seed=3) > 1).to(torch.uint8)
+        rates = torch.tensor([temperature, top_p, min_p, penalty], dtype=torch.float64)  # exact in 16 bits
+        seeds = torch.arange(B) * 987654321987 + 5
+        args = (
+            logits,
+            rates,
+            _int32(top_k, 2, N),
+            flags,
+            seeds,
+            seen,
+            state,
+            torch.zeros(B, N).int(),
+            _int32(*range(B)),
+            method,
+        )
+        yield Sample(name, args, mutates=(6, 7, 8) if seen is None else (5, 6, 7, 8))
+
+
 SAMPLES: dict[str, Callable[[], Iterator[Sample]]] = {
     "embed": _embed,
     "layer_norm": _layer_norm,
@@ -181,4 +214,5 @@ SAMPLES: dict[str, Callable[[], Iterator[Sample]]] = {
     "kv_append": _kv_append,
     "norm_qkv_append": _norm_qkv_append,
     "lm_head": _lm_head,
+    "sample": _sample,
 }

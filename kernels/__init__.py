@@ -9,5 +9,7 @@ from .embedding import embed
 from .few import lm_head, norm_qkv_append
 from .linear import linear_add, norm_linear, norm_qkv
 from .norms import layer_norm
+from .sampling import sample
 
 __all__ = ["decode_attention", "embed", "layer_norm", "linear_add", "lm_head", "norm_linear", "norm_qkv", "norm_qkv_append"]
+__all__ += ["sample"]

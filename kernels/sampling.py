@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch
+
 _SLICE = 2048  # tokens of one program where a row is split
-_KEEP = 64  # candidates that a slice hands on in mode FEW
+_KEEP = 64  # candidates that a slice hands on in method FEW
 
 GREEDY = tl.constexpr(0)
 FREE = tl.constexpr(1)
@@ -82,13 +84,13 @@ def _scores(logits_ptr, seen_ptr, flags_ptr, rates_ptr, ids, inside, drawn, leas
     broken = tl.max((~(tl.abs(x) < float("inf"))).to(tl.int32))
     if SEEN:
         seen = tl.load(seen_ptr + ids, mask=inside, other=0)
-        penalty = tl.load(rates_ptr + 3)
+        penalty = tl.load(rates_ptr + 3).to(tl.float32)
         x = tl.where(seen != 0, tl.where(x < 0, x * penalty, x / penalty), x)
     flags = tl.load(flags_ptr + ids, mask=inside, other=2)
     barred = ((flags & 2) != 0) | (((flags & 1) != 0) & (drawn < least)) | (((flags & 4) != 0) & (drawn == 0))
     x = tl.where(barred, float("-inf"), x)
     if not GREEDY:
-        x = x / tl.load(rates_ptr)
+        x = x / tl.load(rates_ptr).to(tl.float32)
     return x, broken
 
 
@@ -116,7 +118,8 @@ def _advance(
 def sample_kernel(
     logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb, state_ptr, out_ptr, stride_ob,
     lengths_ptr, value_ptr, id_ptr, B, V,
-    MODE: tl.constexpr, SEEN: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr, MERGE: tl.constexpr,
+    METHOD: tl.constexpr, SEEN: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
+    MERGE: tl.constexpr,
 ):  # fmt: skip
     """Programs [B * SPLITS]; each takes BLOCK tokens of a row, the last of a row to arrive merges what they hand on."""
     row = (tl.program_id(0) // SPLITS).to(tl.int64)
@@ -131,10 +134,10 @@ def sample_kernel(
     inside = ids < V
     x, broken = _scores(
         logits_ptr + row * stride_lb, seen_ptr + row * stride_sb, flags_ptr, rates_ptr, ids, inside, drawn, least,
-        MODE == GREEDY, SEEN,
+        METHOD == GREEDY, SEEN,
     )  # fmt: skip
     scratch = (row * SPLITS + part) * KEEP
-    if MODE == FEW:
+    if METHOD == FEW:
         kept = _first_k(_ordered(x), inside, top_k)
         place = tl.cumsum(kept.to(tl.int32)) - 1
         tl.store(value_ptr + scratch + place, x, mask=kept)
@@ -143,7 +146,7 @@ def sample_kernel(
         unused = rest >= tl.sum(kept.to(tl.int32))
         tl.store(id_ptr + scratch + rest, rest * 0 - 1, mask=unused)
     else:
-        if MODE == FREE:
+        if METHOD == FREE:
             x = x + _noise(seed, ids, drawn)
         best, first = _likeliest(x, ids)
         tl.store(value_ptr + scratch, best)
@@ -159,8 +162,8 @@ def sample_kernel(
         base = row * SPLITS * KEEP + at
         found = tl.load(id_ptr + base, mask=at < SPLITS * KEEP, other=-1)
         value = tl.load(value_ptr + base, mask=found >= 0, other=float("-inf"))
-        if MODE == FEW:
-            top_p, min_p = tl.load(rates_ptr + 1), tl.load(rates_ptr + 2)
+        if METHOD == FEW:
+            top_p, min_p = tl.load(rates_ptr + 1).to(tl.float32), tl.load(rates_ptr + 2).to(tl.float32)
             kept = _first_k(_ordered(value), found >= 0, top_k)
             mass = tl.where(kept, tl.exp(value - tl.max(value)), 0.0)
             if top_p < 1.0:
@@ -207,7 +210,7 @@ def sample_row_kernel(
         return
     drawn = tl.load(state_ptr + 2 * B + row).to(tl.int32)
     top_k, least, limit = tl.load(counts_ptr), tl.load(counts_ptr + 1), tl.load(counts_ptr + 2)
-    top_p, min_p = tl.load(rates_ptr + 1), tl.load(rates_ptr + 2)
+    top_p, min_p = tl.load(rates_ptr + 1).to(tl.float32), tl.load(rates_ptr + 2).to(tl.float32)
     seed = tl.load(seeds_ptr + row)
     score_ptr += row * V
     offs = tl.arange(0, BLOCK)
@@ -278,25 +281,25 @@ def sample(
     state: Tensor,
     out: Tensor,
     lengths: Tensor,
-    mode: int,
+    method: int,
 ) -> None:
     """As `gptneo_fast.sampling.sample`; rows of logits may have any stride. One launch.
 
-    Modes GREEDY, FREE and FEW split a row over programs; in mode ALL one program walks a row some thirty times.
+    Methods GREEDY, FREE and FEW split a row over programs; with ALL one program walks a row some thirty times.
     """
     B, V = logits.shape
     row = (
         logits, logits.stride(0), rates, counts, flags, seeds, flags if seen is None else seen,
         0 if seen is None else seen.stride(0), state, out, out.stride(0), lengths,
     )  # fmt: skip
-    if mode == 3:
-        scores = torch.empty(B, V, dtype=torch.float32, device=logits.device)
-        sample_row_kernel[(B,)](*row, scores, B, V, SEEN=seen is not None, BLOCK=_SLICE, num_warps=16)
+    if method == 3:
+        scores = launch.empty((B, V), logits, torch.float32)
+        launch.run(sample_row_kernel, B, logits, *row, scores, B, V, SEEN=seen is not None, BLOCK=_SLICE, num_warps=16)
         return
-    splits, keep = triton.cdiv(V, _SLICE), _KEEP if mode == 2 else 1
-    value = torch.empty(B * splits * keep, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(B * splits * keep, dtype=torch.int32, device=logits.device)
-    sample_kernel[(B * splits,)](
-        *row, value, ids, B, V, MODE=mode, SEEN=seen is not None, SPLITS=splits,
+    splits, keep = triton.cdiv(V, _SLICE), _KEEP if method == 2 else 1
+    values = launch.empty((B, splits, keep), logits, torch.float32)
+    ids = launch.empty((B, splits, keep), logits, torch.int32)
+    launch.run(
+        sample_kernel, B * splits, logits, *row, values, ids, B, V, METHOD=method, SEEN=seen is not None, SPLITS=splits,
         BLOCK=min(_SLICE, triton.next_power_of_2(V)), KEEP=keep, MERGE=triton.next_power_of_2(splits * keep), num_warps=8,
     )  # fmt: skip

@@ -13,13 +13,18 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 MARGIN = 64  # elements before and after every tensor
-_GARBAGE = 2**31 - 77
+_GARBAGE = 77  # below the largest integer of a dtype
+
+
+def garbage(dtype: torch.dtype) -> float:
+    """What nobody would compute with: NaN, or a number that no index may be."""
+    return math.nan if dtype.is_floating_point else torch.iinfo(dtype).max - _GARBAGE
 
 
 def fenced(x: Tensor) -> tuple[Tensor, Tensor]:
     """(a copy of x with its strides, the memory that it lies in, whose margins are NaN or a number no index may be)."""
     extent = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    memory = torch.full((extent + 2 * MARGIN,), math.nan if x.is_floating_point() else _GARBAGE, dtype=x.dtype)
+    memory = torch.full((extent + 2 * MARGIN,), garbage(x.dtype), dtype=x.dtype)
     copy = memory.as_strided(x.shape, x.stride(), MARGIN)
     if x.numel():
         copy.copy_(x)
@@ -43,7 +48,8 @@ def watched(function, monkeypatch, mutates=()):
         fences, results = [], []
 
         def empty(shape, like, dtype=None):
-            x = like.new_empty(shape, dtype=dtype).fill_(math.nan)
+            x = like.new_empty(shape, dtype=dtype)
+            x.fill_(garbage(x.dtype))
             copy, memory = fenced(x)
             results.append((copy, memory, outside(copy, memory)))
             return copy

@@ -16,7 +16,7 @@ REPO = ROOT.parent
 FLOORS = [
     ["errors"],
     ["jsonfile"],
-    ["hub", "rules", "device"],
+    ["hub", "rules", "device", "sampling"],
     ["config", "reference", "extension", "kernels"],
     ["ops", "cpu"],
     ["backends"],
