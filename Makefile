@@ -1,6 +1,7 @@
 # make demo  install into .venv and tell a story     make lint   ruff, format and types
 # make test  run the tests                           make bench  throughput on this machine
 # make test-slow  the long ones                      make clean  remove .venv and caches
+# make gpu  correctness and speed on this machine's GPU in 9 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
 # make compile-report  every kernel compiled for GPUs that need not be here: registers, spills, loads
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint bench compile-report clean
+.PHONY: demo test test-slow lint bench compile-report gpu gpu-quick gpu-full clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +45,10 @@ bench: $(VENV)/test.stamp
 
 compile-report: $(VENV)/test.stamp
 	$(BIN)/python -W ignore -m benchmarks.compile_report
+
+gpu gpu-quick gpu-full:
+	$(PYTHON) -m pip install --no-deps --no-index --no-build-isolation -e .
+	OUT="$(OUT)" $(PYTHON) -m benchmarks.gpu --mode $(or $(patsubst gpu-%,%,$(filter-out gpu,$@)),normal)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,0 +1,89 @@
+"""The table at the end of a GPU run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.costs import as_table
+
+OURS = "gptneo_fast"
+_MEASURED = (("ms", ".3g"), ("tokens/s", ",.0f"), ("share of floor", ".3g"), ("peak GB", ".3g"))
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Everything that was measured and everything that failed, as Markdown."""
+    stages = results["stages"]
+    parts = [_verdicts(stages)]
+    card = {row["case"]: row for row in stages.get("card", {}).get("rows", [])}
+    if "machine" in card:
+        parts.append("; ".join(f"{k} {v}" for k, v in card["machine"].items() if k != "case" and v is not None))
+    rows = [[name, value, unit] for name, row in card.items() if name != "machine" for value, unit in [_measure(row)]]
+    parts.append(as_table(["ceiling", "measured", "unit"], rows))
+    parts.append(_kernels(stages.get("kernels", {}).get("rows", [])))
+    parts.append(_models([*stages.get("ours", {}).get("rows", []), *stages.get("peers", {}).get("rows", [])]))
+    parts.append(_profiles(stages.get("profile", {}).get("rows", [])))
+    if results["dry_run"]:
+        parts.append("Dry run on tiny shapes without a GPU: these figures mean nothing.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _measure(row: dict[str, Any]) -> tuple[str, str]:
+    for unit, scale, shown in (("bytes/s", 1e12, "TB/s"), ("FLOP/s", 1e12, "TFLOP/s"), ("seconds", 1e-6, "us")):
+        if unit in row:
+            return f"{row[unit] / scale:.3g}", shown
+    return "-", ""
+
+
+def _verdicts(stages: dict[str, Any]) -> str:
+    rows = [[name, len(s["rows"]), len(s["failures"]), len(s["left_out"])] for name, s in stages.items()]
+    lines = [as_table(["stage", "done", "failed", "left out"], rows)]
+    for name, stage in stages.items():
+        lines += [f"- FAILED: {name}, {case}: {why}" for case, why in stage["failures"].items()]
+    for name, stage in stages.items():
+        by_reason: dict[str, list[str]] = {}
+        for case, why in stage["left_out"].items():
+            by_reason.setdefault((why.partition(" s were left")[2] and "no time was left") or why, []).append(case)
+        lines += [f"- left out: {name}, {len(cases)} ({cases[0]} ...): {why}" for why, cases in by_reason.items()]
+    return "\n".join(lines)
+
+
+def _number(row: dict[str, Any], key: str, form: str = ".3g") -> str:
+    return format(row[key], form) if isinstance(row.get(key), (int, float)) else "-"
+
+
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    header = ["kernel", "us", "GB/s", "TFLOP/s", "bound", "share of ceiling", "torch us", "times torch"]
+    cells = [[r["case"], *(_number(r, k) if k != "bound" else r[k] for k in header[1:])] for r in rows]
+    return as_table(header, cells) if cells else ""
+
+
+def _models(rows: list[dict[str, Any]]) -> str:
+    """Whole models; behind ours, its ratio to each peer at the same work."""
+    rows = [r for r in rows if "runner" in r]
+    same = {}
+    for r in rows:
+        same.setdefault(_work(r), {})[r["runner"]] = r
+    header = ["model", "work", "runner", "ms", "tokens/s", "share of floor", "peak GB", "ours is faster by", "note"]
+    cells = []
+    for work, runners in same.items():
+        ours = runners.get(OURS)
+        for name, r in runners.items():
+            ratio = f"{r['ms'] / ours['ms']:.2f}" if ours and name != OURS else "-"
+            measured = (_number(r, key, form) for key, form in _MEASURED)
+            cells.append([r["model"], work[1], name, *measured, ratio, r.get("wrong", "")])
+    return as_table(header, cells) if cells else ""
+
+
+def _work(row: dict[str, Any]) -> tuple[str, str]:
+    where = f" {row['batch']}, ctx {row['context']}" if "batch" in row else ""
+    return row["model"], row["work"] + where
+
+
+def _profiles(rows: list[dict[str, Any]]) -> str:
+    cells = []
+    for r in rows:
+        cells.append(
+            [r["case"], f"{r['launches a token']:.0f} launches", f"{r['us a token']:.0f}", f"{r['busy share']:.0%} busy"]
+        )
+        cells += [["", k["kernel"], f"{k['us']:.1f}", f"{k['share']:.0%} of the busy time"] for k in r["slowest"]]
+    return as_table(["profile", "kernel", "us", "share"], cells) if cells else ""
