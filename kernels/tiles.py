@@ -1,6 +1,6 @@
 """Tiles of the prefill kernels: one table per kernel, by dtype class. Set from ahead-of-time compiles, not from timings yet.
 
-Every row compiles without spills for sm_80 and sm_90; 16-bit rows have 64 rows or more for four warps, as HGMMA wants.
+Every row up to head dim 128 compiles without spills for sm_80 and sm_90; 16-bit rows have 64 rows or more for four warps, as HGMMA wants.
 float32 multiplies on the plain cores (IEEE, no TF32), from registers, and so has small tiles of its own.
 """
 
@@ -41,18 +41,18 @@ _NORM_LINEAR = {
 # Rows up to which normalising belongs into the product's kernel. Beyond, every column tile would redo the statistics of its
 # rows, and a kernel of its own is one launch more and K reads fewer. Not measured yet.
 NORM_LINEAR_ROWS = 128
-# Rows of q and columns of k by (bytes of the dtype, padded head dim). K stands for nothing here.
+# Queries and keys of a block by (bytes of the dtype, padded head dim); K stands for nothing here.
 _ATTENTION = {
     (2, 16): Tile(128, 64, 0, 4, 3),
-    (2, 32): Tile(128, 64, 0, 4, 3),
-    (2, 64): Tile(128, 64, 0, 4, 3),
+    (2, 32): Tile(128, 64, 0, 8, 3),
+    (2, 64): Tile(128, 64, 0, 8, 3),
     (2, 128): Tile(128, 64, 0, 8, 3),
-    (2, 256): Tile(64, 32, 0, 4, 2),
-    (4, 16): Tile(32, 32, 0, 4, 2),
-    (4, 32): Tile(32, 32, 0, 4, 2),
-    (4, 64): Tile(16, 32, 0, 4, 2),
-    (4, 128): Tile(16, 32, 0, 4, 2),
-    (4, 256): Tile(16, 16, 0, 4, 1),
+    (2, 256): Tile(64, 32, 0, 8, 2),
+    (4, 16): Tile(16, 32, 0, 4, 2),
+    (4, 32): Tile(16, 32, 0, 4, 2),
+    (4, 64): Tile(16, 32, 0, 8, 2),
+    (4, 128): Tile(16, 32, 0, 8, 2),
+    (4, 256): Tile(16, 16, 0, 8, 1),
 }
 
 
