@@ -4,6 +4,8 @@ A launcher bears the name of its op and has the signature of its reference, so t
 as the namespace that computes: on CUDA tensors, or with TRITON_INTERPRET=1 set before the import on CPU tensors too.
 """
 
+from .append import kv_append
+from .attention import attention
 from .decode_attention import decode_attention
 from .embedding import embed
 from .few import lm_head, norm_qkv_append
@@ -11,5 +13,5 @@ from .linear import linear_add, norm_linear, norm_qkv
 from .norms import layer_norm
 from .sampling import sample
 
-__all__ = ["decode_attention", "embed", "layer_norm", "linear_add", "lm_head", "norm_linear", "norm_qkv", "norm_qkv_append"]
-__all__ += ["sample"]
+__all__ = ["attention", "decode_attention", "embed", "kv_append", "layer_norm", "linear_add", "lm_head", "norm_linear"]
+__all__ += ["norm_qkv", "norm_qkv_append", "sample"]

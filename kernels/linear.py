@@ -203,9 +203,26 @@ def _linear_kernel(
             x = normal.to(w.dtype)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
 
+    rows_at = offs_m.to(tl.int64)[:, None] * N
+    mask_m = (offs_m < M)[:, None]
+    if BLOCK_N > 128:  # in halves: a residual as wide as the sums would not fit in the registers beside them
+        HALF: tl.constexpr = BLOCK_N // 2
+        first, second = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        offs_half = pid_n % tiles_n * BLOCK_N + tl.arange(0, HALF)
+        _finish(first, y_ptr, bias_ptr, residual_ptr, rows_at, mask_m, offs_half, N, BIAS, GELU, RESIDUAL)
+        _finish(second, y_ptr, bias_ptr, residual_ptr, rows_at, mask_m, offs_half + HALF, N, BIAS, GELU, RESIDUAL)
+    else:
+        _finish(acc, y_ptr, bias_ptr, residual_ptr, rows_at, mask_m, offs_n, N, BIAS, GELU, RESIDUAL)
+
+
+@triton.jit
+def _finish(
+    acc, y_ptr, bias_ptr, residual_ptr, rows_at, mask_m, offs_n, N,
+    BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Bias, gelu_new and residual on a tile of sums, and its store."""
     mask_n = offs_n < N
-    at = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    at, mask = rows_at + offs_n[None, :], mask_m & mask_n[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if GELU:  # x/2 (1 + tanh(u)) = x / (1 + exp(-2u))

@@ -1,7 +1,7 @@
 """Tiles of the prefill kernels: one table per kernel, by dtype class. Set from ahead-of-time compiles, not from timings yet.
 
-Every row up to head dim 128 compiles without spills for sm_80 and sm_90; 16-bit rows have 64 rows or more for four warps, as HGMMA wants.
-float32 multiplies on the plain cores (IEEE, no TF32), from registers, and so has small tiles of its own.
+Every row up to head dim 128 compiles without spills for sm_80 and sm_90; 16-bit rows have 64 rows or more for four warps,
+as HGMMA wants. float32 multiplies on the plain cores (IEEE, no TF32), from registers, and so has small tiles of its own.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Tile:
 # Matrix products, from the largest: the first that gives every SM a tile is taken. float32's are bound by its FMA units.
 _LINEAR = {
     2: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
-    4: (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+    4: (Tile(128, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(32, 64, 16, 4, 2)),
 }
 # The same with rows normalised on the way to the product, from registers.
 _NORM_LINEAR = {
     2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
-    4: (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+    4: (Tile(64, 64, 16, 8, 2), Tile(32, 64, 16, 4, 2)),
 }
 # Rows up to which normalising belongs into the product's kernel. Beyond, every column tile would redo the statistics of its
 # rows, and a kernel of its own is one launch more and K reads fewer. Not measured yet.
@@ -54,6 +54,7 @@ _ATTENTION = {
     (4, 128): Tile(16, 32, 0, 8, 2),
     (4, 256): Tile(16, 16, 0, 8, 1),
 }
+MOST_HEAD_DIM = 256
 
 
 def linear(dtype: torch.dtype, M: int, N: int, multiprocessors: int, norm: bool) -> Tile:
