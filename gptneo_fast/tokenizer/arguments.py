@@ -1,42 +1,149 @@
-"""Texts and ids as callers pass them, checked."""
+"""Texts, ids and options as callers pass them, checked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import AddedToken
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, nearest, warn_once
 
-_MAX_TEXT = 16 << 20  # characters of one text; 2048 positions hold far fewer
+MAX_TEXT = 16 << 20  # characters of one text; 2048 positions hold far fewer
+UNLIMITED = int(1e20)  # from here on a model_max_length says that there is none
+_PADDING = {False: "do_not_pad", True: "longest", None: "do_not_pad"}
+_TRUNCATION = {False: "do_not_truncate", True: "longest_first", None: "do_not_truncate"}
 
 
-def checked_texts(text: Any) -> list[str]:
-    """A text or an iterable of texts as a list.
+def checked_text(text: Any, where: str = "text") -> str:
+    """One string.
 
     Raises:
-        InputError: no string, longer than 16 Mi characters, or not valid Unicode; names the first bad one.
+        InputError: no string, longer than 16 Mi characters, or not valid Unicode; names it by `where`.
     """
-    texts = [text] if isinstance(text, str) else text
-    if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise InputError(f"text is a {type(text).__name__}; give a string or a list of strings")
-    texts = list(texts)
-    for i, t in enumerate(texts):
-        if not isinstance(t, str):
-            raise InputError(f"text {i} is a {type(t).__name__}; give strings")
-        if len(t) > _MAX_TEXT:
-            raise InputError(f"text {i} has {len(t)} characters; the limit is {_MAX_TEXT}, cut it into pieces")
+    if not isinstance(text, str):
+        raise InputError(f"{where} is a {type(text).__name__}; give a string")
+    if len(text) > MAX_TEXT:
+        raise InputError(f"{where} has {len(text)} characters; the limit is {MAX_TEXT}, cut it into pieces")
+    if not text.isascii():
         try:
-            t.encode()
+            text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"text {i} has a lone surrogate at character {error.start}; it is no valid Unicode") from None
-    return texts
+            raise InputError(f"{where} has a lone surrogate at character {error.start}; it is no valid Unicode") from None
+    return text
 
 
-def as_ids(token_ids: int | Iterable[int] | Tensor) -> list[int]:
-    """One id, a row of ids or a 1-D tensor of them as a list."""
-    if isinstance(token_ids, (Tensor, np.ndarray)):
+def checked_texts(text: Any, where: str = "text", depth: int = 0) -> Any:
+    """A text, or a list of texts, of pairs, of words, of pairs of lists of words; the same nesting as lists and tuples.
+
+    Raises:
+        InputError: something else stands in it; names the first bad one by its position.
+    """
+    if isinstance(text, str) or depth == 4:
+        return checked_text(text, where)
+    if isinstance(text, (bytes, bytearray, Mapping)) or not isinstance(text, Iterable):
+        raise InputError(f"{where} is a {type(text).__name__}; give a string or a list of strings")
+    kind = tuple if isinstance(text, tuple) else list
+    return kind([checked_texts(t, f"{where} {i}" if depth == 0 else f"{where}.{i}", depth + 1) for i, t in enumerate(text)])
+
+
+def as_ids(token_ids: Any) -> Any:
+    """An id, a row of ids or rows of them, in lists, tensors or arrays, as int, list or list of lists.
+
+    Raises:
+        InputError: no integers, or below 0, or 2**32 and more; names the first bad one.
+    """
+    if isinstance(token_ids, Mapping):
+        token_ids = token_ids["input_ids"]
+    if isinstance(token_ids, (Tensor, np.ndarray, np.generic)):
         token_ids = token_ids.tolist()
-    return [token_ids] if isinstance(token_ids, int) else list(token_ids)
+    if isinstance(token_ids, list) and set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < 2**32:
+        return token_ids  # the rule, at the speed of C
+    if isinstance(token_ids, int) and not isinstance(token_ids, bool):
+        if not 0 <= token_ids < 2**32:
+            raise InputError(f"token id {token_ids} is no id; ids go from 0 to the size of the vocabulary - 1")
+        return token_ids
+    if isinstance(token_ids, (str, bytes)) or not isinstance(token_ids, Iterable):
+        raise InputError(f"token ids are integers, not {token_ids!r:.80} ({type(token_ids).__name__})")
+    return [as_ids(i) for i in token_ids]
+
+
+class Shape(NamedTuple):
+    """How rows are cut and filled: strategies in the words of transformers, max_length in tokens."""
+
+    padding: str
+    truncation: str
+    max_length: int | None
+    stride: int = 0
+    multiple: int | None = None
+    side: str = "right"
+
+
+def shape_of(
+    padding: Any, truncation: Any, max_length: Any, stride: Any, multiple: Any, side: Any, model_max_length: int
+) -> Shape:
+    """The rules of transformers: max_length alone truncates; a missing one is the model's, or nothing where it has none.
+
+    Raises:
+        InputError: a value that is none, or values that contradict each other.
+    """
+    if max_length is not None and padding is False and truncation is None:
+        truncation = True
+    if max_length is not None and padding is True and truncation in (None, False, "do_not_truncate"):
+        warn_once("max_length is ignored with padding=True and no truncation; to pad to it use padding='max_length'")
+    padding = _one_of("padding", padding, _PADDING, ("longest", "max_length", "do_not_pad"))
+    strategies = ("longest_first", "only_first", "only_second", "do_not_truncate")
+    truncation = _one_of("truncation", truncation, _TRUNCATION, strategies)
+    _integer("max_length", max_length, 0)
+    _integer("stride", stride, 0)
+    _integer("pad_to_multiple_of", multiple, 1)
+    checked_side("padding_side", side)
+    if max_length is None and model_max_length <= UNLIMITED:
+        max_length = model_max_length if padding == "max_length" or truncation != "do_not_truncate" else None
+    elif max_length is None:
+        padding = "do_not_pad" if padding == "max_length" else padding
+        truncation = "do_not_truncate"
+    if (
+        truncation != "do_not_truncate"
+        and padding != "do_not_pad"
+        and multiple
+        and max_length is not None
+        and max_length % multiple
+    ):
+        raise InputError(
+            f"max_length {max_length} is no multiple of pad_to_multiple_of {multiple}: rows cut to the one and filled to a "
+            "multiple of the other would be longer; change one of them"
+        )
+    return Shape(padding, truncation, max_length, stride, multiple, side)
+
+
+def checked_side(name: str, side: Any) -> str:
+    """ "left" or "right", or an InputError."""
+    if side not in ("left", "right"):
+        raise InputError(f"{name} is {side!r}; use 'left' or 'right'")
+    return str(side)
+
+
+def checked_tokens(tokens: Any, where: str = "new_tokens") -> list[str | AddedToken]:
+    """Tokens to add as a list of strings and AddedTokens."""
+    tokens = [tokens] if isinstance(tokens, (str, AddedToken)) else tokens
+    if not isinstance(tokens, Sequence):
+        raise InputError(f"{where} is a {type(tokens).__name__}; give strings or AddedTokens")
+    for i, token in enumerate(tokens):
+        checked_text(token.content if isinstance(token, AddedToken) else token, f"{where} {i}")
+    return list(tokens)
+
+
+def _one_of(name: str, value: Any, short: dict[Any, str], values: tuple[str, ...]) -> str:
+    if isinstance(value, bool) or value is None:
+        return short[value]
+    if value not in values:
+        raise InputError(f"{name} is {value!r}{nearest(str(value), values)}; use True, False or one of {', '.join(values)}")
+    return str(getattr(value, "value", value))  # an enum of transformers is a string as well
+
+
+def _integer(name: str, value: Any, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise InputError(f"{name} is {value!r}; give an integer from {least} on, or leave it out")

@@ -1,67 +1,231 @@
-"""Tokenizer files to a `tokenizers.Tokenizer`, after a look at what they are made of."""
+"""Tokenizer files to the parts of a tokenizer, screened: tokenizer.json, or vocab.json with merges.txt."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from ..errors import TokenizerError
+from ..errors import InputError, TokenizerError
 from ..hub import Source
-from ..jsonfile import read_object
+from ..jsonfile import MAX_BYTES, read_object
+from .stream import ALPHABET
 
-_ALLOWED: dict[str, set[str | None]] = {  # component of tokenizer.json -> kinds that GPT-2's may have
-    "model": {"BPE"},
-    "pre_tokenizer": {"ByteLevel"},
-    "decoder": {"ByteLevel"},
-    "post_processor": {None, "ByteLevel", "TemplateProcessing"},
-    "normalizer": {None},
+# Component of tokenizer.json -> kinds that GPT-2's may have. A regular expression of a stranger is none of them.
+_ALLOWED: dict[str, tuple[str | None, ...]] = {
+    "model": ("BPE", None),  # older files do not say
+    "pre_tokenizer": ("ByteLevel",),
+    "decoder": ("ByteLevel",),
+    "post_processor": (None, "ByteLevel", "TemplateProcessing"),
+    "normalizer": (None,),
+}
+# What a BPE model's settings must be: they change ids, or make them random.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "dropout": (None, 0.0),
+    "unk_token": (None, "", "<|endoftext|>"),  # no text needs one: every byte is a token
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "byte_fallback": (None, False),
+    "ignore_merges": (None, False),
 }
 
 
-def read_tokenizer(source: Source, add_prefix_space: bool = False) -> Tokenizer:
-    """The tokenizer of a folder or repository, from tokenizer.json or else from vocab.json + merges.txt, with equal ids.
+@dataclass
+class Parts:
+    """What a tokenizer is made of.
+
+    vocab: token -> id. merges: pairs by rank. added: id -> token. post_processor: of `tokenizers`, or None.
+    sides: padding_side and truncation_side, where the file says them.
+    """
+
+    vocab: dict[str, int]
+    merges: list[tuple[str, str]]
+    added: dict[int, AddedToken] = field(default_factory=dict)
+    post_processor: Any = None
+    sides: dict[str, str] = field(default_factory=dict)
+
+
+def read_parts(source: Source) -> Parts:
+    """The parts that stand in a folder or repository; vocab.json with merges.txt where there is no tokenizer.json.
 
     Raises:
-        TokenizerError: neither is there, or they are no GPT-2 tokenizer.
+        TokenizerError: neither is there, or they are no GPT-2 tokenizer; names the file and what is wrong in it.
     """
     if path := source.file("tokenizer.json"):
-        return _from_tokenizer_json(path)
+        return _of_json(path)
     vocab, merges = source.file("vocab.json"), source.file("merges.txt")
     if vocab is None or merges is None:
+        there = f", and found only {(vocab or merges).name}" if vocab or merges else ""  # type: ignore[union-attr]
         raise TokenizerError(
-            f"{source.name!r} holds no tokenizer; looked for tokenizer.json, and for vocab.json with merges.txt"
+            f"{source.name!r} holds no tokenizer; looked for tokenizer.json, and for vocab.json with merges.txt{there}"
         )
-    return _from_vocab(vocab, merges, add_prefix_space)
+    return _screened(Parts(read_object(vocab, TokenizerError), _read_merges(merges)), f"{vocab} with {merges.name}")
 
 
-def _from_tokenizer_json(path: Path) -> Tokenizer:
-    parts = read_object(path, TokenizerError)
+def given_parts(vocab: Any, merges: Any, tokenizer_file: Any) -> Parts:
+    """The parts that a caller gives, as objects or as paths of files.
+
+    Raises:
+        TokenizerError: as `read_parts`. InputError: nothing was given.
+    """
+    if isinstance(vocab, Parts):
+        return vocab
+    if tokenizer_file is not None:
+        return _of_json(Path(tokenizer_file))
+    if vocab is None or merges is None:
+        raise InputError("a tokenizer needs vocab and merges, tokenizer_file or tokenizer_object; or use from_pretrained")
+    ids = vocab if isinstance(vocab, Mapping) else read_object(Path(vocab), TokenizerError)
+    if isinstance(merges, (str, os.PathLike)):
+        pairs = _read_merges(Path(merges))
+    else:
+        pairs = [_pair(list(m) if isinstance(m, tuple) else m, f"merges[{i}]") for i, m in enumerate(merges)]
+    return _screened(Parts(dict(ids), pairs), "vocab" if isinstance(vocab, Mapping) else str(vocab))
+
+
+def _of_json(path: Path) -> Parts:
+    """The parts in a tokenizer.json.
+
+    Raises:
+        TokenizerError: a component that GPT-2's tokenizer does not have, or one that is malformed.
+    """
+    values = read_object(path, TokenizerError)
     for name, kinds in _ALLOWED.items():
-        part = parts.get(name)
+        part = values.get(name)
         kind = part.get("type") if isinstance(part, dict) else part
-        if kind not in kinds:
+        if (name == "model" and not isinstance(part, dict)) or not (kind is None or isinstance(kind, str)) or kind not in kinds:
             wanted = " or ".join(str(k) for k in kinds)
-            raise TokenizerError(f"{path}: {name} is {kind!r}; GPT-2's tokenizer has {wanted}")
+            raise TokenizerError(f"{path}: {name} is {kind!r:.80}; GPT-2's tokenizer has {wanted}")
+    if values["pre_tokenizer"].get("use_regex", True) is not True:
+        raise TokenizerError(f"{path}: pre_tokenizer.use_regex is off; GPT-2's tokenizer splits words first")
+    model = values["model"]
+    for name, plain in _PLAIN.items():
+        if model.get(name) not in plain:
+            raise TokenizerError(f"{path}: model.{name} is {model[name]!r:.80}; GPT-2's tokenizer has {plain[-1]!r}")
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise TokenizerError(f"{path}: model has no vocab (an object) or no merges (a list)")
+    merges = [_pair(m, f"{path}: model.merges[{i}]") for i, m in enumerate(model["merges"])]
+    added = _added_of(values.get("added_tokens") or [], path)
+    size = len({*model["vocab"], *(t.content for t in added.values())})
+    return _screened(Parts(model["vocab"], merges, added, _post_processor(values, path, size), _sides(values)), str(path))
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    """The pairs in a merges.txt: two tokens a line with a space between, best first.
+
+    Raises:
+        TokenizerError: no regular file, not UTF-8, or a line that is no pair; names the line.
+    """
     try:
-        return Tokenizer.from_str(json.dumps(parts))
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise TokenizerError(f"{path} is no regular file of at most {MAX_BYTES} bytes")
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
+    rows = ((i, line.removesuffix("\r")) for i, line in enumerate(lines, 1))
+    return [_pair(line, f"{path}, line {i}") for i, line in rows if line and not line.startswith("#version")]
+
+
+def build(parts: Parts, add_prefix_space: bool) -> Tokenizer:
+    """The `tokenizers.Tokenizer` of these parts, without its added tokens."""
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=parts.vocab, merges=parts.merges, fuse_unk=False))
     except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"{path} is no tokenizer that tokenizers {tokenizers.__version__} reads: {error}") from error
-
-
-def _from_vocab(vocab: Path, merges: Path, add_prefix_space: bool) -> Tokenizer:
-    ids = read_object(vocab, TokenizerError)
-    lines = merges.read_text(encoding="utf-8").split("\n")
-    pairs: list[Any] = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    if bad := next((p for p in pairs if len(p) != 2), None):
-        raise TokenizerError(f"{merges}: {' '.join(bad)[:80]!r} is no pair of tokens")
-    try:
-        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=pairs))
-    except Exception as error:
-        raise TokenizerError(f"{vocab} and {merges} do not go together: {error}") from error
+        raise TokenizerError(f"tokenizers {tokenizers.__version__} does not take this vocabulary: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
+    if parts.post_processor is not None:
+        tokenizer.post_processor = parts.post_processor
     return tokenizer
+
+
+def added_token(value: Any, where: str, **defaults: Any) -> AddedToken:
+    """An AddedToken from a string or from an object of a file.
+
+    Raises:
+        TokenizerError: it is neither, or has other fields; names `where`.
+    """
+    if isinstance(value, AddedToken):
+        return value
+    fields = {"content": value} if isinstance(value, str) else value
+    if isinstance(fields, Mapping):
+        fields = defaults | {k: v for k, v in fields.items() if k not in ("__type", "id")}
+        switches = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        content = fields.pop("content", None)
+        if isinstance(content, str) and content and all(k in switches and isinstance(v, bool) for k, v in fields.items()):
+            try:
+                content.encode()
+                return AddedToken(content, **fields)
+            except UnicodeEncodeError:
+                pass
+    raise TokenizerError(f"{where} is {value!r:.100}, which is no token; give a string or an object with content")
+
+
+def _screened(parts: Parts, where: str) -> Parts:
+    """The parts, if their ids and merges can be right; `where` names their file in the error."""
+    vocab, size = parts.vocab, len({*parts.vocab, *(t.content for t in parts.added.values())})
+    holders: dict[int, str] = {}
+    for token, i in vocab.items():
+        if type(i) is not int or not 0 <= i < size:
+            raise TokenizerError(f"{where}: token {token!r:.80} has id {i!r:.40}; ids of {size} tokens go from 0 to {size - 1}")
+        if i in holders:
+            raise TokenizerError(f"{where}: tokens {holders[i]!r:.80} and {token!r:.80} have the same id {i}")
+        holders[i] = token
+    if lacking := [f"0x{byte:02x} ({char!r})" for char, byte in ALPHABET.items() if char not in vocab]:
+        raise TokenizerError(
+            f"{where}: the vocabulary lacks {len(lacking)} of the 256 bytes, the first is {lacking[0]}; "
+            "texts with them would lose them"
+        )
+    for rank, (left, right) in enumerate(parts.merges):
+        if bad := [t for t in (left, right, left + right) if t not in vocab]:
+            raise TokenizerError(f"{where}: merge {rank} ({left!r:.40} {right!r:.40}) needs {bad[0]!r:.80}, which has no id")
+    return parts
+
+
+def _pair(merge: Any, where: str) -> tuple[str, str]:
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) and p for p in parts):
+        raise TokenizerError(f"{where}: {merge!r:.80} is no pair of tokens")
+    return parts[0], parts[1]
+
+
+def _added_of(values: Any, path: Path) -> dict[int, AddedToken]:
+    added: dict[int, AddedToken] = {}
+    for i, value in enumerate(values if isinstance(values, list) else [values]):
+        where = f"{path}: added_tokens[{i}]"
+        if not isinstance(value, dict) or type(value.get("id")) is not int:
+            raise TokenizerError(f"{where} is {value!r:.100}; it needs an id and a content")
+        if value["id"] in added:
+            raise TokenizerError(f"{where}: id {value['id']} is given to {added[value['id']].content!r:.80} already")
+        added[value["id"]] = added_token(value, where)
+    return added
+
+
+def _post_processor(values: dict[str, Any], path: Path, size: int) -> Any:
+    part = values.get("post_processor")
+    if part is None:
+        return None
+    special = part.get("special_tokens", {}) if part["type"] == "TemplateProcessing" else {}
+    ids = [i for t in special.values() if isinstance(t, dict) for i in t.get("ids", [])] if isinstance(special, dict) else [-1]
+    if bad := [i for i in ids if type(i) is not int or not 0 <= i < size]:
+        raise TokenizerError(f"{path}: post_processor puts id {bad[0]!r:.40} around a text; there are {size} tokens")
+    bare = {"version": "1.0", "added_tokens": [], "post_processor": part, "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    try:
+        return Tokenizer.from_str(json.dumps(bare)).post_processor
+    except Exception as error:
+        raise TokenizerError(
+            f"{path}: post_processor is none that tokenizers {tokenizers.__version__} reads: {error}"
+        ) from error
+
+
+def _sides(values: dict[str, Any]) -> dict[str, str]:
+    """Sides that padding and truncation of the file name; the rest of them is decided by each call."""
+    found: Iterable[tuple[str, Any]] = (("padding_side", values.get("padding")), ("truncation_side", values.get("truncation")))
+    return {name: str(part["direction"]).lower() for name, part in found if isinstance(part, dict) and "direction" in part}

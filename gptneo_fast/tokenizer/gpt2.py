@@ -1,298 +1,269 @@
-"""GPT2Tokenizer: GPT-2's byte-level BPE over the `tokenizers` library."""
+"""GPT2Tokenizer: GPT-2's byte-level BPE over the `tokenizers` library, with the calls of transformers."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import threading
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from tokenizers import AddedToken, Tokenizer
-from torch import Tensor
 
-from ..errors import InputError, TokenizerError
+from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest
 from ..hub import Source
-from ..jsonfile import read_object
-from .arguments import as_ids, checked_texts
-from .files import read_tokenizer
-from .stream import StreamDecoder, bytes_of
+from .arguments import checked_side, shape_of
+from .decode import Decoding
+from .encode import encode
+from .encoding import BatchEncoding
+from .files import Parts, build, given_parts, read_parts
+from .padding import Padding
+from .saving import save
+from .settings import read_settings
+from .special import NAMES
 
 _END = "<|endoftext|>"
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_IGNORED = {"use_fast", "trust_remote_code", "force_download", "proxies", "legacy", "verbose", "tokenizer_type", "backend"}
 
 
-class BatchEncoding(dict[str, Any]):
-    """What a tokenizer call gives: a dict whose entries are attributes too, and which moves to a device as one."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the encoding has no {name!r}; it has {', '.join(self)}") from None
-
-    def to(self, device: torch.device | str) -> BatchEncoding:
-        """The same encoding with its tensors on `device`."""
-        return BatchEncoding({k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.items()})
-
-
-class GPT2Tokenizer:
+class GPT2Tokenizer(Decoding, Padding):
     """Text to token ids and back.
 
     Args:
-        tokenizer: the `tokenizers.Tokenizer` that does the work.
-        model_max_length: tokens that `truncation=True` cuts to.
-        bos_token, eos_token, unk_token, pad_token: special tokens, each of which the vocabulary has.
+        vocab, merges: token -> id and pairs by rank, or paths of vocab.json and merges.txt.
+        tokenizer_file: path of a tokenizer.json, instead.
+        tokenizer_object: a `tokenizers.Tokenizer`, instead; it is copied.
+        bos_token, eos_token, unk_token, pad_token, sep_token, cls_token, mask_token: special tokens, strings, AddedTokens
+            or None; any other keyword that ends in `_token` names one more. Those that the vocabulary lacks are added.
+        extra_special_tokens: special tokens without a name.
+        added_tokens_decoder: id -> token that the vocabulary shall have besides.
+        add_prefix_space: put a space before every text. add_bos_token, add_eos_token: put a token before or behind it.
+        model_max_length: tokens that truncation cuts to; None for no limit.
         padding_side, truncation_side: "left" or "right".
+        split_special_tokens: take special tokens in a text for plain text.
+        model_input_names: with "token_type_ids" among them a call gives these as well.
+        chat_template: kept and saved, never applied: GPT-Neo was not trained on conversations.
+
+    Raises:
+        TokenizerError: a vocabulary that cannot be right. InputError, UnknownOptionError: other arguments.
     """
 
-    model_input_names = ("input_ids", "attention_mask")
+    vocab_files_names = {"vocab_file": "vocab.json", "merges_file": "merges.txt"}  # noqa: RUF012
+    is_fast = True
+    pad_token_type_id = 0
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        vocab: dict[str, int] | Parts | str | os.PathLike[str] | None = None,
+        merges: list[tuple[str, str]] | str | os.PathLike[str] | None = None,
         *,
-        model_max_length: int = 2048,
-        bos_token: str | None = _END,
-        eos_token: str | None = _END,
-        unk_token: str | None = _END,
-        pad_token: str | None = None,
+        tokenizer_file: str | os.PathLike[str] | None = None,
+        tokenizer_object: Tokenizer | None = None,
+        extra_special_tokens: list[str | AddedToken] | None = None,
+        added_tokens_decoder: dict[int, AddedToken] | None = None,
+        add_prefix_space: bool = False,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None,
+        errors: str = "replace",
+        model_max_length: int | None = None,
         padding_side: Literal["left", "right"] = "right",
         truncation_side: Literal["left", "right"] = "right",
+        split_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+        model_input_names: list[str] | None = None,
+        chat_template: Any = None,
+        name_or_path: str = "",
+        **special: Any,
     ) -> None:
-        self.backend_tokenizer = tokenizer
-        self.model_max_length = model_max_length
-        self.padding_side, self.truncation_side = padding_side, truncation_side
-        self._special = dict(zip(_SPECIAL, (bos_token, eos_token, unk_token, pad_token), strict=True))
-        new = dict.fromkeys(t for t in self._special.values() if t is not None)  # each once, in order
-        tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
-        self._bytes: dict[int, bytes] = {}
+        if errors != "replace":
+            raise InputError(f"errors={errors!r} is not offered; decode gives U+FFFD for bytes that form no character")
+        self._lock, self._bytes, self._around = threading.Lock(), {}, (False, False)
+        self._extra = list(extra_special_tokens or [])
+        if tokenizer_object is not None:
+            added = added_tokens_decoder or {}
+            self.backend_tokenizer = Tokenizer.from_str(tokenizer_object.to_str())
+        else:
+            parts = given_parts(vocab, merges, tokenizer_file)
+            added = parts.added if added_tokens_decoder is None else added_tokens_decoder
+            self.backend_tokenizer = build(parts, add_prefix_space)
+        self.name_or_path, self.chat_template, self.add_prefix_space = name_or_path, chat_template, add_prefix_space
+        self.model_max_length = int(1e30) if model_max_length is None else model_max_length
+        self.padding_side = checked_side("padding_side", padding_side)
+        self.truncation_side = checked_side("truncation_side", truncation_side)
+        self.split_special_tokens, self.clean_up_tokenization_spaces = split_special_tokens, clean_up_tokenization_spaces
+        self.model_input_names = list(model_input_names or ("input_ids", "attention_mask"))
+        self._name_special(special)
+        self._add_all(added)
+        if add_bos_token is not None or add_eos_token is not None or self.backend_tokenizer.post_processor is None:
+            self._set_around(bool(add_bos_token), bool(add_eos_token))
+
+    def _name_special(self, special: dict[str, Any]) -> None:
+        """Take the keywords that end in `_token`; the vocabulary need not have them yet."""
+        named: dict[str, Any] = dict.fromkeys(NAMES) | dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+        for name, value in special.items():
+            if name in _IGNORED:
+                continue
+            if not name.endswith("_token"):
+                options = [*NAMES, *(GPT2Tokenizer.__init__.__annotations__)]
+                raise UnknownOptionError(f"GPT2Tokenizer has no option {name!r}{nearest(name, options)}")
+            if value is not None and not isinstance(value, (str, AddedToken)):
+                raise InputError(f"{name} is a {type(value).__name__}; give a string, an AddedToken or None")
+            named[name] = value
+        self._special = named
+
+    def _add_all(self, added: dict[int, AddedToken]) -> None:
+        """Add listed tokens by id, then named and extra ones that are not among them, and see that each got its id."""
+        tokens = [token for _, token in sorted(added.items())]
+        known = {*self.added_tokens_encoder, *(t.content for t in tokens)}
+        names = {str(t) for t in self._special.values() if t is not None}
+        for token in [*self._special.values(), *self._extra]:
+            if token is not None and str(token) not in known:
+                known.add(str(token))
+                tokens.append(AddedToken(token, special=True) if isinstance(token, str) else token)
+        for token in tokens:
+            token.special = token.special or token.content in names
+        self.add_tokens(tokens)
+        for i, token in added.items():
+            if (found := self.backend_tokenizer.token_to_id(token.content)) != i:
+                raise TokenizerError(
+                    f"{self.name_or_path or 'the tokenizer'}: added token {token.content!r:.80} has id {i}, but its place in "
+                    f"the vocabulary is {found}; ids of added tokens must follow those of the vocabulary without a gap"
+                )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | Source, **options: Any) -> GPT2Tokenizer:
-        """The tokenizer of a folder or hub id.
+        """The tokenizer of a folder or hub id, from tokenizer.json or else vocab.json + merges.txt, with equal ids.
 
         Args:
-            options: the keywords of this class, which win over tokenizer_config.json; and revision, token, cache_dir,
+            options: the keywords of this class, which win over the files; and revision, token, cache_dir,
                 local_files_only, subfolder.
 
         Raises:
-            TokenizerError: neither tokenizer.json nor vocab.json + merges.txt, or one that is no GPT-2 tokenizer.
+            TokenizerError: no tokenizer is there, or its files are broken or none of GPT-2's.
         """
         about = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         given = {k: options.pop(k) for k in about if k in options}
-        source = (
-            pretrained_model_name_or_path
-            if isinstance(pretrained_model_name_or_path, Source)
-            else Source.of(pretrained_model_name_or_path, **given)
-        )
-        settings: dict[str, Any] = {}
-        if path := source.file("tokenizer_config.json"):
-            settings = read_object(path, TokenizerError)
-        names = ("model_max_length", "padding_side", "truncation_side", *_SPECIAL)
-        values = {k: _text_of(settings[k]) for k in names if settings.get(k) is not None}
-        values["model_max_length"] = min(int(values.get("model_max_length", 2048)), 2**31)
-        tokenizer = read_tokenizer(source, bool(settings.get("add_prefix_space", False)))
-        options.pop("use_fast", None)
-        return cls(tokenizer, **(values | options))
+        name = pretrained_model_name_or_path
+        source = name if isinstance(name, Source) else Source.of(name, **given)
+        parts = read_parts(source)
+        settings = read_settings(source, parts) | {"name_or_path": source.name}
+        extra = options.pop("additional_special_tokens", None)
+        options = options if extra is None else {"extra_special_tokens": extra, **options}
+        if isinstance(extra := options.get("extra_special_tokens"), dict):  # name -> token
+            options = {k: v for k, v in options.items() if k != "extra_special_tokens"} | extra
+        return cls(parts, **(settings | options))
 
     # Text to ids
 
     def __call__(
         self,
-        text: str | Sequence[str],
+        text: Any = None,
+        text_pair: Any = None,
+        text_target: Any = None,
+        text_pair_target: Any = None,
         *,
-        padding: bool | Literal["longest", "max_length", "do_not_pad"] = False,
-        truncation: bool = False,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
         max_length: int | None = None,
+        max_target_length: int | None = None,
+        stride: int = 0,
         pad_to_multiple_of: int | None = None,
         padding_side: Literal["left", "right"] | None = None,
-        return_tensors: Literal["pt", "np"] | None = None,
-        return_attention_mask: bool = True,
-        add_special_tokens: bool = True,
+        **options: Any,
     ) -> BatchEncoding:
-        """Token ids and attention mask of a text (lists of integers) or of several (lists of lists, or tensors [B, T]).
+        """Token ids and attention mask of a text (lists of integers) or of several (lists of lists, or int64 arrays [B, T]).
 
         Args:
-            padding: True or "longest" to the longest of the batch, "max_length" to max_length.
-            truncation: cut to max_length, or to model_max_length.
+            text: a string or a list of strings; of lists of words with is_split_into_words.
+            text_pair: the second text of each, in the same form; or give pairs in `text` as tuples.
+            text_target, text_pair_target: texts whose ids become `labels`.
+            padding: True or "longest" to the longest of the batch, "max_length" to max_length or model_max_length.
+            truncation: True or "longest_first", "only_first", "only_second" to max_length or model_max_length; None for
+                yes where max_length is given and padding is not.
+            max_length, max_target_length: in tokens.
+            stride: tokens that rows of return_overflowing_tokens share with the row before.
             pad_to_multiple_of: round the padded length up.
-            return_tensors: "pt" or "np" for integer arrays [B, T]; a single text then is a batch of one.
+            padding_side: None for the tokenizer's own.
+            options: add_special_tokens (True), is_split_into_words, split_special_tokens (False; take special tokens for
+                plain text), return_tensors ("pt" or "np"; a single text then is a batch of one), return_attention_mask
+                (True), return_token_type_ids, return_special_tokens_mask, return_offsets_mapping ((start, end) in
+                characters), return_length, return_overflowing_tokens (what truncation cut off, as further rows).
 
         Raises:
-            InputError: something other than text; texts of different lengths as one tensor; padding without a pad token.
+            InputError: something other than text; rows of different lengths as one array; padding without a pad token.
+            UnknownOptionError: a keyword that does not exist.
         """
-        single = isinstance(text, str)
-        texts = checked_texts(text)
-        ids = [e.ids for e in self.backend_tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)]
-        if truncation:
-            most = self.model_max_length if max_length is None else max_length
-            ids = [row[:most] if self.truncation_side == "right" else row[-most:] if most else [] for row in ids]
-        if padding not in (False, "do_not_pad"):
-            return self.pad(
-                ids[0] if single and return_tensors is None else ids,
-                max_length if padding == "max_length" else None,
-                pad_to_multiple_of=pad_to_multiple_of,
-                padding_side=padding_side,
-                return_tensors=return_tensors,
-                return_attention_mask=return_attention_mask,
-                fill=padding == "max_length",
-            )
-        rows: dict[str, list[list[int]]] = {"input_ids": ids}
-        if return_attention_mask:
-            rows["attention_mask"] = [[1] * len(row) for row in ids]
-        return _encoding(rows, return_tensors, single)
+        if text is None and text_target is None:
+            raise InputError("there is no text; give a string or a list of strings")
+        side = self.padding_side if padding_side is None else padding_side
+        cut = (stride, pad_to_multiple_of, side, self.model_max_length)
+        encoding = target = None
+        if text is not None:
+            encoding = encode(self, text, text_pair, shape_of(padding, truncation, max_length, *cut), options)
+        if text_target is not None:
+            most = max_length if max_target_length is None else max_target_length
+            target = encode(self, text_target, text_pair_target, shape_of(padding, truncation, most, *cut), options)
+        if encoding is None or target is None:
+            return encoding or target or BatchEncoding()
+        encoding["labels"] = target["input_ids"]
+        return encoding
 
-    def pad(
-        self,
-        ids: Sequence[int] | Sequence[Sequence[int]],
-        max_length: int | None = None,
-        *,
-        pad_to_multiple_of: int | None = None,
-        padding_side: Literal["left", "right"] | None = None,
-        return_tensors: Literal["pt", "np"] | None = None,
-        return_attention_mask: bool = True,
-        fill: bool = False,
-        pad_token_id: int | None = None,
-    ) -> BatchEncoding:
-        """Rows of ids as a batch of one length, with their attention mask.
+    def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
+        """Token ids of a text (a list, or with return_tensors an array [1, T]) or of several; options as in a call."""
+        return self(text, text_pair, **options)["input_ids"]
+
+    def encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
+        """The same as a call; older scripts say it this way."""
+        return self(text, text_pair, **options)
+
+    def batch_encode_plus(self, batch_text_or_text_pairs: Any, **options: Any) -> BatchEncoding:
+        """The same as a call; older scripts say it this way."""
+        return self(batch_text_or_text_pairs, **options)
+
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options: Any) -> list[str]:
+        """Tokens of one text, in the byte alphabet of GPT-2; options as in a call."""
+        return self(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
+
+    def apply_chat_template(self, conversation: Any = None, **options: Any) -> Any:
+        """Not offered.
+
+        Raises:
+            SetupError: always; says what to do instead.
+        """
+        raise SetupError(
+            "GPT-Neo has no chat template: it was trained to continue text, not on conversations; write the prompt as "
+            "text, such as 'Q: ...\nA:', and give it to generate_text"
+        )
+
+    # Files and copies
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], legacy_format: bool | None = None) -> tuple[str, ...]:
+        """Write tokenizer.json and tokenizer_config.json, which gptneo_fast and transformers load with equal ids.
 
         Args:
-            max_length: with `fill`, the length to pad to; None for model_max_length.
-            pad_token_id: what to pad with; None for the tokenizer's own.
+            legacy_format: True to write vocab.json, merges.txt and added_tokens.json besides.
+
+        Returns:
+            Paths of the files.
+
+        Raises:
+            TokenizerError: the folder cannot be written; what stands there is left as it is.
         """
-        single = len(ids) > 0 and isinstance(ids[0], int)
-        rows: list[list[int]] = [list(ids)] if single else [list(row) for row in ids]  # type: ignore[arg-type]
-        length = max((len(row) for row in rows), default=0)
-        if fill:
-            length = max(length, self.model_max_length if max_length is None else max_length)
-        if pad_to_multiple_of:
-            length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-        pad = self.pad_token_id if pad_token_id is None else pad_token_id
-        if any(len(row) < length for row in rows) and pad is None:
-            raise InputError("padding needs a pad token: set tokenizer.pad_token = tokenizer.eos_token")
-        side = padding_side or self.padding_side
-        padded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": []}
-        for row in rows:
-            fillers = length - len(row)
-            pads, zeros, ones = [pad or 0] * fillers, [0] * fillers, [1] * len(row)
-            padded["input_ids"].append(pads + row if side == "left" else row + pads)
-            padded["attention_mask"].append(zeros + ones if side == "left" else ones + zeros)
-        if not return_attention_mask:
-            del padded["attention_mask"]
-        return _encoding(padded, return_tensors, single)
+        with self._lock:
+            return save(self, save_directory, bool(legacy_format))
 
-    def encode(self, text: str, **options: Any) -> Any:
-        """Token ids of one text: a list, or with return_tensors an array [1, T]; options as in a call."""
-        return self(text, **options)["input_ids"]
+    def save_vocabulary(self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Write vocab.json and merges.txt, which do not hold the added tokens; gives their paths."""
+        return tuple(self.backend_tokenizer.model.save(os.fspath(save_directory), filename_prefix))
 
-    def tokenize(self, text: str) -> list[str]:
-        """Tokens of one text, in the byte alphabet of GPT-2."""
-        return self.backend_tokenizer.encode(checked_texts(text)[0], add_special_tokens=False).tokens
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {k: v for k, v in self.__dict__.items() if k != "_lock"}
 
-    # Ids to text
-
-    def decode(self, token_ids: int | Iterable[int] | Tensor, skip_special_tokens: bool = False) -> str:
-        """Text of token ids [T]; bytes that form no character become U+FFFD."""
-        return self.backend_tokenizer.decode(as_ids(token_ids), skip_special_tokens=skip_special_tokens)
-
-    def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
-        """Texts of rows of token ids [B, T]."""
-        return [self.decode(row, skip_special_tokens) for row in sequences]
-
-    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder that takes tokens one by one."""
-        return StreamDecoder(self.token_bytes, self.all_special_ids if skip_special_tokens else ())
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for; empty for an id that is not in the vocabulary."""
-        if token_id not in self._bytes:
-            self._bytes[token_id] = bytes_of(self.backend_tokenizer.id_to_token(token_id) or "")
-        return self._bytes[token_id]
-
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """Id of a token, or ids of several; unknown ones are the unk token's, or None."""
-        if isinstance(tokens, str):
-            found = self.backend_tokenizer.token_to_id(tokens)
-            return self.unk_token_id if found is None else found
-        return [self.convert_tokens_to_ids(t) for t in tokens]
-
-    def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> Any:
-        """Token of an id, or tokens of several."""
-        if isinstance(ids, int):
-            return self.backend_tokenizer.id_to_token(ids)
-        return [self.backend_tokenizer.id_to_token(i) for i in as_ids(ids)]
-
-    # Vocabulary and special tokens
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens without the added ones."""
-        return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
-
-    def __len__(self) -> int:
-        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
-
-    def get_vocab(self) -> dict[str, int]:
-        """Token -> id."""
-        return self.backend_tokenizer.get_vocab(with_added_tokens=True)
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        """Ids of the special tokens, each once."""
-        return sorted({i for t in self._special.values() if t and (i := self.backend_tokenizer.token_to_id(t)) is not None})
-
-    def __getattr__(self, name: str) -> Any:  # eos_token, eos_token_id, ... of _SPECIAL
-        special = self.__dict__.get("_special", {})
-        if name in special:
-            return special[name]
-        if name.endswith("_id") and name[:-3] in special:
-            token = special[name[:-3]]
-            return None if token is None else self.backend_tokenizer.token_to_id(token)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _SPECIAL:
-            if value is not None and self.backend_tokenizer.token_to_id(str(value)) is None:
-                self.backend_tokenizer.add_special_tokens([AddedToken(str(value), special=True, normalized=False)])
-            self._special[name] = None if value is None else str(value)
-        elif name.endswith("_id") and name[:-3] in _SPECIAL:
-            self._special[name[:-3]] = None if value is None else self.backend_tokenizer.id_to_token(value)
-        else:
-            super().__setattr__(name, value)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which gptneo_fast and transformers load."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        settings = {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": self.model_max_length,
-            "padding_side": self.padding_side,
-            "truncation_side": self.truncation_side,
-            **self._special,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} tokens, {', '.join(f'{k}={v!r}' for k, v in self._special.items())})"
+        special = ", ".join(f"{k}={v!r}" for k, v in self.special_tokens_map.items())
+        return f"{type(self).__name__}({len(self)} tokens, {special})"
 
 
-def _encoding(rows: dict[str, list[list[int]]], kind: str | None, single: bool) -> BatchEncoding:
-    if kind is None:
-        return BatchEncoding({k: v[0] if single else v for k, v in rows.items()})
-    if len({len(row) for row in rows["input_ids"]}) > 1:
-        raise InputError("rows of different lengths make no tensor; pass padding=True")
-    if kind == "pt":
-        return BatchEncoding({k: torch.tensor(v, dtype=torch.long) for k, v in rows.items()})
-    if kind == "np":
-        return BatchEncoding({k: np.array(v, dtype=np.int64) for k, v in rows.items()})
-    raise InputError(f"return_tensors {kind!r} is unknown; use 'pt', 'np' or None")
-
-
-def _text_of(value: Any) -> Any:
-    """A setting of tokenizer_config.json; special tokens stand there as a string or as {"content": ...}."""
-    return value.get("content") if isinstance(value, dict) else value
+GPT2TokenizerFast = GPT2Tokenizer  # transformers has one class under both names as well

@@ -29,11 +29,11 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in prints} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
-_BYTE_OF = _byte_alphabet()
+ALPHABET = _byte_alphabet()
 
 
 def bytes_of(token: str) -> bytes:
     """The bytes that a token of the vocabulary stands for; an added token stands for its own text."""
-    if all(c in _BYTE_OF for c in token):
-        return bytes(_BYTE_OF[c] for c in token)
+    if all(c in ALPHABET for c in token):
+        return bytes(ALPHABET[c] for c in token)
     return token.encode()
