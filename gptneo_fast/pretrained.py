@@ -150,7 +150,7 @@ class GPTNeoPreTrainedModel(nn.Module):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The initialisation of transformers: normal weights, zero biases, ones for norms."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)

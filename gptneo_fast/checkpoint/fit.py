@@ -69,12 +69,9 @@ def load_into(
         plan.add(tensor)
     report = plan.check(strict, ignore_mismatched_sizes)
     copier = copier_for(device, check_finite)
-    new: dict[str, Tensor] = {}
-    for key, tensor in plan.taken.items():
-        dtype = dtype or tensor.dtype
-        new[key] = torch.empty(tensor.shape, dtype=dtype, device=device)
-        copier.fill(tensor, new[key])
-    copier.finish()
+    dtype = dtype or next((tensor.dtype for tensor in plan.taken.values()), None)
+    new = {key: torch.empty(tensor.shape, dtype=dtype, device=device) for key, tensor in plan.taken.items()}
+    copier.fill_all((tensor, new[key]) for key, tensor in plan.taken.items())
     if plan.head is not None and "wte.weight" in new:
         _check_tied(copier, plan.head, new["wte.weight"], where, strict)
     for key in report.missing_keys:
