@@ -208,7 +208,9 @@ class Machine:
 
     registers: of a thread. stack: bytes of a thread. spills: instructions that load or store local memory.
     loads: bytes that the load instructions of global memory fetch a thread, by width of the load in bits.
-    marked_loads: the same of those that are marked evict-first, as loads of weights are. tensor_cores: "HGMMA", "HMMA" or "".
+    marked_loads: the same of those that are marked evict-first, as loads of weights are, and
+    of copies to shared memory, which keep no mark: those of 4 bytes left out, for they bring norms' weights beside tiles.
+    tensor_cores: "HGMMA", "HMMA" or "".
     """
 
     registers: int
@@ -225,7 +227,7 @@ class Machine:
         return loads.get(128, 0) / sum(loads.values()) if loads else None
 
 
-_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.([A-Z0-9.]+)")
+_LOAD = re.compile(r"\b(LDG|LDGSTS)\.([A-Z0-9.]+)")
 
 
 def inspect(binary: bytes) -> Machine:
@@ -238,10 +240,10 @@ def inspect(binary: bytes) -> Machine:
     found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     loads: Counter[int] = Counter()
     marked: Counter[int] = Counter()
-    for modifiers in _LOAD.findall(code):
+    for name, modifiers in _LOAD.findall(code):
         bits = _width(modifiers.split("."))
         loads[bits] += bits // 8
-        if "EF" in modifiers.split("."):
+        if "EF" in modifiers.split(".") or (name == "LDGSTS" and bits >= 64):
             marked[bits] += bits // 8
     return Machine(
         registers=found["REG"],

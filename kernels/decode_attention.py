@@ -51,7 +51,7 @@ def _absorb(
     mask = (token < hi)[:, None] if WHOLE_D else (token < hi)[:, None] & (offs_d < D)[None]
     k = tl.load(k_ptr + slot * stride_kr + offs_d[None], mask=mask, other=0)  # [BS, BD]
     v = tl.load(v_ptr + slot * stride_vr + offs_d[None], mask=mask, other=0)
-    if BT == 1:  # noqa: SIM108 (a branch of the compiler's)
+    if BT == 1:
         scores = tl.sum(k.to(tl.float32) * q.to(tl.float32), 1)[None]  # [1, BS]
     else:
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")

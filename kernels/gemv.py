@@ -65,26 +65,32 @@ def raw(ptr, offs, mask, PACKED: tl.constexpr, MASKED: tl.constexpr, WEIGHT: tl.
     at = (ptr.to(tl.pointer_type(tl.int32), bitcast=True) if PACKED else ptr) + offs
     policy: tl.constexpr = "evict_first" if WEIGHT else ""  # weights are read once, activations by every program
     if MASKED:
-        return tl.load(at, mask=mask, other=0, eviction_policy=policy)
-    return tl.load(at, eviction_policy=policy)
+        x = tl.load(at, mask=mask, other=0, eviction_policy=policy)
+    else:
+        x = tl.load(at, eviction_policy=policy)
+    return x
 
 
 @triton.jit
 def low(x, dtype: tl.constexpr, PACKED: tl.constexpr):
     """The elements of even columns in float32, or all where they are not packed."""
     if not PACKED:
-        return x.to(tl.float32)
-    if dtype == tl.bfloat16:
-        return (x << 16).to(tl.float32, bitcast=True)
-    return (x & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        y = x.to(tl.float32)
+    elif dtype == tl.bfloat16:
+        y = (x << 16).to(tl.float32, bitcast=True)
+    else:
+        y = (x & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return y
 
 
 @triton.jit
 def high(x, dtype: tl.constexpr):
     """The elements of odd columns in float32."""
     if dtype == tl.bfloat16:
-        return (x & -65536).to(tl.float32, bitcast=True)
-    return (x >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        y = (x & -65536).to(tl.float32, bitcast=True)
+    else:
+        y = (x >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return y
 
 
 @triton.jit

@@ -53,15 +53,18 @@ TILES = {
 def tile(kernel: str, M: int, N: int, K: int, itemsize: int, sms: int) -> Tile:
     """The row of the table; for other widths and for more rows, one by rule: programs for every SM, K in whole tiles."""
     if M > NORM_ROWS:
-        found = Tile(64 if itemsize == 2 else 32, 1, 64 if itemsize == 2 else 32, 1, 4, 3)
+        found = Tile(64, 1, 64, 1, 4, 3) if itemsize == 2 else Tile(32, 1, 32, 1, 8, 3)
     elif itemsize == 4:
         found = Tile(16, 4, 32, 1, 4, 1)
     elif (found := TILES.get((kernel, K), Tile(16, 4, 64, 1, 4, 3))).splits > 1:
         return found
-    splits = 1
-    while triton.cdiv(N, found.BM) * splits < sms and splits < 8 and K % (2 * splits * found.SK * found.BK) == 0:
-        splits *= 2
-    return found._replace(splits=splits)
+    steps = max(1, K // (found.SK * found.BK))
+    for splits in range(1, 9):  # at least two steps each
+        if steps % splits == 0 and (splits == 1 or steps >= 2 * splits):
+            found = found._replace(splits=splits)
+            if triton.cdiv(N, found.BM) * splits >= sms:
+                break
+    return found
 
 
 @triton.jit
@@ -87,7 +90,7 @@ def skinny(
     x_ptr, gamma_ptr, beta_ptr, w_ptr, wk_ptr, wv_ptr, bias_ptr, residual_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
     lengths_ptr, starts_ptr, part_ptr, ticket_ptr, M, N, K, tiles_n, splits, share, eps, stride_kb, stride_kh,
     stride_kr, stride_vb, stride_vh, stride_vr, stride_om, T, R, D, GELU: tl.constexpr, NB: tl.constexpr, BM: tl.constexpr,
-    SK: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PDL: tl.constexpr,
+    SK: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = [residual +] [gelu](norm(x) @ w.T [+ bias]) for rows x [M, K]; w: [N, K]; a share of K is `share` columns.
 
@@ -118,16 +121,17 @@ def skinny(
     offs_n = pid_n * BM + tl.arange(0, BM)
     offs_k = tl.arange(0, SK)[:, None] * BK + tl.arange(0, BK)[None]  # [SK, BK]
     x_ptrs = x_ptr + offs_m[None, :, None] * K + offs_k[:, None, :]  # [SK, NB, BK]
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :, None] * K + offs_k[:, None, :]  # [SK, BM, BK]
+    # Rows past the end repeat the last one, so that loads need no mask; only the store leaves them out.
+    w_ptrs = w_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[None, :, None] * K + offs_k[:, None, :]  # [SK, BM, BK]
     acc = tl.zeros([SK, BM, NB], tl.float32)
     for k in range(begin, end, SK * BK):
         held = (offs_k < end - k)[:, None, :]
         mask_x = mask_m[None, :, None] if EVEN_K else mask_m[None, :, None] & held
         x = tl.load(x_ptrs + k, mask=mask_x, other=0)
-        if EVEN_K and EVEN_N:
+        if EVEN_K:
             w = tl.load(w_ptrs + k, eviction_policy="evict_first")
         else:
-            w = tl.load(w_ptrs + k, mask=(offs_n < N)[None, :, None] & held, other=0, eviction_policy="evict_first")
+            w = tl.load(w_ptrs + k, mask=held, other=0, eviction_policy="evict_first")
         if gamma_ptr is not None:
             gamma = tl.load(gamma_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32)[:, None, :]
             beta = tl.load(beta_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32)[:, None, :]
@@ -172,6 +176,6 @@ def run(
         skinny, groups * t.splits, x,
         x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), parts, tickets(groups, x.device), M, N, K, tiles_n,
         t.splits, share, eps, *Cache.strides(cache), out.stride(0), *Cache.sizes(cache), GELU=gelu,
-        NB=NB, BM=t.BM, SK=t.SK, BK=t.BK, EVEN_K=K % (t.splits * t.SK * t.BK) == 0, EVEN_N=N % t.BM == 0, PDL=pdl,
+        NB=NB, BM=t.BM, SK=t.SK, BK=t.BK, EVEN_K=K % (t.splits * t.SK * t.BK) == 0, PDL=pdl,
         num_warps=t.warps, num_stages=t.stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
