@@ -34,6 +34,7 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     backend: str = "auto",
+    from_flax: bool = False,
 ) -> Any:
     """A model in eval mode with `model.tokenizer` attached (None where the checkpoint has no tokenizer).
 
@@ -46,6 +47,7 @@ def load(
         revision: branch, tag or commit of the repository. token: of the hub. cache_dir: where downloads are kept.
         local_files_only: use the cache and no network.
         backend: "auto", "triton" or "reference".
+        from_flax: read `flax_model.msgpack`, which is read anyhow where no other weights are there; needs no jax.
 
     Raises:
         InputError, ModelNotFoundError, CheckpointError, ConfigError, DeviceError, SetupError: each says what to do.
@@ -58,7 +60,12 @@ def load(
         wanted = torch.bfloat16 if torch.cuda.get_device_capability(place) >= (8, 0) else torch.float16
     where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     model = TASKS[task].from_pretrained(
-        name_or_path, dtype="auto" if wanted is None else wanted, device_map=place, backend=backend, **where
+        name_or_path,
+        dtype="auto" if wanted is None else wanted,
+        device_map=place,
+        backend=backend,
+        from_flax=from_flax,
+        **where,
     )
     try:
         model.tokenizer = GPT2Tokenizer.from_pretrained(Source.of(name_or_path, **where))

@@ -174,6 +174,7 @@ class GPTNeoPreTrainedModel(nn.Module):
         subfolder: str = "",
         use_safetensors: bool | None = None,
         allow_pickle: bool = True,
+        from_flax: bool = False,
         check_finite: bool = True,
         strict: bool = True,
         ignore_mismatched_sizes: bool = False,
@@ -190,6 +191,7 @@ class GPTNeoPreTrainedModel(nn.Module):
                 "triton" and "reference": that or an error. `model.backend` says what it came to.
             use_safetensors: True for safetensors only, False for `pytorch_model.bin` only.
             allow_pickle: False refuses a checkpoint that has `pytorch_model.bin` only; no code in one is run either way.
+            from_flax: read `flax_model.msgpack`, which is read anyhow where nothing else is there; needs no jax.
             check_finite: refuse NaN, infinities and values that dtype cannot hold.
             strict: refuse surplus tensors and an lm_head unlike the embedding it is tied to.
             ignore_mismatched_sizes: start a head of another size afresh.
@@ -215,7 +217,7 @@ class GPTNeoPreTrainedModel(nn.Module):
         with torch.device("meta"):
             model = cls(config, backend=backend)
         device = as_device(device_map)
-        with checkpoint.find(source, use_safetensors, allow_pickle).open() as tensors:
+        with checkpoint.find(source, use_safetensors, allow_pickle, from_flax).open() as tensors:
             report = checkpoint.load_into(
                 model,
                 tensors,

@@ -56,7 +56,7 @@ class Copier:
             own = None if direct else torch.empty(BLOCK, dtype=stored.dtype, device="cpu")
             for first, part in _parts(target, BLOCK):
                 block = part if own is None else own[: part.numel()]
-                stored.file.read_into(_bytes(block), stored.start + first * stored.dtype.itemsize)
+                stored.read_into(_bytes(block), first * stored.dtype.itemsize)
                 if self.check_finite:
                     _check(stored, first, block, target.dtype)
                 if own is not None:
@@ -70,7 +70,7 @@ class Copier:
         own = torch.empty(count, dtype=stored.dtype, device="cpu")
         for first, part in _parts(target, count):
             block = own[: part.numel()]
-            stored.file.read_into(_bytes(block), stored.start + first * stored.dtype.itemsize)
+            stored.read_into(_bytes(block), first * stored.dtype.itemsize)
             if not torch.equal(block.to(part), part):
                 return False
         return True
@@ -118,7 +118,7 @@ class CudaCopier(Copier):
             self._turn = 1 - self._turn
             block = stage[: part.numel() * stored.dtype.itemsize].view(stored.dtype)
             left.synchronize()  # does not wait where it was never recorded
-            stored.file.read_into(_bytes(block), stored.start + first * stored.dtype.itemsize)
+            stored.read_into(_bytes(block), first * stored.dtype.itemsize)
             with torch.cuda.stream(self._stream):
                 there = block.to(self.device, non_blocking=True)
                 left.record(self._stream)
@@ -171,7 +171,7 @@ def _parts(target: Tensor, count: int) -> Iterable[tuple[int, Tensor]]:
 def _strided(stored: Stored) -> Tensor:
     """A tensor whose elements do not lie in rows; takes the memory of the whole tensor."""
     whole = torch.empty(stored.span, dtype=stored.dtype, device="cpu")
-    stored.file.read_into(_bytes(whole), stored.start)
+    stored.read_into(_bytes(whole), 0)
     return whole.as_strided(stored.shape, stored.strides or (1,) * len(stored.shape))
 
 

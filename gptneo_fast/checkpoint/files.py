@@ -8,16 +8,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError, UnsafeCheckpointError, UnsafePathError, warn_once
+from ..errors import CheckpointError, InputError, UnsafeCheckpointError, UnsafePathError, warn_once
 from ..hub import Source
 from ..jsonfile import read_object
-from . import pickled, safetensors
+from . import msgpack, pickled, safetensors
 from .shapes import some
 from .stored import Stored, WeightFile
 
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+SAFETENSORS, PICKLE, FLAX = "model.safetensors", "pytorch_model.bin", "flax_model.msgpack"
 MAX_INDEX, MAX_KEYS, MAX_SHARDS = 16 << 20, 65536, 4096  # bytes; 1024 layers have 13 thousand keys
-_READERS: dict[str, Callable[[WeightFile], list[Stored]]] = {SAFETENSORS: safetensors.stored_in, PICKLE: pickled.stored_in}
+_READERS: dict[str, Callable[[WeightFile], list[Stored]]] = {
+    SAFETENSORS: safetensors.stored_in,
+    PICKLE: pickled.stored_in,
+    FLAX: msgpack.stored_in,
+}
 
 
 @dataclass(frozen=True)
@@ -71,28 +75,32 @@ class WeightFiles:
             )
 
 
-def find(source: Source, use_safetensors: bool | None = None, allow_pickle: bool = True) -> WeightFiles:
-    """The weight files that a source holds: safetensors first, then pickles, each as one file or as shards.
+def find(
+    source: Source, use_safetensors: bool | None = None, allow_pickle: bool = True, from_flax: bool = False
+) -> WeightFiles:
+    """The weight files that a source holds: safetensors first, then pickles, then Flax's, each as one file or as shards.
 
     Args:
         source: folder or repository.
-        use_safetensors: True for safetensors only, False for `pytorch_model.bin` only, None for either.
+        use_safetensors: True for safetensors only, False for `pytorch_model.bin` only, None for any.
         allow_pickle: False refuses `pytorch_model.bin`.
+        from_flax: `flax_model.msgpack` only.
 
     Raises:
         CheckpointError: none of the files is there; lists those looked for.
         UnsafeCheckpointError: only a `pytorch_model.bin` is there, and `allow_pickle` is False.
     """
     looked: list[str] = []
-    for kind in (SAFETENSORS, PICKLE):
-        if use_safetensors is not None and use_safetensors != (kind == SAFETENSORS):
-            continue
+    wanted = {True: (SAFETENSORS,), False: (PICKLE,), None: (SAFETENSORS, PICKLE, FLAX)}[use_safetensors]
+    if from_flax and use_safetensors is not None:
+        raise InputError(f"from_flax=True and use_safetensors={use_safetensors} ask for different files; leave one out")
+    for kind in (FLAX,) if from_flax else wanted:
         looked += [kind, f"{kind}.index.json"]
         path = source.file(kind)
         found = path or source.file(f"{kind}.index.json")
         if found is None:
             continue
-        if kind == PICKLE:
+        if kind == PICKLE:  # refused even where msgpack stands beside it: what is loaded must not hang on this flag
             _about_pickle(source, allow_pickle)
         return WeightFiles((found,), kind) if path else _shards(source, found, kind)
     raise CheckpointError(f"{source.name!r} holds no weights; looked for {', '.join(looked)}")
@@ -124,6 +132,8 @@ def _shards(source: Source, index: Path, kind: str) -> WeightFiles:
         raise CheckpointError(
             f"{some(absent)} named by {index} {'is' if len(absent) == 1 else 'are'} missing; present: {some(there) or 'none'}"
         )
+    if kind == FLAX:  # its index has the tree's paths
+        weight_map = {msgpack.torch_name(name): shard for name, shard in weight_map.items()}
     return WeightFiles(tuple(path for path in paths.values() if path), kind, index, weight_map)
 
 

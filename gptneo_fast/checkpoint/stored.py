@@ -96,6 +96,7 @@ class Stored:
 
     name: as the file gives it. shape: of the tensor. dtype: as it is stored, little-endian.
     start: byte of its first element. strides: in elements, None for rows one after the other.
+    pieces: (first byte, bytes) of each part of a tensor that does not lie in one piece; none for one that does.
     """
 
     name: str
@@ -104,6 +105,23 @@ class Stored:
     file: WeightFile
     start: int
     strides: tuple[int, ...] | None = None
+    pieces: tuple[tuple[int, int], ...] = ()
+
+    def read_into(self, view: memoryview, first: int) -> None:
+        """Fill `view` from the tensor's bytes, from the one numbered `first` on.
+
+        Raises:
+            CheckpointError: the file ends before, as it did not when it was opened.
+        """
+        if not self.pieces:
+            self.file.read_into(view, self.start + first)
+            return
+        begin = 0  # of the piece among the tensor's bytes
+        for start, size in self.pieces:
+            low, high = max(first, begin), min(first + len(view), begin + size)
+            if low < high:
+                self.file.read_into(view[low - first : high - first], start + low - begin)
+            begin += size
 
     @property
     def numel(self) -> int:
