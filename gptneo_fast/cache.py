@@ -145,6 +145,15 @@ class KVCache:
         other.keys, other.values = [t.clone() for t in self.keys], [t.clone() for t in self.values]
         return other
 
+    def rows(self, B: int) -> KVCache:
+        """An empty cache of B rows in the memory of the first B of this one."""
+        other = object.__new__(KVCache)
+        other.__dict__.update(self.__dict__)
+        other.keys, other.values = [t[:B] for t in self.keys], [t[:B] for t in self.values]
+        other.lengths = self.lengths[:B]
+        other.reset()
+        return other
+
     def _slots_of_rings(self) -> list[int]:
         return [self._slots[i] for i, kind in enumerate(self.config.attention_layers) if kind == "local"] or [0]
 

@@ -67,6 +67,10 @@ class DeviceError(SetupError):
     """A device that is absent or cannot do what is asked of it."""
 
 
+class OutOfMemoryError(DeviceError, MemoryError):
+    """A request that the device's memory cannot hold."""
+
+
 class GPTNeoFastWarning(UserWarning):
     """Base of every warning that gptneo_fast gives."""
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from .cache import KVCache
 from .config import GPTNeoConfig
+from .engine import EngineMixin
 from .errors import warn_once
-from .generation import GenerationConfig, TextGenerationMixin
+from .generation import GenerationConfig
 from .inputs import check_inputs, check_unknown, select_positions
-from .masks import rows_of
+from .masks import Rows, rows_of
 from .model import Trace, Transformer
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import GPTNeoPreTrainedModel
@@ -86,7 +87,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel, Transformer):
         return self._give(out, return_dict)
 
 
-class GPTNeoForCausalLM(GPTNeoPreTrainedModel, TextGenerationMixin):
+class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
     """The language model, its head tied to the token embedding."""
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
@@ -149,14 +150,23 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, TextGenerationMixin):
         result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self._give(result, return_dict)
 
-    def step(self, ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, cache: KVCache, keep: int = 1) -> Tensor:
+    def step(
+        self,
+        ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None,
+        cache: KVCache,
+        keep: int = 1,
+        rows: Rows = Rows(),  # noqa: B008 (frozen)
+    ) -> Tensor:
         """Logits [B, keep, V], float32 or wider, of the last columns of a step of generation; nothing is checked.
 
         Args:
-            ids: int64 [B, T], every column a token. position_ids: [B or 1, T]. token_type_ids: [B, T] or None.
+            ids: int64 [B, T]. position_ids: [B or 1, T]. token_type_ids: [B, T] or None.
             cache: of the columns before; appended to.
+            rows: which columns are tokens.
         """
         trunk = self.transformer
-        x = trunk.run(ids, position_ids, token_type_ids, cache=cache, final_norm=False)[:, -keep:]
+        x = trunk.run(ids, position_ids, token_type_ids, rows, cache, final_norm=False)[:, -keep:]
         norm = trunk.ln_f
         return trunk.functions(x).lm_head(x, norm.weight, norm.bias, self.lm_head.weight, norm.eps)

@@ -42,7 +42,7 @@ def sample(
         seeds: int64 [B], key of each row's random numbers.
         seen: uint8 [B, V], 1 for tokens that repetition_penalty touches, or None for no penalty; changed.
         state: int64 [5, B]: newest token, its position, tokens drawn, status bits, a ticket of the kernel's; changed.
-        out: int32 [B, N], the tokens drawn; changed.
+        out: int32 [B, N] of any strides, the tokens drawn; changed.
         lengths: int32 [B], tokens that the cache holds of each row, without the newest; changed.
         method: GREEDY, FREE, FEW or ALL.
     """
@@ -101,10 +101,10 @@ def exponential(seeds: Tensor, drawn: Tensor, vocabulary: int) -> Tensor:
     return torch.where(u < 2.0**-10, u + 0.5 * u * u, -(1 - u).clamp(min=2.0**-24).log())  # the logarithm loses small u
 
 
-def _philox(c0: Tensor, c1: Tensor, key: Tensor) -> Tensor:
-    """First word, as int64, of Philox 4x32-10 for counters (c0, c1, 0, 0) and a key of 64 bits. All int64 [B, V]."""
+def _philox(c0: Tensor, c1: Tensor, key: Tensor, third: int = 0, fourth: int = 0) -> Tensor:
+    """First word, as int64, of Philox 4x32-10 for four counters of 32 bits and a key of 64. Tensors are int64 [B, V]."""
     word = 0xFFFFFFFF
-    c2 = c3 = torch.zeros_like(c0)
+    c2, c3 = torch.full_like(c0, third), torch.full_like(c0, fourth)
     k0, k1 = key & word, (key >> 32) & word
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the 64 bits of a product, whatever its sign

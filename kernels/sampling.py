@@ -96,14 +96,14 @@ def _scores(logits_ptr, seen_ptr, flags_ptr, rates_ptr, ids, inside, drawn, leas
 
 @triton.jit
 def _advance(
-    row, token, broken, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B, out_ptr, stride_ob, lengths_ptr,
+    row, token, broken, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B, out_ptr, stride_ob, stride_on, lengths_ptr,
     SEEN: tl.constexpr,
 ):  # fmt: skip
     """What the row's last program does: store the token, count it, tell whether the row has ended."""
     if broken:
         tl.store(state_ptr + 3 * B + row, 3)
     else:
-        tl.store(out_ptr + row * stride_ob + drawn, token)
+        tl.store(out_ptr + row * stride_ob + drawn * stride_on, token)
         if SEEN:
             tl.store(seen_ptr + row * stride_sb + token, 1)
         ended = ((tl.load(flags_ptr + token) & 1) != 0) | (drawn + 1 >= limit)
@@ -116,8 +116,8 @@ def _advance(
 
 @triton.jit
 def sample_kernel(
-    logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb, state_ptr, out_ptr, stride_ob,
-    lengths_ptr, value_ptr, id_ptr, B, V,
+    logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb,
+    state_ptr, out_ptr, stride_ob, stride_on, lengths_ptr, value_ptr, id_ptr, B, V,
     METHOD: tl.constexpr, SEEN: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
     MERGE: tl.constexpr,
 ):  # fmt: skip
@@ -172,8 +172,8 @@ def sample_kernel(
             value = tl.where(kept, value + _noise(seed, found, drawn), float("-inf"))
         _, token = _likeliest(value, tl.where(found >= 0, found, 2147483647))
         _advance(
-            row, token, tl.min(found) == -2, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B, out_ptr, stride_ob,
-            lengths_ptr, SEEN,
+            row, token, tl.min(found) == -2, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B,
+            out_ptr, stride_ob, stride_on, lengths_ptr, SEEN,
         )  # fmt: skip
 
 
@@ -201,8 +201,8 @@ def _reach(score_ptr, V, largest, low, step, tied, last_tied, MASS: tl.constexpr
 
 @triton.jit
 def sample_row_kernel(
-    logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb, state_ptr, out_ptr, stride_ob,
-    lengths_ptr, score_ptr, B, V, SEEN: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb,
+    state_ptr, out_ptr, stride_ob, stride_on, lengths_ptr, score_ptr, B, V, SEEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs [B]: any top_k, top_p and min_p. Thresholds are found 3 bits a pass over the row, which the cache holds."""
     row = tl.program_id(0).to(tl.int64)
@@ -266,8 +266,8 @@ def sample_row_kernel(
         token = tl.where(value > best, chosen, token)
         best = tl.maximum(best, value)
     _advance(
-        row, token, broken != 0, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B, out_ptr, stride_ob, lengths_ptr,
-        SEEN,
+        row, token, broken != 0, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B, out_ptr, stride_ob, stride_on,
+        lengths_ptr, SEEN,
     )  # fmt: skip
 
 
@@ -290,7 +290,7 @@ def sample(
     B, V = logits.shape
     row = (
         logits, logits.stride(0), rates, counts, flags, seeds, flags if seen is None else seen,
-        0 if seen is None else seen.stride(0), state, out, out.stride(0), lengths,
+        0 if seen is None else seen.stride(0), state, out, *out.stride(), lengths,
     )  # fmt: skip
     if method == 3:
         scores = launch.empty((B, V), logits, torch.float32)

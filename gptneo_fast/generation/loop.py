@@ -106,9 +106,12 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
         if not bool(running.any()):
             break
     if broken:
-        raise NonFiniteLogitsError(
-            f"logits of row {', '.join(map(str, broken))} were NaN or infinite after {', '.join(map(str, broken.values()))} "
-            "tokens; try dtype=torch.float32, or remove_invalid_values=True to go on regardless",
-            rows=sorted(broken),
-            sequences=ids,
-        )
+        raise NonFiniteLogitsError(broken_message(list(broken), list(broken.values())), rows=sorted(broken), sequences=ids)
+
+
+def broken_message(rows: list[int], columns: list[int]) -> str:
+    """What to say of rows whose logits were not finite after so many columns."""
+    return (
+        f"logits of row {', '.join(map(str, rows))} were NaN or infinite after {', '.join(map(str, columns))} "
+        "tokens; try dtype=torch.float32, or remove_invalid_values=True to go on regardless"
+    )

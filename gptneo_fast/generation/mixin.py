@@ -105,12 +105,11 @@ class GenerationMixin:
             own=list(logits_processor or []),
             criteria=stopping_criteria,
         )
-        session = self._session(prompt, request)
         if resolved.num_beams > 1:
             if assistant_model is not None or streamer is not None:
                 raise InputError("num_beams above 1 goes neither with assistant_model nor with streamer")
-            return self._give_beams(session, prompt.ids, request)
-        steps = self._steps(session, prompt, request, assistant_model)
+            return self._give_beams(self._session(prompt, request), prompt.ids, request)
+        steps, session = self._steps(prompt, request, assistant_model, streamed=streamer is not None)
         new = list(steps if streamer is None else _stream(prompt.ids, steps, streamer))
         return self._give_texts(torch.cat([prompt.ids, *new], 1), session, request)
 
@@ -185,10 +184,20 @@ class GenerationMixin:
         trace = [name for name in ("attentions", "hidden_states") if getattr(record, name) is not None]
         return Session(self, prompt, request.total, use_cache=o.use_cache, chunk=o.prefill_chunk_size, trace=trace)
 
-    def _steps(self, session: Session, prompt: Prompt, request: Request, assistant: Any = None) -> Iterator[Tensor]:
-        """New tokens [B, n] as they are found, by the strategy that the options ask for."""
+    def _fast_steps(self, prompt: Prompt, request: Request, assistant: Any, streamed: bool) -> Iterator[Tensor] | None:
+        """New tokens [B, n] without the host's help, where something above this offers that."""
+        return None
+
+    def _steps(
+        self, prompt: Prompt, request: Request, assistant: Any = None, streamed: bool = False
+    ) -> tuple[Iterator[Tensor], Session | None]:
+        """New tokens [B, n] as they are found, by the strategy that the options ask for, and the session that finds them."""
+        fast = self._fast_steps(prompt, request, assistant, streamed)
+        if fast is not None:
+            return fast, None
+        session = self._session(prompt, request)
         if assistant is None and request.options.prompt_lookup_num_tokens is None:
-            return sample(session, prompt.ids, request)
+            return sample(session, prompt.ids, request), session
         if len(prompt.ids) > 1 or session.cache is None:
             raise InputError(f"drafts are for one text and need the cache; this call has {len(prompt.ids)} rows")
         drafter: Drafter
@@ -201,10 +210,10 @@ class GenerationMixin:
                     f"{self.config.vocab_size}; they must share a tokenizer"
                 )
             drafter = Assistant(assistant, prompt, request)
-        return assisted(session, prompt.ids, request, drafter)
+        return assisted(session, prompt.ids, request, drafter), session
 
-    def _give_texts(self, sequences: Tensor, session: Session, request: Request) -> Any:
-        if not request.options.return_dict_in_generate:
+    def _give_texts(self, sequences: Tensor, session: Session | None, request: Request) -> Any:
+        if session is None or not request.options.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(sequences, **_kept(request.record), past_key_values=session.cache)
 

@@ -26,6 +26,7 @@ class Prompt:
     token_type_ids: Tensor | None = None
     embeds: Tensor | None = None  # [B, P', C] in place of ids, which then may be [B, 0]
     cache: KVCache | None = None
+    places: list[int] | None = None  # of the rows in the caller's list; None for 0 ... B - 1
 
     def expand(self, times: int) -> Prompt:
         """Every row `times` times."""

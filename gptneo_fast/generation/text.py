@@ -81,7 +81,8 @@ class TextGenerationMixin(GenerationMixin):
         ids = torch.tensor([self._encode(prompt, resolved, truncate, allow_empty)], device=self.device)
         beginning = Prompt(ids)
         request = self._request(beginning, resolved)
-        return self._pieces(self._steps(self._session(beginning, request), beginning, request), resolved)
+        steps, _ = self._steps(beginning, request, streamed=True)
+        return self._pieces(steps, resolved)
 
     async def astream(self, prompt: str, **options: Any) -> AsyncIterator[str]:
         """`stream` for `async for`: every step runs in a thread, so that the event loop stays free."""
