@@ -174,7 +174,8 @@ class KVCache:
             for tensors in (self.keys, self.values):  # nothing has wrapped yet: slots are still token numbers
                 B, H, _, D = tensors[layer].shape
                 grown = tensors[layer].new_zeros(B, H, slots, D)
-                grown[:, :, :old] = tensors[layer]
+                if old:
+                    grown[:, :, :old] = tensors[layer]
                 tensors[layer] = grown
 
     def __repr__(self) -> str:

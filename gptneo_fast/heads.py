@@ -167,6 +167,6 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
             rows: which columns are tokens.
         """
         trunk = self.transformer
-        x = trunk.run(ids, position_ids, token_type_ids, rows, cache, final_norm=False)[:, -keep:]
+        x = trunk.run(ids, position_ids, token_type_ids, rows, cache, final_norm=False).narrow(1, ids.shape[1] - keep, keep)
         norm = trunk.ln_f
         return trunk.functions(x).lm_head(x, norm.weight, norm.bias, self.lm_head.weight, norm.eps)

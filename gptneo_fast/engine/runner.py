@@ -47,6 +47,13 @@ class StepCache:
         """Nothing: the `sample` op counts."""
 
 
+def step_logits(model: Any, state: Tensor, cache: StepCache) -> Tensor:
+    """Logits [B, V] after each row's newest token. Rows of the state are taken so that fake tensors can be, too."""
+    ids, places = state.select(0, TOKEN).unsqueeze(1), state.select(0, PLACE).unsqueeze(1)
+    logits: Tensor = model.step(ids, places, None, cache).squeeze(1)
+    return logits
+
+
 class EagerStep:
     """In place of a captured step where there is none: the same work, launched anew each time."""
 
@@ -214,8 +221,7 @@ class Runner:
             view = StepCache(self.cache, self.lengths)
 
             def step() -> None:
-                ids, places = self.state[TOKEN][:, None], self.state[PLACE][:, None]
-                self._draw(self.model.step(ids, places, None, view)[:, -1], *kind)
+                self._draw(step_logits(self.model, self.state, view), *kind)
 
             self.state[STATUS] = FINISHED
             self.lengths.zero_()
