@@ -31,7 +31,8 @@ class BatchEncoding(dict[Any, Any]):
     """A dict whose entries are attributes too, which moves to a device as one and maps tokens to words and characters.
 
     Entries by name (`batch["input_ids"]`, `batch.input_ids`); `batch[i]` is the `tokenizers.Encoding` of row i and
-    `batch[i:j]` those of rows i .. j - 1 (of an encoding that was not made from text: a dict of these rows). The methods that map take `(row, index)`, or `(index)` for row 0.
+    `batch[i:j]` those of rows i .. j - 1 (of an encoding that was not made from text: a dict of these rows). The methods
+    that map take `(row, index)`, or `(index)` for row 0.
 
     Args:
         data: the entries.
