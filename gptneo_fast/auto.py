@@ -35,6 +35,7 @@ def load(
     local_files_only: bool = False,
     backend: str = "auto",
     from_flax: bool = False,
+    **options: Any,
 ) -> Any:
     """A model in eval mode with `model.tokenizer` attached (None where the checkpoint has no tokenizer).
 
@@ -48,6 +49,7 @@ def load(
         local_files_only: use the cache and no network.
         backend: "auto", "triton" or "reference".
         from_flax: read `flax_model.msgpack`, which is read anyhow where no other weights are there; needs no jax.
+        options: other keywords of `from_pretrained`: check_finite, allow_pickle, strict, subfolder, num_labels, ...
 
     Raises:
         InputError, ModelNotFoundError, CheckpointError, ConfigError, DeviceError, SetupError: each says what to do.
@@ -58,17 +60,19 @@ def load(
     wanted = as_dtype(dtype)
     if wanted is None and place.type == "cuda":
         wanted = torch.bfloat16 if torch.cuda.get_device_capability(place) >= (8, 0) else torch.float16
-    where: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    model = TASKS[task].from_pretrained(
+    source = Source.of(
         name_or_path,
-        dtype="auto" if wanted is None else wanted,
-        device_map=place,
-        backend=backend,
-        from_flax=from_flax,
-        **where,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        subfolder=options.pop("subfolder", ""),
+    )
+    model = TASKS[task].from_pretrained(
+        source, dtype="auto" if wanted is None else wanted, device_map=place, backend=backend, from_flax=from_flax, **options
     )
     try:
-        model.tokenizer = GPT2Tokenizer.from_pretrained(Source.of(name_or_path, **where))
+        model.tokenizer = GPT2Tokenizer.from_pretrained(source)
     except TokenizerError as error:
         if "looked for" not in str(error):
             raise

@@ -160,7 +160,7 @@ class GPTNeoPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
         *,
         config: GPTNeoConfig | None = None,
         dtype: torch.dtype | str | None = None,

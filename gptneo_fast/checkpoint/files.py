@@ -103,7 +103,7 @@ def find(
         if kind == PICKLE:  # refused even where msgpack stands beside it: what is loaded must not hang on this flag
             _about_pickle(source, allow_pickle)
         return WeightFiles((found,), kind) if path else _shards(source, found, kind)
-    raise CheckpointError(f"{source.name!r} holds no weights; looked for {', '.join(looked)}")
+    raise CheckpointError(f"{source.name!r} holds no weights; looked for {', '.join(looked)} ({source.holdings()})")
 
 
 def _about_pickle(source: Source, allow_pickle: bool) -> None:
@@ -126,11 +126,12 @@ def _shards(source: Source, index: Path, kind: str) -> WeightFiles:
         raise CheckpointError(f"{index} lists {len(names)} shards, of at most {MAX_SHARDS}")
     for name in names:
         check_name(name, index)
-    paths = {name: source.file(name) for name in names}
+    paths = source.files(names)
     if absent := [name for name, path in paths.items() if path is None]:
         there = [name for name in names if name not in absent]
         raise CheckpointError(
             f"{some(absent)} named by {index} {'is' if len(absent) == 1 else 'are'} missing; present: {some(there) or 'none'}"
+            + (f" ({source.holdings()})" if source.offline else "")
         )
     if kind == FLAX:  # its index has the tree's paths
         weight_map = {msgpack.torch_name(name): shard for name, shard in weight_map.items()}
