@@ -125,7 +125,7 @@ class Source:
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub import errors as hub
 
-        if self.local_files_only or constants.is_offline_mode():
+        if self.local_files_only or constants.HF_HUB_OFFLINE:
             self.offline = "local_files_only=True" if self.local_files_only else "HF_HUB_OFFLINE=1"
         else:
             path = f"{self.subfolder}/config.json" if self.subfolder else "config.json"

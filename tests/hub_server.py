@@ -1,0 +1,117 @@
+"""A small server that speaks the hub's protocol on loopback: HEAD and GET of files at a revision, ranges, faults on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LARGE = 1 << 20  # files of this size and more have the etag of large files, their sha256
+
+
+@dataclass
+class Repository:
+    """Files at one commit, by name; what a faulty hub does with them."""
+
+    files: dict[str, bytes]
+    commit: str = COMMIT
+    revisions: tuple[str, ...] = ("main",)
+    status: int = 200  # of every answer
+    error: str = ""  # X-Error-Code
+    cut: dict[str, list[int]] = field(default_factory=dict)  # file -> after how many bytes successive answers break off
+    seconds_per_mb: float = 0.0
+
+
+class Hub:
+    """The server; `log` holds every request as (method, path, range, token)."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.log: list[tuple[str, str, str | None, str | None]] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_HEAD(self):
+                hub.answer(self, body=False)
+
+            def do_GET(self):
+                hub.answer(self, body=True)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def requests(self, method: str, name: str = "") -> list[str]:
+        """Paths that were asked for."""
+        return [path for m, path, _, _ in self.log if m == method and path.endswith(name)]
+
+    def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
+        path = unquote(urlsplit(request.path).path)
+        self.log.append((request.command, path, request.headers.get("Range"), request.headers.get("Authorization")))
+        owner, name, resolve, rest = [*path.strip("/").split("/", 3), "", "", "", ""][:4]
+        repository = self.repositories.get(f"{owner}/{name}")
+        if repository is None or resolve != "resolve":
+            return self._fail(request, 401, "RepoNotFound")
+        if repository.status != 200:
+            return self._fail(request, repository.status, repository.error)
+        revision, _, file = rest.partition("/")
+        if revision not in (*repository.revisions, repository.commit):
+            return self._fail(request, 404, "RevisionNotFound")
+        if file not in repository.files:
+            return self._fail(request, 404, "EntryNotFound", {"X-Repo-Commit": repository.commit})
+        self._send(request, repository, file, body)
+
+    def _send(self, request: BaseHTTPRequestHandler, repository: Repository, file: str, body: bool) -> None:
+        data = repository.files[file]
+        etag = (hashlib.sha256 if len(data) >= LARGE else hashlib.sha1)(data).hexdigest()
+        first = 0
+        if body and (asked := request.headers.get("Range")):
+            first = int(asked.removeprefix("bytes=").split("-")[0])
+        request.send_response(206 if first else 200)
+        request.send_header("X-Repo-Commit", repository.commit)
+        request.send_header("ETag", f'"{etag}"')
+        request.send_header("Content-Length", str(len(data) - first))
+        if first:
+            request.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+        request.end_headers()
+        if not body:
+            return
+        end = len(data)
+        if repository.cut.get(file):
+            end = min(end, first + repository.cut[file].pop(0))
+        for at in range(first, end, 1 << 20):
+            request.wfile.write(data[at : min(end, at + (1 << 20))])
+            time.sleep(repository.seconds_per_mb)
+        if end < len(data):
+            request.close_connection = True
+
+    @staticmethod
+    def _fail(request: BaseHTTPRequestHandler, status: int, error: str, headers: dict[str, str] | None = None) -> None:
+        text = json.dumps({"error": error}).encode()
+        request.send_response(status)
+        for name, value in {"X-Error-Code": error, "Content-Length": str(len(text)), **(headers or {})}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(text)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """A checkpoint's folder as a repository's files."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}

@@ -1,0 +1,387 @@
+"""Checkpoints from a hub: a server on loopback that speaks its protocol, and huggingface_hub's own cache."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from http.server import BaseHTTPRequestHandler
+
+import pytest
+import torch
+from conftest import SMALL
+from hub_server import COMMIT, Hub, Repository, files_of
+
+import gptneo_fast
+from gptneo_fast.errors import CheckpointError, GPTNeoFastError, InputError, ModelNotFoundError, SetupError
+from gptneo_fast.hub import Source, download
+
+NAME = "someone/small-neo"
+Causal = gptneo_fast.GPTNeoForCausalLM
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub, with huggingface_hub pointed at it and at an empty cache."""
+    from huggingface_hub import constants
+
+    server = Hub()
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.address)
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # it writes no less at a time
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def published(hub, checkpoint):
+    """The checkpoint with a tokenizer as a repository that holds other formats too."""
+    files = files_of(checkpoint) | {"pytorch_model.bin": b"x" * 100, "flax_model.msgpack": b"x" * 100, "README.md": b"x"}
+    hub.repositories[NAME] = Repository(files)
+    return hub.repositories[NAME]
+
+
+def load(**options):
+    return gptneo_fast.load(NAME, device="cpu", **options)
+
+
+def refused(kind, *words, name=NAME, **options):
+    with pytest.raises(kind) as caught:
+        gptneo_fast.load(name, device="cpu", **options)
+    for word in words:
+        assert str(word) in str(caught.value), (word, str(caught.value))
+    return caught.value
+
+
+def same(model, folder):
+    want = Causal.from_pretrained(folder)
+    return all(torch.equal(model.get_parameter(n), p) for n, p in want.named_parameters())
+
+
+def test_a_model_and_its_tokenizer_arrive_and_nothing_else_is_fetched(hub, published, checkpoint):
+    model = load()
+    assert same(model, checkpoint) and model.tokenizer("Once")["input_ids"]
+    fetched = {path.split("/")[-1] for path in hub.requests("GET")}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= fetched
+    assert not fetched & {"pytorch_model.bin", "flax_model.msgpack", "README.md", "vocab.json", "merges.txt"}
+    assert model.config.name_or_path == NAME
+
+
+def test_every_file_but_the_first_is_asked_for_at_its_commit(hub, published):
+    first, *others = load() and hub.requests("HEAD")
+    assert first.endswith("/resolve/main/config.json")
+    assert len(others) > 3 and all(f"/resolve/{COMMIT}/" in p for p in others if not p.endswith("/main/config.json"))
+    assert all(f"/resolve/{COMMIT}/" in p or p.endswith("config.json") for p in hub.requests("GET"))
+
+
+def test_a_branch_that_moves_while_it_is_loaded_mixes_nothing(hub, published, checkpoint, monkeypatch):
+    other = Repository(dict.fromkeys(published.files, b"moved"), commit="f" * 40)
+    answer = hub.answer
+
+    def moving(request, body):
+        if len(hub.log) >= 3 and "/main/" in request.path:  # the branch is another commit now; commits stay served
+            hub.repositories[NAME] = other
+        answer(request, body)
+        hub.repositories[NAME] = published
+
+    monkeypatch.setattr(hub, "answer", moving)
+    assert same(load(), checkpoint)
+
+
+def test_a_second_load_asks_for_nothing_but_the_commit(hub, published, checkpoint):
+    load()
+    hub.log.clear()
+    assert same(load(), checkpoint)
+    assert {p.split("/")[-1] for p in hub.requests("HEAD")} == {"config.json"} and not hub.requests("GET")
+
+
+def test_offline_the_cache_is_enough_by_either_switch(hub, published, checkpoint, monkeypatch):
+    from huggingface_hub import constants
+
+    load()
+    hub.log.clear()
+    assert same(load(local_files_only=True), checkpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load().tokenizer is not None and not hub.log
+
+
+def test_a_hub_that_does_not_answer_is_no_reason_to_fail_where_the_cache_holds_all(hub, published, checkpoint):
+    load()
+    hub.close()
+    assert same(load(), checkpoint)
+
+
+def test_3_offline_and_not_cached(hub, published, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    refused(ModelNotFoundError, NAME, tmp_path / "cache", "local_files_only=True", f"hf download {NAME}", local_files_only=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(ModelNotFoundError, "offline (HF_HUB_OFFLINE=1)", f"hf download {NAME}")
+    assert not hub.log
+
+
+def test_3_a_hub_that_cannot_be_reached_and_nothing_cached(hub, published):
+    hub.close()
+    began = time.perf_counter()
+    refused(ModelNotFoundError, NAME, "cannot be reached", hub.address, f"hf download {NAME}")
+    assert time.perf_counter() - began < 20
+
+
+def snapshot(tmp_path):
+    return tmp_path / "cache" / f"models--{NAME.replace('/', '--')}" / "snapshots" / COMMIT
+
+
+def test_4_half_a_snapshot_offline_names_what_is_missing(hub, published, tmp_path):
+    load()
+    (snapshot(tmp_path) / "model.safetensors").unlink()
+    refused(
+        CheckpointError,
+        "holds no weights; looked for model.safetensors",
+        "offline (local_files_only=True)",
+        "it holds 'config.json'",
+        f"hf download {NAME}",
+        local_files_only=True,
+    )
+    assert load() is not None  # with network the rest is fetched
+
+
+def test_4_a_shard_that_is_missing_offline_is_named(hub, published, checkpoint, tmp_path):
+    Causal.from_pretrained(checkpoint).save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    published.files = files_of(tmp_path / "shards")
+    assert same(Causal.from_pretrained(NAME), checkpoint)
+    shard = sorted(snapshot(tmp_path).glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name} named by .* is missing; present: .*hf download {NAME}"):
+        Causal.from_pretrained(NAME, local_files_only=True)
+    (snapshot(tmp_path) / "config.json").unlink()
+    refused(GPTNeoFastError, "holds no config.json", "offline", "hf download", local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind", "words"),
+    [
+        (403, "GatedRepo", SetupError, "is gated: accept its terms"),
+        (401, "RepoNotFound", ModelNotFoundError, "a private one needs token="),
+        (404, "RepoNotFound", ModelNotFoundError, "neither a folder here nor a repository"),
+        (403, "", SetupError, "answered 'config.json' of 'someone/small-neo' with status 403"),
+        (503, "", ModelNotFoundError, "status 503"),
+        (429, "", SetupError, "with status 429"),
+    ],
+)
+def test_5_a_hub_that_refuses_is_passed_on_with_advice_and_never_shows_the_token(hub, published, status, error, kind, words):
+    published.status, published.error = status, error
+    error = refused(kind, words, NAME, token="hf_SECRETSECRET")
+    assert any(token == "Bearer hf_SECRETSECRET" for *_, token in hub.log)
+    assert "SECRET" not in "".join(traceback.format_exception(error))
+
+
+def test_5_an_unknown_revision_is_named(hub, published):
+    refused(ModelNotFoundError, "has no revision 'v9'", revision="v9")
+
+
+def test_5_an_unknown_repository_is_named(hub, published):
+    refused(ModelNotFoundError, "'someone/other' is neither a folder here nor a repository", name="someone/other")
+
+
+def test_5_a_server_that_is_no_hub_is_told_apart(hub, published, monkeypatch):
+    send = BaseHTTPRequestHandler.send_header
+    hidden = ("X-Repo-Commit", "ETag")
+    monkeypatch.setattr(BaseHTTPRequestHandler, "send_header", lambda s, k, v: None if k in hidden else send(s, k, v))
+    refused(SetupError, "is no hub", "HF_ENDPOINT")
+
+
+@pytest.mark.parametrize("name", ["a//b", "a/b.git", "a/b-", "a/-b", "x" * 90 + "/y" * 50])
+def test_6_a_name_that_the_hub_allows_nowhere(hub, name):
+    refused((InputError, ModelNotFoundError), name[:20], name=name)
+
+
+def test_a_revision_by_its_commit_and_a_tag(hub, published, checkpoint):
+    published.revisions = ("main", "v1")
+    assert same(load(revision="v1"), checkpoint)
+    assert same(load(revision=COMMIT), checkpoint)
+    hub.log.clear()
+    assert same(load(revision="v1", local_files_only=True), checkpoint)
+    assert same(load(revision=COMMIT, local_files_only=True), checkpoint)
+    assert not hub.log
+
+
+def test_a_subfolder(hub, checkpoint):
+    hub.repositories[NAME] = Repository({f"inner/{k}": v for k, v in files_of(checkpoint).items()})
+    model = load(subfolder="inner")
+    assert same(model, checkpoint) and model.tokenizer is not None
+    assert same(load(subfolder="inner", local_files_only=True), checkpoint)
+
+
+def test_a_repository_of_a_tokenizer_alone(hub, checkpoint):
+    files = {k: v for k, v in files_of(checkpoint).items() if k.startswith("tokenizer")}
+    hub.repositories[NAME] = Repository(files)
+    assert gptneo_fast.GPT2Tokenizer.from_pretrained(NAME)("Once")["input_ids"]
+    refused(GPTNeoFastError, "holds no config.json")
+
+
+def test_the_size_is_said_before_a_large_download_and_not_for_a_small_one(hub, published, capfd, monkeypatch, tmp_path):
+    load()
+    assert "fetching" not in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(download, "LARGE", 10_000)
+    size = len(published.files["model.safetensors"])
+    seen = []
+    monkeypatch.setattr(download, "_fetch_blob", lambda *a: seen.append(capfd.readouterr().err))
+    load()
+    (said, *_) = seen
+    assert f"fetching {size / 1e9:.2f} GB of {NAME} at commit {COMMIT[:8]} (model.safetensors) into {tmp_path}/cache" in said
+
+
+def test_33_a_disk_without_room_is_told_before_the_download(hub, published, monkeypatch, tmp_path):
+    monkeypatch.setattr(download, "LARGE", 10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    refused(SetupError, "needs 0.00 GB", f"in {tmp_path}/cache", "0.00 GB free", "set HF_HOME or pass cache_dir")
+    assert not hub.requests("GET", "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(28, "the disk of the cache"), (122, "the disk of the cache"), (13, "cannot be written to"), (30, "cannot be")],
+)
+@pytest.mark.parametrize("large", [False, True])
+def test_33_a_full_or_read_only_cache_names_its_path_and_the_setting(
+    hub, published, monkeypatch, tmp_path, number, words, large
+):
+    monkeypatch.setattr(download, "LARGE", 10_000 if large else 1 << 60)
+    import huggingface_hub.file_download
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    load_config = Source.of(NAME)
+    assert load_config.file("config.json")
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", fail)
+    refused(SetupError, words, tmp_path / "cache", os.strerror(number), "set HF_HOME or pass cache_dir")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_33_a_read_only_cache_that_holds_all_is_enough(hub, published, checkpoint, tmp_path):
+    load()
+    for path in (tmp_path / "cache").rglob("*"):
+        if path.is_dir():
+            path.chmod(0o555)
+    try:
+        assert same(load(), checkpoint)
+        assert same(load(local_files_only=True), checkpoint)
+    finally:
+        for path in (tmp_path / "cache").rglob("*"):
+            if path.is_dir():
+                path.chmod(0o755)
+
+
+def blobs(tmp_path):
+    return snapshot(tmp_path).parent.parent / "blobs"
+
+
+@pytest.fixture
+def large(hub, tmp_path, monkeypatch):
+    """A repository with 8 MB of weights, of which any megabyte counts as large."""
+    folder = tmp_path / "made"
+    Causal(gptneo_fast.GPTNeoConfig(**SMALL).replace(hidden_size=128, vocab_size=9000)).save_pretrained(folder)
+    hub.repositories[NAME] = Repository(files_of(folder))
+    monkeypatch.setattr(download, "LARGE", 1 << 20)
+    return hub.repositories[NAME]
+
+
+def test_a_download_that_breaks_off_is_resumed_within_the_process(hub, large, tmp_path):
+    large.cut = {"model.safetensors": [3_000_000, 1_000_000]}
+    assert same(Causal.from_pretrained(NAME), tmp_path / "made")
+    ranges = [r for method, path, r, _ in hub.log if method == "GET" and path.endswith("model.safetensors")]
+    assert ranges == [None, "bytes=3000000-", "bytes=4000000-"]
+
+
+def test_a_download_is_resumed_where_an_earlier_process_left_off(hub, large, tmp_path):
+    data = large.files["model.safetensors"]
+    asked = download.look(NAME, "model.safetensors", "main", None)
+    blobs(tmp_path).mkdir(parents=True)
+    (blobs(tmp_path) / f"{asked.etag}.gptneo_fast.part").write_bytes(data[:5_000_000])
+    assert same(Causal.from_pretrained(NAME), tmp_path / "made")
+    assert [r for m, p, r, _ in hub.log if m == "GET" and p.endswith("model.safetensors")] == ["bytes=5000000-"]
+    assert not list(blobs(tmp_path).glob("*.part"))
+
+
+@pytest.mark.parametrize("junk", ["damaged", "too long"])
+def test_34_a_damaged_part_of_an_earlier_attempt_does_not_stay(hub, large, tmp_path, junk):
+    data = large.files["model.safetensors"]
+    asked = download.look(NAME, "model.safetensors", "main", None)
+    blobs(tmp_path).mkdir(parents=True)
+    part = blobs(tmp_path) / f"{asked.etag}.gptneo_fast.part"
+    part.write_bytes(bytes(5_000_000) if junk == "damaged" else data + b"more")
+    if junk == "damaged":
+        with pytest.raises(SetupError, match="arrived damaged and was deleted; try again"):
+            Causal.from_pretrained(NAME)
+    assert same(Causal.from_pretrained(NAME), tmp_path / "made")
+    assert not part.exists()
+
+
+LOADER = """
+import sys, hashlib
+from gptneo_fast.hub import Source, download
+from huggingface_hub import constants
+download.LARGE, constants.DOWNLOAD_CHUNK_SIZE = 1 << 20, 100_000
+path = Source.of(sys.argv[1]).file("model.safetensors")
+print(hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+
+
+def start(hub, tmp_path):
+    env = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-c", LOADER, NAME], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_34_two_processes_at_once_fetch_once_and_one_killed_leaves_its_part_to_the_other(hub, large, tmp_path):
+    import hashlib
+
+    data = large.files["model.safetensors"]
+    want = hashlib.sha256(data).hexdigest()
+    large.seconds_per_mb = 0.5
+    first = start(hub, tmp_path)
+    deadline = time.time() + 60
+    while not (parts := list((tmp_path / "cache").rglob("*.part"))) or parts[0].stat().st_size < 2 << 20:
+        assert time.time() < deadline and first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    second = start(hub, tmp_path)
+    while len(hub.requests("HEAD", "model.safetensors")) < 2:  # it stands before the lock
+        assert time.time() < deadline and second.poll() is None, second.communicate()
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    large.seconds_per_mb = 0.0
+    out, err = second.communicate(timeout=60)
+    assert out.strip() == want, err
+    ranges = [r for m, p, r, _ in hub.log if m == "GET" and p.endswith("model.safetensors")]
+    assert len(ranges) == 2 and ranges[0] is None and int(ranges[1].split("=")[1].split("-")[0]) >= 1 << 20
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_what_huggingface_hub_downloaded_itself_is_used(hub, published, checkpoint, tmp_path):
+    from huggingface_hub import hf_hub_download
+
+    for name in published.files:
+        hf_hub_download(NAME, name, cache_dir=tmp_path / "cache")
+    hub.log.clear()
+    assert same(load(local_files_only=True), checkpoint) and not hub.log
+
+
+def test_the_weights_of_a_commit_land_where_huggingface_hub_finds_them(hub, large, tmp_path):
+    from huggingface_hub import try_to_load_from_cache
+
+    Causal.from_pretrained(NAME)
+    found = try_to_load_from_cache(NAME, "model.safetensors", cache_dir=tmp_path / "cache")
+    assert os.path.realpath(found).startswith(str(blobs(tmp_path)))
+    assert try_to_load_from_cache(NAME, "config.json", cache_dir=tmp_path / "cache")
