@@ -2,6 +2,7 @@
 # make test  run the tests                           make bench  throughput on this machine
 # make test-slow  the long ones                      make clean  remove .venv and caches
 # make gpu  correctness and speed on this machine's GPU in 9 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
+# make install-matrix  plain and editable installs with and without torch, compilers, nvcc
 # make compile-report  every kernel compiled for GPUs that need not be here: registers, spills, loads
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint bench compile-report gpu gpu-quick gpu-full clean
+.PHONY: demo test test-slow lint bench compile-report gpu gpu-quick gpu-full install-matrix clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +50,9 @@ compile-report: $(VENV)/test.stamp
 gpu gpu-quick gpu-full:
 	$(PYTHON) -m pip install --no-deps --no-index --no-build-isolation -e .
 	OUT="$(OUT)" $(PYTHON) -m benchmarks.gpu --mode $(or $(patsubst gpu-%,%,$(filter-out gpu,$@)),normal)
+
+install-matrix: $(VENV)/test.stamp
+	$(BIN)/python tests/install_matrix.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

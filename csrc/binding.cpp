@@ -159,7 +159,7 @@ void kv_append_cpu(Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, Tensor le
   const int64_t bytes = static_cast<int64_t>(std::min(a.T, a.R)) * a.granules * a.width;
   const int64_t grain = std::max<int64_t>(1, 65536 / bytes);  // heads of a task: starting a thread costs microseconds
   const auto run = [](int64_t begin, int64_t end, void* call) { append_cpu(*static_cast<const Append*>(call), begin, end); };
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, static_cast<int64_t>(a.B) * a.H, grain, run, &a));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, static_cast<int64_t>(a.B) * a.H, grain, run, &a));
 }
 
 #ifdef GPTNEO_FAST_CUDA
@@ -172,7 +172,7 @@ void* current_stream(int32_t device) {
   }();
   if (!get) throw std::runtime_error("kv_append on CUDA: libtorch_cuda.so with torch's current stream is not loaded");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 

@@ -24,6 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GPTNeoFastError as error:
         print(f"gptneo-fast: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as missing:
+        if missing.name != "torch":
+            raise
+        advice = "pip install 'torch>=2.11', then install gptneo-fast again, which builds its extension for it"
+        print(f"gptneo-fast: torch is not installed in this environment; {advice}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -1,11 +1,27 @@
-"""Calls of kv_append for the tests of its implementations: tensors of any bits, in any layout, compared bit for bit."""
+"""What tests of the extension share: setup.py, and calls of kv_append with any bits in any layout, compared bit for bit."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
 
 import torch
 
 from gptneo_fast import reference
 
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 DTYPES = list(BITS)
+
+
+def setup_py():
+    """setup.py as a module; nothing is built by that."""
+    spec = importlib.util.spec_from_file_location("gptneo_fast_setup", Path(__file__).parent.parent / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def noise(*shape, dtype=torch.float32, device="cpu"):

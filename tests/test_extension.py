@@ -1,38 +1,27 @@
 """The C++ extension's kv_append is the reference's, bit for bit; what does not fit is refused; what cannot load is said."""
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from append_calls import BITS, DTYPES, LAYOUTS, assert_like_reference, int32, noise, projected
+from append_calls import BITS, COMPILER, DTYPES, LAYOUTS, assert_like_reference, int32, noise, projected, setup_py
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptneo_fast import cli, errors, extension, ops, reference, testing
 
 REPO = Path(__file__).parent.parent
-COMPILER = shutil.which("c++") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-
-
-def setup_module_of_the_project():
-    spec = importlib.util.spec_from_file_location("gptneo_fast_setup", REPO / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
 def append(tmp_path_factory):
     """The extension's kv_append: the installed one where it was made of these sources, else one made for the occasion."""
-    setup = setup_module_of_the_project()
+    setup = setup_py()
     keys = []
     for plan in (setup.plan_cuda, lambda *found: setup.plan_cpu(*found, "")):
         try:

@@ -1,0 +1,156 @@
+"""setup.py finds torch, compilers and architectures, keeps no library of an earlier build, and rebuilds what has changed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from append_calls import COMPILER, setup_py
+
+from gptneo_fast import extension
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def setup():
+    return setup_py()
+
+
+def fake_torch(folder, version="2.12.1+cu130", cuda="'13.0'", headers=True):
+    (folder / "torch/include/torch/csrc/stable").mkdir(parents=True)
+    if headers:
+        (folder / "torch/include/torch/csrc/stable/library.h").touch()
+    lines = ["from typing import Optional", f"__version__ = '{version}'", f"cuda: Optional[str] = {cuda}", "hip = None"]
+    (folder / "torch/version.py").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def isolated(setup, monkeypatch, tmp_path):
+    """As in a build environment: nothing to import, an environment that sysconfig describes."""
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: str(tmp_path))
+    return tmp_path
+
+
+def test_torch_is_found_without_being_importable(setup, isolated):
+    fake_torch(isolated)
+    assert setup.find_torch() == setup.Torch(isolated / "torch", "2.12.1+cu130", "13.0")
+
+
+def test_a_torch_for_the_cpu_has_no_cuda_version(setup, isolated):
+    fake_torch(isolated, version="2.13.0+cpu", cuda="None")
+    assert setup.find_torch().cuda is None
+
+
+def test_the_torch_of_an_isolated_build_is_not_imported(setup):
+    code = "import sys, importlib.util as u; s = u.spec_from_file_location('s', 'setup.py'); m = u.module_from_spec(s)\n"
+    code += "sys.modules['s'] = m; s.loader.exec_module(m); m.find_torch(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "torch is not installed in this environment yet"),
+        (lambda folder: fake_torch(folder, version="2.10.0"), r"torch 2\.10\.0 in .* is older than 2\.11"),
+        (lambda folder: fake_torch(folder, version="1.13.1"), r"torch 1\.13\.1 in .* is older"),
+        (lambda folder: fake_torch(folder, headers=False), "has no headers"),
+        (lambda folder: (folder / "torch").mkdir(), "torch is not installed"),  # a folder of that name is no torch
+    ],
+)
+def test_a_torch_that_cannot_be_built_for_is_named(setup, isolated, make, message):
+    make(isolated)
+    with pytest.raises(setup.CannotBuildError, match=message):
+        setup.find_torch()
+
+
+def tool(folder, name, says=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\nprintf '{says}'\n")
+    (folder / name).chmod(0o755)
+    return str(folder / name)
+
+
+def test_cuda_home_is_taken_instead_of_the_path(setup, monkeypatch, tmp_path):
+    in_path, in_home = tool(tmp_path / "path", "nvcc"), tool(tmp_path / "home/bin", "nvcc")
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert setup.find_nvcc() == in_path
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert setup.find_nvcc() == in_home
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(setup.NoNvccError, match="no nvcc in CUDA_HOME=/nowhere"):
+        setup.find_nvcc()
+
+
+def test_cxx_is_taken_with_its_words_and_named_where_it_is_missing(setup, monkeypatch, tmp_path):
+    tool(tmp_path, "g++"), tool(tmp_path, "ccache")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert setup.find_compiler() == ["g++"]
+    monkeypatch.setenv("CXX", "ccache g++")
+    assert setup.find_compiler() == ["ccache", "g++"]
+    monkeypatch.setenv("CXX", "icpx")
+    with pytest.raises(setup.CannotBuildError, match="CXX names, icpx, is not there"):
+        setup.find_compiler()
+
+
+@pytest.mark.parametrize(
+    ("asked", "names", "flags"),
+    [
+        ("", "sm_80, sm_90 + PTX", ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"]),  # this nvcc knows no more
+        ("8.6;9.0a", "sm_86, sm_90a", ["86,code=sm_86", "90a,code=sm_90a"]),
+        ("7.5 8.0+PTX", "sm_75, sm_80 + PTX", ["75,code=sm_75", "80,code=sm_80", "80,code=compute_80"]),
+        ("12.0f", "sm_120f", ["120f,code=sm_120f"]),
+    ],
+)
+def test_architectures_are_the_asked_ones_or_those_of_ours_that_nvcc_knows(setup, monkeypatch, tmp_path, asked, names, flags):
+    nvcc = tool(tmp_path, "nvcc", r"compute_75\ncompute_80\ncompute_90\n")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    got = setup.architectures(nvcc)
+    assert got == ([word for flag in flags for word in ("-gencode", f"arch=compute_{flag}")], names)
+
+
+def test_architectures_that_cannot_be_read_or_are_unknown_are_named(setup, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
+    with pytest.raises(setup.CannotBuildError, match="TORCH_CUDA_ARCH_LIST has 'Hopper'"):
+        setup.architectures(tool(tmp_path, "nvcc", "compute_80"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    with pytest.raises(setup.CannotBuildError, match=r"knows none of the architectures 8\.0 8\.6"):
+        setup.architectures(tool(tmp_path, "nvcc", "compute_50"))
+
+
+def test_the_line_of_a_compiler_that_says_most(setup):
+    assert setup.last_line("a.cpp: In function f:\na.cpp:3: error: no such thing\n  3 | x\n") == "a.cpp:3: error: no such thing"
+    assert setup.last_line("one\ntwo\n") == "two"
+    assert setup.last_line("") == "no message"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_a_build_is_kept_while_nothing_changes_and_leaves_nothing_behind_when_it_cannot_be_made(tmp_path):
+    for name in ("setup.py", "csrc"):
+        (shutil.copytree if (REPO / name).is_dir() else shutil.copy)(REPO / name, tmp_path / name)
+    library, report = (tmp_path / "out/gptneo_fast" / path.name for path in (extension.LIBRARY, extension.REPORT))
+
+    def build(**changes):
+        command = [sys.executable, "setup.py", "-q", "build_ext", "-b", "out", "-t", "work"]
+        environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"CUDA_HOME": "/nowhere"} | changes
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"gptneo_fast C++ extension: {json.loads(report.read_text())['line']}\n" in done.stdout
+        return library.stat().st_mtime_ns if library.exists() else None
+
+    first = build()
+    assert first is not None and json.loads(report.read_text())["built"] == "cpu"
+    assert build() == first
+    with (tmp_path / "csrc/slots.h").open("a") as f:
+        f.write("// changed\n")
+    assert build() not in (first, None)
+    assert build(CXX="gone-compiler") is None  # not the library of the sources before
+    assert json.loads(report.read_text())["built"] == "nothing"
