@@ -155,17 +155,8 @@ class Plan:
 
 def plan_cpu(torch: Torch, compiler: list[str], why_not_cuda: str) -> Plan:
     """The CPU side alone."""
-    flags = [
-        "-c",
-        "-O3",
-        "-std=c++17",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wno-psabi",
-        TARGET,
-        "-isystem",
-        str(torch.folder / "include"),
-    ]
+    flags = ["-c", "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", TARGET]
+    flags += ["-isystem", str(torch.folder / "include")]
     objects = {name: [*compiler, *flags, f"csrc/{name}"] for name in CPU_SOURCES}
     line = f"built for the CPU only: {why_not_cuda}"
     return Plan("cpu", line, objects, [*compiler, "-shared", *libraries(torch)], torch.version)

@@ -17,6 +17,7 @@ from .errors import DeviceError, InputError
 
 LIBRARY = Path(__file__).with_name("_csrc.so")
 REPORT = Path(__file__).with_name("_csrc.json")
+_SHAPE_RULES = {"kv_append": lambda *_: None, "linear": lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0])}
 _TWIN = "on CUDA the Triton kernel stores keys and values"
 
 
@@ -35,11 +36,11 @@ def why_not() -> str | None:
         return built()
     try:
         torch.ops.load_library(str(LIBRARY))
+        for name, rule in _SHAPE_RULES.items():  # raises for an op that a library of older sources does not have
+            torch.library.register_fake(f"gptneo_fast_csrc::{name}", rule)
     except (OSError, RuntimeError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]  # torch wraps what the loader says
-        return f"cannot be loaded with torch {torch.__version__}: {reason}; install gptneo_fast again, with this torch in place"
-    torch.library.register_fake("gptneo_fast_csrc::linear", lambda x, w, *_: x.new_empty(*x.shape[:-1], w.shape[0]))
-    torch.library.register_fake("gptneo_fast_csrc::kv_append", lambda *_: None)
+        return f"cannot be used with torch {torch.__version__}: {reason}; install gptneo_fast again, with this torch in place"
     return None
 
 
