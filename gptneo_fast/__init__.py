@@ -42,6 +42,7 @@ _HOMES = {
     "pipelines": ("TextGenerationPipeline", "pipeline"),
     "pretrained": ("GPTNeoPreTrainedModel",),
     "tokenizer": ("BatchEncoding", "GPT2Tokenizer", "GPT2TokenizerFast"),
+    "verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from .pipelines import TextGenerationPipeline, pipeline
     from .pretrained import GPTNeoPreTrainedModel
     from .tokenizer import BatchEncoding, GPT2Tokenizer, GPT2TokenizerFast
+    from .verification import verify
 
 __all__ = [
     "AutoConfig",
@@ -108,6 +110,7 @@ __all__ = [
     "load",
     "pipeline",
     "set_seed",
+    "verify",
 ]
 
 
