@@ -89,7 +89,7 @@ def _attention_kernel(
     q_ptrs = q_ptr + b * stride_qb + h * stride_qh + tl.minimum(offs_m, T - 1).to(tl.int64)[:, None] * stride_qt
     q = tl.load(q_ptrs + offs_d[None, :], mask=mask_d[None, :], other=0.0)  # [M, D]
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of a row's scores so far, in base 2
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of a row's scores so far
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if PAST:
@@ -169,12 +169,13 @@ def _over_block(
         if WINDOW > 0:
             seen = seen & (offs_n[None, :] > offs_m[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * LOG2E)  # the factor after the product, in float32
+    new_top = tl.maximum(top, tl.max(scores, 1))
     base = new_top
     if MASKED:
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-    weights = tl.exp2(scores * LOG2E - base[:, None])
-    decay = tl.exp2(top - base)
+    # Subtract, then go to base 2: in one multiply-add, large scores would lose digits and the winner's weight not be 1.
+    weights = tl.exp2((scores - base[:, None]) * LOG2E)
+    decay = tl.exp2((top - base) * LOG2E)
     total = total * decay + tl.sum(weights, 1)
     v = tl.load(v_ptrs + at * stride_v, mask=mask, other=0.0)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
