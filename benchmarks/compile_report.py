@@ -36,6 +36,7 @@ PREFILL, CONTEXT, BATCHES = 2048, 2048, (1, 8, 64)
 WEIGHT_OPS = ("norm_qkv", "norm_linear", "linear_add", "norm_qkv_append", "lm_head", "logprob")
 MATMUL_OPS = ("norm_qkv", "norm_linear", "linear_add", "attention")  # of a prefill: these run on tensor cores
 VECTOR_SHARE = 0.95
+_INSPECTION = "2"  # of what aot.inspect looks for; older findings on disk are not read
 
 
 @dataclass
@@ -57,9 +58,12 @@ class Row:
     warps_per_sm: int
     vector_share: float | None
     tensor_cores: str
+    fault: str = ""  # of the compiler
 
     def faults(self) -> list[str]:
         """What is over budget."""
+        if self.fault:
+            return [f"does not compile: {self.fault}"]
         found = []
         if self.spills or self.stack:
             found.append(f"spills: {self.spills} accesses of local memory, {self.stack} bytes of stack")
@@ -128,14 +132,14 @@ def rows(shape: str, dtype: str, sm: int) -> list[Row]:
     """One row for each distinct kernel of an op."""
     found: dict[tuple[str, str], Row] = {}
     for phase, launch in launches(shape, DTYPES[dtype], sm):
-        key = (launch.op, aot.digest(launch.binary))
+        key = (launch.op, aot.digest(launch.binary) if launch.binary else f"{launch.kernel} {launch.options}")
         grid = "x".join(map(str, launch.grid))
         if key in found:
             grids = found[key].launches.setdefault(phase, [])
             grids += [] if grid in grids else [grid]
             continue
-        machine = _inspected(launch.binary)
-        held = aot.warps_per_sm(sm, machine.registers, launch.warps, launch.shared)
+        machine = _inspected(launch) if launch.binary else aot.Machine(0, 0, 0, {}, {}, "")
+        held = aot.warps_per_sm(sm, machine.registers, launch.warps, launch.shared) if launch.binary else 0
         found[key] = Row(
             shape,
             dtype,
@@ -152,21 +156,22 @@ def rows(shape: str, dtype: str, sm: int) -> list[Row]:
             held,
             machine.vector_share,
             machine.tensor_cores,
+            launch.fault,
         )
     return list(found.values())
 
 
-def _inspected(binary: bytes) -> aot.Machine:
+def _inspected(launch: aot.Launch) -> aot.Machine:
     """What `aot.inspect` found, kept beside Triton's own cache of binaries."""
     import triton
 
-    path = Path(triton.knobs.cache.dir) / "inspected" / f"{aot.digest(binary)}.json"
+    path = Path(triton.knobs.cache.dir) / "inspected" / f"{_INSPECTION}-{aot.digest(launch.binary)}.json"
     if path.exists():
         values = json.loads(path.read_text())
         for name in ("loads", "marked_loads"):
             values[name] = {int(k): v for k, v in values[name].items()}
         return aot.Machine(**values)
-    machine = aot.inspect(binary)
+    machine = aot.inspect(launch.binary, launch.ptx)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(machine)))
     return machine

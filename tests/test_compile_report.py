@@ -34,6 +34,10 @@ def _centre(x_ptr, y_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, N)).to(tl.float32)  # 128 numbers a thread, needed until the mean is known
     tl.store(y_ptr + tl.arange(0, N), (x - tl.sum(x) / N).to(tl.bfloat16))
 
+@triton.jit
+def _broken(x_ptr):
+    tl.store(x_ptr, tl.load(x_ptr) & tl.arange(0, 3))
+
 seen = {}
 for sm in (80, 90):
     with aot.Launchpad(sm) as pad, FakeTensorMode():
@@ -44,8 +48,11 @@ for sm in (80, 90):
         copy(x[1:])
         _square[(1,)](x, y, N=64)
         _centre[(1,)](x, y, N=16384, maxnreg=40)
+        _broken[(2,)](x)
+    *launches, broken = pad.launches
+    assert broken.kernel == "_broken" and broken.grid == (2,) and "Error" in broken.fault, broken
     found = []
-    for launch in pad.launches:
+    for launch in launches:
         machine = aot.inspect(launch.binary)
         found.append({
             "op": launch.op, "kernel": launch.kernel, "grid": launch.grid, "tiles": launch.options, "spills": machine.spills,
@@ -94,6 +101,15 @@ def test_tensor_cores_and_spills_are_seen(seen, sm, cores):
     assert copy["spills"] == small["spills"] == 0 < spilling["spills"]
 
 
+def test_copies_into_shared_memory_count_as_weights_where_they_are_marked():
+    copy = "cp.async.cg.shared.global{} [ %r1 + 0 ], [ %rd2 + 64 ], {}, %r3{};"
+    policy = "createpolicy.fractional.L2::evict_first.b64 %rd4, 1.0;"
+    lines = [policy, copy.format("", "0x10", ""), copy.format(".L2::cache_hint", "0x10", ", %rd4"), "cp.async.commit_group;"]
+    lines += [copy.format(".L2::cache_hint", "0x4", ", %rd4").replace(".cg.", ".ca.")] * 2
+    assert aot.hinted_copies("\n".join(lines)) == {128: 16, 32: 8}
+    assert aot.hinted_copies("\n".join(lines[1:])) == {}  # a hint of another kind
+
+
 def test_interpreted_kernels_are_refused():
     if not os.environ.get("TRITON_INTERPRET"):
         pytest.skip("kernels are compiled in this process")
@@ -130,6 +146,7 @@ def row(**changes):
     [
         ({}, None),
         ({"spills": 2}, "spills: 2"),
+        ({"fault": "CompilationError: at 7:12", "vector_share": 0.0}, "does not compile: CompilationError: at 7:12"),
         ({"stack": 8}, "8 bytes of stack"),
         ({"shared": 228 * 1024}, "does not fit"),
         ({"vector_share": 0.94}, "94% of the weight bytes"),
