@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +50,8 @@ class Launch:
     """One launch of a kernel, compiled.
 
     op: which the launcher was doing, where `Launchpad.during` says so.
-    grid: blocks. warps: of a block. shared: bytes of dynamic and static shared memory. binary: the cubin. ptx: its text.
+    grid: blocks. warps: of a block. shared: bytes of dynamic and static shared memory. binary: the cubin.
+    ptx: the text it was assembled from. arguments: names of its parameters in order.
     options: what the launcher set the tiles to. fault: why the compiler refused it, or nothing; then there is no binary.
     """
 
@@ -61,6 +62,7 @@ class Launch:
     shared: int
     binary: bytes
     ptx: str
+    arguments: tuple[str, ...]
     options: dict[str, Any]
     fault: str = ""
 
@@ -184,13 +186,13 @@ class Launchpad:
                 compiled = run(kernel, *map(_as_pointer, args), grid=grid, warmup=True, **_as_pointers(options))
             except Exception as error:  # the compiler raises whatever it likes; a report goes on to the next kernel
                 fault = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
-                self.launches.append(Launch(self._op, kernel.__name__, blocks, 0, 0, b"", "", shown, fault))
+                self.launches.append(Launch(self._op, kernel.__name__, blocks, 0, 0, b"", "", (), shown, fault))
                 return
             meta, asm = compiled.metadata, compiled.asm
             shown |= {"num_stages": meta.num_stages}
-            self.launches.append(
-                Launch(self._op, kernel.__name__, blocks, meta.num_warps, meta.shared, asm["cubin"], asm["ptx"], shown)
-            )
+            names = tuple(name for name, kind in compiled.src.signature.items() if kind != "constexpr")
+            made = (meta.num_warps, meta.shared, asm["cubin"], asm["ptx"], names)
+            self.launches.append(Launch(self._op, kernel.__name__, blocks, *made, shown))
 
         return launch
 
@@ -209,29 +211,26 @@ class Machine:
 
     registers: of a thread. stack: bytes of a thread. spills: instructions that load or store local memory.
     loads: bytes that the load instructions of global memory fetch a thread, by width of the load in bits.
-    marked_loads: the same of those that are marked evict-first, as loads of weights are. tensor_cores: "HGMMA", "HMMA" or "".
+    tensor_cores: "HGMMA", "HMMA" or "".
     """
 
     registers: int
     stack: int
     spills: int
     loads: dict[int, int]
-    marked_loads: dict[int, int]
     tensor_cores: str
 
-    @property
-    def vector_share(self) -> float | None:
-        """Share of the loaded bytes that come 128 bits at a time: of the marked loads where there are any, else of all."""
-        loads = self.marked_loads or self.loads
-        return loads.get(128, 0) / sum(loads.values()) if loads else None
+
+def vector_share(loads: Mapping[int, int]) -> float | None:
+    """Share of the bytes, given by width in bits, that come 128 bits at a time; None where nothing is loaded."""
+    return loads.get(128, 0) / sum(loads.values()) if loads else None
 
 
 _LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.([A-Z0-9.]+)")
-_HINTED_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global\.L2::cache_hint \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)")
 
 
-def inspect(binary: bytes, ptx: str = "") -> Machine:
-    """Disassemble a cubin with the tools that Triton brings. ptx: where copies into shared memory still bear their hint."""
+def inspect(binary: bytes) -> Machine:
+    """Disassemble a cubin with the tools that Triton brings."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
@@ -239,29 +238,16 @@ def inspect(binary: bytes, ptx: str = "") -> Machine:
         code = _tool("nvdisasm", "-c", str(path))
     found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     loads: Counter[int] = Counter()
-    marked = hinted_copies(ptx)
     for modifiers in _LOAD.findall(code):
         bits = _width(modifiers.split("."))
         loads[bits] += bits // 8
-        if "EF" in modifiers.split("."):
-            marked[bits] += bits // 8
     return Machine(
         registers=found["REG"],
         stack=found["STACK"],
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         loads=dict(loads),
-        marked_loads=dict(marked),
         tensor_cores=next((name for name in ("HGMMA", "HMMA") if re.search(rf"\b{name}\b", code)), ""),
     )
-
-
-def hinted_copies(ptx: str) -> Counter[int]:
-    """Bytes by width in bits of the asynchronous copies with an evict-first hint, which the assembly no longer shows."""
-    found: Counter[int] = Counter()
-    if "L2::evict_first" in ptx and "L2::evict_last" not in ptx:
-        for size in _HINTED_COPY.findall(ptx):
-            found[int(size, 0) * 8] += int(size, 0)
-    return found
 
 
 def _width(modifiers: list[str]) -> int:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,20 +30,25 @@ from benchmarks import aot
 from benchmarks.costs import as_table
 from benchmarks.counting import swapped
 from benchmarks.models import DTYPES, SHAPES, config_of
+from benchmarks.ptx import loads_by_argument
 from gptneo_fast import backends, ops
 from gptneo_fast.cache import KVCache
 
 RESULTS = Path(__file__).parent / "results"
 PREFILL, CONTEXT, BATCHES = 2048, 2048, (1, 8, 64)
-WEIGHT_OPS = ("norm_qkv", "norm_linear", "linear_add", "norm_qkv_append", "lm_head", "logprob")
 MATMUL_OPS = ("norm_qkv", "norm_linear", "linear_add", "attention")  # of a prefill: these run on tensor cores
 VECTOR_SHARE = 0.95
-_INSPECTION = "2"  # of what aot.inspect looks for; older findings on disk are not read
+_INSPECTION = "3"  # of what aot.inspect looks for; older findings on disk are not read
+_WEIGHT = re.compile(r"w\w?_ptr|weight_ptr")  # arguments that are weights, in every kernel
 
 
 @dataclass
 class Row:
-    """One kernel as a model launches it. launches: its blocks, as "16x24", by phase."""
+    """One kernel as a model launches it.
+
+    launches: its blocks, as "16x24", by phase. vector_share, weight_share: of the bytes of all loads, and of loads of
+    weights, those that come 128 bits at a time; None where there are none. fault: of the compiler.
+    """
 
     model: str
     dtype: str
@@ -57,8 +64,9 @@ class Row:
     shared: int
     warps_per_sm: int
     vector_share: float | None
+    weight_share: float | None
     tensor_cores: str
-    fault: str = ""  # of the compiler
+    fault: str = ""
 
     def faults(self) -> list[str]:
         """What is over budget."""
@@ -69,9 +77,9 @@ class Row:
             found.append(f"spills: {self.spills} accesses of local memory, {self.stack} bytes of stack")
         if self.shared > aot.CHIPS[self.sm].block_shared or self.warps_per_sm == 0:
             found.append(f"does not fit: {self.shared} bytes of shared memory, {self.registers} registers")
-        if self.op in WEIGHT_OPS and self.vector_share is not None and self.vector_share < VECTOR_SHARE:
+        if self.weight_share is not None and self.weight_share < VECTOR_SHARE:
             found.append(
-                f"{self.vector_share:.0%} of the weight bytes come 128 bits at a time, at least {VECTOR_SHARE:.0%} must"
+                f"{self.weight_share:.0%} of the weight bytes come 128 bits at a time, at least {VECTOR_SHARE:.0%} must"
             )
         on_tensor_cores = self.op in MATMUL_OPS and any("prefill" in phase for phase in self.launches) and self.tiles_a_dot()
         if on_tensor_cores and (self.sm, self.dtype) == (90, "bf16") and self.tensor_cores != "HGMMA":
@@ -138,7 +146,7 @@ def rows(shape: str, dtype: str, sm: int) -> list[Row]:
             grids = found[key].launches.setdefault(phase, [])
             grids += [] if grid in grids else [grid]
             continue
-        machine = _inspected(launch) if launch.binary else aot.Machine(0, 0, 0, {}, {}, "")
+        machine = _inspected(launch) if launch.binary else aot.Machine(0, 0, 0, {}, "")
         held = aot.warps_per_sm(sm, machine.registers, launch.warps, launch.shared) if launch.binary else 0
         found[key] = Row(
             shape,
@@ -154,11 +162,20 @@ def rows(shape: str, dtype: str, sm: int) -> list[Row]:
             machine.stack,
             launch.shared,
             held,
-            machine.vector_share,
+            aot.vector_share(machine.loads),
+            _weight_share(launch),
             machine.tensor_cores,
             launch.fault,
         )
     return list(found.values())
+
+
+def _weight_share(launch: aot.Launch) -> float | None:
+    loads: Counter[int] = Counter()
+    for names, found in loads_by_argument(launch.ptx, launch.arguments).items():
+        if all(map(_WEIGHT.fullmatch, names.split("|"))):
+            loads += found
+    return aot.vector_share(loads)
 
 
 def _inspected(launch: aot.Launch) -> aot.Machine:
@@ -168,16 +185,16 @@ def _inspected(launch: aot.Launch) -> aot.Machine:
     path = Path(triton.knobs.cache.dir) / "inspected" / f"{_INSPECTION}-{aot.digest(launch.binary)}.json"
     if path.exists():
         values = json.loads(path.read_text())
-        for name in ("loads", "marked_loads"):
-            values[name] = {int(k): v for k, v in values[name].items()}
-        return aot.Machine(**values)
-    machine = aot.inspect(launch.binary, launch.ptx)
+        return aot.Machine(**values | {"loads": {int(k): v for k, v in values["loads"].items()}})
+    machine = aot.inspect(launch.binary)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(machine)))
     return machine
 
 
-HEADER = "model dtype sm op kernel tiles warps registers spills shared warps/SM 128-bit tensor_cores blocks".split()
+HEADER = (
+    "model dtype sm op kernel tiles warps registers spills shared warps/SM 128-bit weights_128-bit tensor_cores blocks".split()
+)
 
 
 def table(found: Sequence[Row]) -> str:
@@ -185,8 +202,8 @@ def table(found: Sequence[Row]) -> str:
 
     def cells(row: Row) -> list[object]:
         tiles = " ".join(f"{k}={v}" for k, v in row.tiles.items())
-        share = "-" if row.vector_share is None else f"{row.vector_share:.0%}"
-        machine = [row.warps, row.registers, row.spills, row.shared, row.warps_per_sm, share, row.tensor_cores or "-"]
+        shares = ["-" if share is None else f"{share:.0%}" for share in (row.vector_share, row.weight_share)]
+        machine = [row.warps, row.registers, row.spills, row.shared, row.warps_per_sm, *shares, row.tensor_cores or "-"]
         blocks = "; ".join(f"{phase}: {', '.join(grids)}" for phase, grids in row.launches.items())
         return [row.model, row.dtype, row.sm, row.op, row.kernel, tiles, *machine, blocks]
 

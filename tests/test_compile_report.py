@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ KERNELS = """
 import json, sys, torch, triton, triton.language as tl
 from torch._subclasses import FakeTensorMode
 from benchmarks import aot
+from benchmarks.ptx import loads_by_argument
 
 @triton.jit
 def _copy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
@@ -35,6 +37,15 @@ def _centre(x_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr + tl.arange(0, N), (x - tl.sum(x) / N).to(tl.bfloat16))
 
 @triton.jit
+def _pick(w0_ptr, w1_ptr, bias_ptr, picks_ptr, y_ptr, N: tl.constexpr):
+    w_ptr = w0_ptr
+    if tl.program_id(0) == 1:
+        w_ptr = w1_ptr
+    start = tl.load(picks_ptr)  # what is loaded here makes no address of picks_ptr
+    w = tl.load(w_ptr + start * N + tl.arange(0, N))
+    tl.store(y_ptr + tl.arange(0, N), w + tl.load(bias_ptr + tl.program_id(0)))
+
+@triton.jit
 def _broken(x_ptr):
     tl.store(x_ptr, tl.load(x_ptr) & tl.arange(0, 3))
 
@@ -48,6 +59,7 @@ for sm in (80, 90):
         copy(x[1:])
         _square[(1,)](x, y, N=64)
         _centre[(1,)](x, y, N=16384, maxnreg=40)
+        _pick[(2,)](x, x, x, torch.empty(1, dtype=torch.int32, device="cuda"), y, N=4096)
         _broken[(2,)](x)
     *launches, broken = pad.launches
     assert broken.kernel == "_broken" and broken.grid == (2,) and "Error" in broken.fault, broken
@@ -56,7 +68,9 @@ for sm in (80, 90):
         machine = aot.inspect(launch.binary)
         found.append({
             "op": launch.op, "kernel": launch.kernel, "grid": launch.grid, "tiles": launch.options, "spills": machine.spills,
-            "share": machine.vector_share, "cores": machine.tensor_cores, "name": aot.digest(launch.binary)})
+            "share": aot.vector_share(machine.loads), "loads": machine.loads,
+            "by argument": loads_by_argument(launch.ptx, launch.arguments),
+            "cores": machine.tensor_cores, "name": aot.digest(launch.binary)})
     seen[sm] = found
 print(json.dumps(seen))
 """
@@ -80,7 +94,7 @@ def seen(tmp_path_factory):
 
 @pytest.mark.parametrize("sm", ["80", "90"])
 def test_a_launch_is_compiled_as_the_launcher_asked(seen, sm):
-    copy, aligned, shifted, small, spilling = seen[sm]
+    copy, aligned, shifted, small, spilling, _ = seen[sm]
     assert (copy["op"], copy["kernel"], copy["grid"]) == ("copy", "_copy", [7, 1024])
     assert copy["tiles"]["BLOCK"] == 1024
     assert aligned["name"] == copy["name"] != shifted["name"]  # 16-byte alignment is part of what is compiled
@@ -96,18 +110,23 @@ def test_an_unaligned_load_is_seen_to_be_narrow(seen, sm):
 
 @pytest.mark.parametrize(("sm", "cores"), [("80", "HMMA"), ("90", "HGMMA")])
 def test_tensor_cores_and_spills_are_seen(seen, sm, cores):
-    copy, _, _, small, spilling = seen[sm]
+    copy, _, _, small, spilling, _ = seen[sm]
     assert (copy["cores"], small["cores"]) == ("", cores)
     assert copy["spills"] == small["spills"] == 0 < spilling["spills"]
 
 
-def test_copies_into_shared_memory_count_as_weights_where_they_are_marked():
-    copy = "cp.async.cg.shared.global{} [ %r1 + 0 ], [ %rd2 + 64 ], {}, %r3{};"
-    policy = "createpolicy.fractional.L2::evict_first.b64 %rd4, 1.0;"
-    lines = [policy, copy.format("", "0x10", ""), copy.format(".L2::cache_hint", "0x10", ", %rd4"), "cp.async.commit_group;"]
-    lines += [copy.format(".L2::cache_hint", "0x4", ", %rd4").replace(".cg.", ".ca.")] * 2
-    assert aot.hinted_copies("\n".join(lines)) == {128: 16, 32: 8}
-    assert aot.hinted_copies("\n".join(lines[1:])) == {}  # a hint of another kind
+@pytest.mark.parametrize("sm", ["80", "90"])
+def test_loads_are_told_apart_by_argument(seen, sm):
+    copy, _, shifted, small, spilling, pick = seen[sm]
+    for launch in (copy, shifted, small, spilling, pick):
+        total = Counter()
+        for widths in launch["by argument"].values():
+            total.update({int(k): v for k, v in widths.items()})
+        assert total == {int(k): v for k, v in launch["loads"].items()}  # the text and what the assembler made of it
+    assert list(copy["by argument"]) == ["x_ptr"]
+    assert set(pick["by argument"]) == {"w0_ptr|w1_ptr", "bias_ptr", "picks_ptr"}
+    assert set(pick["by argument"]["w0_ptr|w1_ptr"]) == {"128"}
+    assert set(pick["by argument"]["bias_ptr"]) == {"16"}
 
 
 def test_interpreted_kernels_are_refused():
@@ -136,7 +155,7 @@ def row(**changes):
     values = dict(
         model="125m", dtype="bf16", sm=90, op="linear_add", kernel="_linear_add_kernel", tiles={},
         launches={"prefill 1x2048": ["1"]}, warps=4, registers=64, spills=0, stack=0, shared=1024, warps_per_sm=16,
-        vector_share=1.0, tensor_cores="HGMMA",
+        vector_share=1.0, weight_share=1.0, tensor_cores="HGMMA",
     )  # fmt: skip
     return Row(**(values | changes))
 
@@ -146,11 +165,12 @@ def row(**changes):
     [
         ({}, None),
         ({"spills": 2}, "spills: 2"),
-        ({"fault": "CompilationError: at 7:12", "vector_share": 0.0}, "does not compile: CompilationError: at 7:12"),
+        ({"fault": "CompilationError: at 7:12", "weight_share": 0.0}, "does not compile: CompilationError: at 7:12"),
         ({"stack": 8}, "8 bytes of stack"),
         ({"shared": 228 * 1024}, "does not fit"),
-        ({"vector_share": 0.94}, "94% of the weight bytes"),
-        ({"vector_share": 0.5, "op": "embed"}, None),
+        ({"weight_share": 0.94}, "94% of the weight bytes"),
+        ({"vector_share": 0.5}, None),
+        ({"vector_share": 0.5, "weight_share": None}, None),
         ({"tensor_cores": "HMMA"}, "HGMMA is due"),
         ({"tensor_cores": "", "op": "attention"}, "HGMMA is due"),
         ({"tensor_cores": "HMMA", "sm": 80}, None),
