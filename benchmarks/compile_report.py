@@ -33,6 +33,7 @@ from benchmarks.models import DTYPES, SHAPES, config_of
 from benchmarks.ptx import loads_by_argument
 from gptneo_fast import backends, ops
 from gptneo_fast.cache import KVCache
+from gptneo_fast.engine.runner import StepCache
 
 RESULTS = Path(__file__).parent / "results"
 PREFILL, CONTEXT, BATCHES = 2048, 2048, (1, 8, 64)
@@ -125,15 +126,24 @@ def launches(shape: str, dtype: torch.dtype, sm: int) -> Iterator[tuple[str, aot
 
 
 def _step(model: Any, batch: int, tokens: int, past: int, op: Any) -> None:
-    """The trunk over new tokens after a past, then the logits of the last ones."""
-    device, trunk = torch.device("cuda"), model.transformer
-    cache = KVCache(model.config, batch, dtype=model.dtype, device=device, max_length=CONTEXT)
-    cache.advance(past, None)
-    ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
-    positions = torch.arange(past, past + tokens, device=device)[None]
-    hidden = trunk.run(ids, positions, cache=cache)
-    if hasattr(op, "lm_head"):
-        op.lm_head(hidden.narrow(1, tokens - 1, 1), trunk.ln_f.weight, trunk.ln_f.bias, model.lm_head.weight, trunk.ln_f.eps)
+    """A prompt, or a captured step of generation; then a token of each row's last logits, drawn in every way there is."""
+    device = torch.device("cuda")
+    cache: Any = KVCache(model.config, batch, dtype=model.dtype, device=device, max_length=CONTEXT)
+    if past:
+        cache = StepCache(cache, torch.empty(batch, dtype=torch.int32, device=device))
+    ids = torch.empty(batch, tokens, dtype=torch.int64, device=device)
+    logits = model.step(ids, torch.arange(tokens, device=device)[None], None, cache).squeeze(1)
+    if not past:  # `forward`, which wants every position, norms them all
+        norm = model.transformer.ln_f
+        hidden = torch.empty(batch, tokens, model.config.hidden_size, dtype=model.dtype, device=device)
+        op.layer_norm(hidden, norm.weight, norm.bias, norm.eps)
+    V = model.config.vocab_size
+    rates, counts = torch.empty(4, device=device), torch.empty(3, dtype=torch.int32, device=device)
+    seeds, flags = (torch.empty(n, dtype=kind, device=device) for n, kind in ((batch, torch.int64), (V, torch.uint8)))
+    state = torch.empty(5, batch, dtype=torch.int64, device=device)
+    out, lengths = (torch.empty(*n, dtype=torch.int32, device=device) for n in ((CONTEXT, batch), (batch,)))
+    for method in range(4):
+        op.sample(logits, rates, counts, flags, seeds, None, state, out.t(), lengths, method)
 
 
 def rows(shape: str, dtype: str, sm: int) -> list[Row]:
