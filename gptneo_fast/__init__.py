@@ -45,6 +45,10 @@ _HOMES = {
     "verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_EXTRAS = {  # names that need a library which is not installed with the package; no `import *` asks for them
+    "FlaxGPTNeoForCausalLM": "integrations.flax",
+    "FlaxGPTNeoModel": "integrations.flax",
+}
 
 if TYPE_CHECKING:
     from .auto import (
@@ -76,6 +80,10 @@ if TYPE_CHECKING:
     from .pretrained import GPTNeoPreTrainedModel
     from .tokenizer import BatchEncoding, GPT2Tokenizer, GPT2TokenizerFast
     from .verification import verify
+
+if TYPE_CHECKING:
+    from .integrations.flax import FlaxGPTNeoForCausalLM as FlaxGPTNeoForCausalLM
+    from .integrations.flax import FlaxGPTNeoModel as FlaxGPTNeoModel
 
 __all__ = [
     "AutoConfig",
@@ -115,14 +123,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    home = _HOME_OF.get(name) or _EXTRAS.get(name)
+    if home is None:
         from .errors import nearest
 
-        raise AttributeError(f"module 'gptneo_fast' has no attribute {name!r}{nearest(name, __all__)}")
-    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+        raise AttributeError(f"module 'gptneo_fast' has no attribute {name!r}{nearest(name, [*__all__, *_EXTRAS])}")
+    value = getattr(import_module(f".{home}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_EXTRAS})

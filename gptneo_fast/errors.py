@@ -63,6 +63,10 @@ class SetupError(GPTNeoFastError, RuntimeError):
     """Something that the request needs is missing on this machine or in this version."""
 
 
+class MissingExtraError(SetupError, ImportError):
+    """A library that an optional part of gptneo_fast needs is not installed."""
+
+
 class DeviceError(SetupError):
     """A device that is absent or cannot do what is asked of it."""
 

@@ -32,9 +32,7 @@ FLOORS = [
     ["auto"],
     ["pipelines"],
     ["testing", "demo"],
-    ["verification", "integrations"],
-    ["speed"],
-    ["cli"],
+    ["verification", "integrations", "cli"],
 ]
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 
