@@ -53,7 +53,7 @@ def tile(kernel: str, K: int, itemsize: int) -> Tile:
     if (found := TILES.get((kernel, K))) is None:
         divisor = min(K & -K, 1024)
         BK = divisor if divisor >= 64 else min(triton.next_power_of_2(K), 1024)
-        found = Tile(4, BK, 1, 1, 4 if BK >= 512 else 1)
+        found = Tile(max(4, min(16, 1024 // BK)), BK, 1, 1, 4 if BK >= 512 else 1)
     if itemsize == 4:  # float32: the same bytes a tile
         found = found._replace(rows=found.rows // 2, granules=found.granules * 2)
     return found
