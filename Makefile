@@ -3,6 +3,7 @@
 # make test-slow  the long ones                      make clean  remove .venv and caches
 # make test-flax  the Flax classes, with jax of the index
 # make gpu  correctness and speed on this machine's GPU in 9 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
+# make sanitize  the extension's CPU side under AddressSanitizer and UBSan
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
 # make compile-report  every kernel compiled for GPUs that need not be here: registers, spills, loads
 
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-flax lint bench compile-report gpu gpu-quick gpu-full install-matrix clean
+.PHONY: demo test test-slow test-flax lint bench compile-report gpu gpu-quick gpu-full install-matrix sanitize clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +56,9 @@ compile-report: $(VENV)/test.stamp
 gpu gpu-quick gpu-full:
 	$(PYTHON) -m pip install --no-deps --no-index --no-build-isolation -e .
 	OUT="$(OUT)" $(PYTHON) -m benchmarks.gpu --mode $(or $(patsubst gpu-%,%,$(filter-out gpu,$@)),normal)
+
+sanitize: $(VENV)/test.stamp
+	bash tests/sanitize.sh $(BIN)/python
 
 install-matrix: $(VENV)/test.stamp
 	$(BIN)/python tests/install_matrix.py

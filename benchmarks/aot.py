@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,8 +50,9 @@ class Launch:
     """One launch of a kernel, compiled.
 
     op: which the launcher was doing, where `Launchpad.during` says so.
-    grid: blocks. warps: of a block. shared: bytes of dynamic and static shared memory. binary: the cubin. ptx: its text.
-    options: what the launcher set the tiles to.
+    grid: blocks. warps: of a block. shared: bytes of dynamic and static shared memory. binary: the cubin.
+    ptx: the text it was assembled from. arguments: names of its parameters in order.
+    options: what the launcher set the tiles to. fault: why the compiler refused it, or nothing; then there is no binary.
     """
 
     op: str
@@ -61,7 +62,9 @@ class Launch:
     shared: int
     binary: bytes
     ptx: str
+    arguments: tuple[str, ...]
     options: dict[str, Any]
+    fault: str = ""
 
 
 class _Pointer:
@@ -93,12 +96,15 @@ class _Driver:
         return 0
 
 
-class _Views(TorchFunctionMode):
-    """Indexing of fake CUDA tensors by slices and integers, and copies into them; torch's own ask for a current device."""
+class _Functions(TorchFunctionMode):
+    """What torch cannot do on fake CUDA tensors, because it asks for a current device: indexing by slices and integers,
+    copies into them, results into given memory. There are no values, so that memory which exists is all there is to it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.__setitem__, Tensor.copy_):
-            return args[0]  # there are no values
+            return args[0]
+        if isinstance((out := (kwargs or {}).get("out")), Tensor):
+            return out
         if func is not Tensor.__getitem__ or args[0].device.type != "cuda":
             return func(*args, **(kwargs or {}))
         x, index = args
@@ -164,7 +170,7 @@ class Launchpad:
             self._open.enter_context(swapped(torch.cuda, name, lambda _, value=value: value))
         self._open.enter_context(swapped(driver, "_active", lambda _: _Driver(self.capability)))
         self._open.enter_context(swapped(JITFunction, "run", self._compiled))
-        self._open.enter_context(_Views())
+        self._open.enter_context(_Functions())
         return self
 
     def __exit__(self, *reason: Any) -> None:
@@ -172,24 +178,21 @@ class Launchpad:
 
     def _compiled(self, run: Any) -> Any:
         def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-            compiled = run(kernel, *map(_as_pointer, args), grid=grid, warmup=True, **_as_pointers(options))
             values = dict(zip(kernel.arg_names, args, strict=False)) | options
-            blocks = grid(values) if callable(grid) else grid
+            blocks = tuple(grid(values) if callable(grid) else grid)
             constants = {p.name for p in kernel.params if p.is_constexpr}
             shown = {k: v for k, v in values.items() if k in constants and isinstance(v, (int, str))}
-            meta = compiled.metadata
-            self.launches.append(
-                Launch(
-                    self._op,
-                    kernel.__name__,
-                    tuple(blocks),
-                    meta.num_warps,
-                    meta.shared,
-                    compiled.asm["cubin"],
-                    compiled.asm["ptx"],
-                    shown | {"num_stages": meta.num_stages},
-                )
-            )
+            try:
+                compiled = run(kernel, *map(_as_pointer, args), grid=grid, warmup=True, **_as_pointers(options))
+            except Exception as error:  # the compiler raises whatever it likes; a report goes on to the next kernel
+                fault = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+                self.launches.append(Launch(self._op, kernel.__name__, blocks, 0, 0, b"", "", (), shown, fault))
+                return
+            meta, asm = compiled.metadata, compiled.asm
+            shown |= {"num_stages": meta.num_stages}
+            names = tuple(name for name, kind in compiled.src.signature.items() if kind != "constexpr")
+            made = (meta.num_warps, meta.shared, asm["cubin"], asm["ptx"], names)
+            self.launches.append(Launch(self._op, kernel.__name__, blocks, *made, shown))
 
         return launch
 
@@ -208,8 +211,6 @@ class Machine:
 
     registers: of a thread. stack: bytes of a thread. spills: instructions that load or store local memory.
     loads: bytes that the load instructions of global memory fetch a thread, by width of the load in bits.
-    marked_loads: the same of those that are marked evict-first, as loads of weights are, and
-    of copies to shared memory, which keep no mark: those of 4 bytes left out, for they bring norms' weights beside tiles.
     tensor_cores: "HGMMA", "HMMA" or "".
     """
 
@@ -217,17 +218,15 @@ class Machine:
     stack: int
     spills: int
     loads: dict[int, int]
-    marked_loads: dict[int, int]
     tensor_cores: str
 
-    @property
-    def vector_share(self) -> float | None:
-        """Share of the loaded bytes that come 128 bits at a time: of the marked loads where there are any, else of all."""
-        loads = self.marked_loads or self.loads
-        return loads.get(128, 0) / sum(loads.values()) if loads else None
+
+def vector_share(loads: Mapping[int, int]) -> float | None:
+    """Share of the bytes, given by width in bits, that come 128 bits at a time; None where nothing is loaded."""
+    return loads.get(128, 0) / sum(loads.values()) if loads else None
 
 
-_LOAD = re.compile(r"\b(LDG|LDGSTS)\.([A-Z0-9.]+)")
+_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.([A-Z0-9.]+)")
 
 
 def inspect(binary: bytes) -> Machine:
@@ -239,18 +238,14 @@ def inspect(binary: bytes) -> Machine:
         code = _tool("nvdisasm", "-c", str(path))
     found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     loads: Counter[int] = Counter()
-    marked: Counter[int] = Counter()
-    for name, modifiers in _LOAD.findall(code):
+    for modifiers in _LOAD.findall(code):
         bits = _width(modifiers.split("."))
         loads[bits] += bits // 8
-        if "EF" in modifiers.split(".") or (name == "LDGSTS" and bits >= 64):
-            marked[bits] += bits // 8
     return Machine(
         registers=found["REG"],
         stack=found["STACK"],
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         loads=dict(loads),
-        marked_loads=dict(marked),
         tensor_cores=next((name for name in ("HGMMA", "HMMA") if re.search(rf"\b{name}\b", code)), ""),
     )
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +30,26 @@ from benchmarks import aot
 from benchmarks.costs import as_table
 from benchmarks.counting import swapped
 from benchmarks.models import DTYPES, SHAPES, config_of
+from benchmarks.ptx import loads_by_argument
 from gptneo_fast import backends, ops
 from gptneo_fast.cache import KVCache
+from gptneo_fast.engine.runner import StepCache
 
 RESULTS = Path(__file__).parent / "results"
 PREFILL, CONTEXT, BATCHES = 2048, 2048, (1, 8, 64)
-WEIGHT_OPS = ("norm_qkv", "norm_linear", "linear_add", "norm_qkv_append", "lm_head", "logprob")
 MATMUL_OPS = ("norm_qkv", "norm_linear", "linear_add", "attention")  # of a prefill: these run on tensor cores
 VECTOR_SHARE = 0.95
+_INSPECTION = "3"  # of what aot.inspect looks for; older findings on disk are not read
+_WEIGHT = re.compile(r"w\w?_ptr|weight_ptr")  # arguments that are weights, in every kernel
 
 
 @dataclass
 class Row:
-    """One kernel as a model launches it. launches: its blocks, as "16x24", by phase."""
+    """One kernel as a model launches it.
+
+    launches: its blocks, as "16x24", by phase. vector_share, weight_share: of the bytes of all loads, and of loads of
+    weights, those that come 128 bits at a time; None where there are none. fault: of the compiler.
+    """
 
     model: str
     dtype: str
@@ -56,18 +65,22 @@ class Row:
     shared: int
     warps_per_sm: int
     vector_share: float | None
+    weight_share: float | None
     tensor_cores: str
+    fault: str = ""
 
     def faults(self) -> list[str]:
         """What is over budget."""
+        if self.fault:
+            return [f"does not compile: {self.fault}"]
         found = []
         if self.spills or self.stack:
             found.append(f"spills: {self.spills} accesses of local memory, {self.stack} bytes of stack")
         if self.shared > aot.CHIPS[self.sm].block_shared or self.warps_per_sm == 0:
             found.append(f"does not fit: {self.shared} bytes of shared memory, {self.registers} registers")
-        if self.op in WEIGHT_OPS and self.vector_share is not None and self.vector_share < VECTOR_SHARE:
+        if self.weight_share is not None and self.weight_share < VECTOR_SHARE:
             found.append(
-                f"{self.vector_share:.0%} of the weight bytes come 128 bits at a time, at least {VECTOR_SHARE:.0%} must"
+                f"{self.weight_share:.0%} of the weight bytes come 128 bits at a time, at least {VECTOR_SHARE:.0%} must"
             )
         on_tensor_cores = self.op in MATMUL_OPS and any("prefill" in phase for phase in self.launches) and self.tiles_a_dot()
         if on_tensor_cores and (self.sm, self.dtype) == (90, "bf16") and self.tensor_cores != "HGMMA":
@@ -113,29 +126,38 @@ def launches(shape: str, dtype: torch.dtype, sm: int) -> Iterator[tuple[str, aot
 
 
 def _step(model: Any, batch: int, tokens: int, past: int, op: Any) -> None:
-    """The trunk over new tokens after a past, then the logits of the last ones."""
-    device, trunk = torch.device("cuda"), model.transformer
-    cache = KVCache(model.config, batch, dtype=model.dtype, device=device, max_length=CONTEXT)
-    cache.advance(past, None)
-    ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
-    positions = torch.arange(past, past + tokens, device=device)[None]
-    hidden = trunk.run(ids, positions, cache=cache)
-    if hasattr(op, "lm_head"):
-        op.lm_head(hidden.narrow(1, tokens - 1, 1), trunk.ln_f.weight, trunk.ln_f.bias, model.lm_head.weight, trunk.ln_f.eps)
+    """A prompt, or a captured step of generation; then a token of each row's last logits, drawn in every way there is."""
+    device = torch.device("cuda")
+    cache: Any = KVCache(model.config, batch, dtype=model.dtype, device=device, max_length=CONTEXT)
+    if past:
+        cache = StepCache(cache, torch.empty(batch, dtype=torch.int32, device=device))
+    ids = torch.empty(batch, tokens, dtype=torch.int64, device=device)
+    logits = model.step(ids, torch.arange(tokens, device=device)[None], None, cache).squeeze(1)
+    if not past:  # `forward`, which wants every position, norms them all
+        norm = model.transformer.ln_f
+        hidden = torch.empty(batch, tokens, model.config.hidden_size, dtype=model.dtype, device=device)
+        op.layer_norm(hidden, norm.weight, norm.bias, norm.eps)
+    V = model.config.vocab_size
+    rates, counts = torch.empty(4, device=device), torch.empty(3, dtype=torch.int32, device=device)
+    seeds, flags = (torch.empty(n, dtype=kind, device=device) for n, kind in ((batch, torch.int64), (V, torch.uint8)))
+    state = torch.empty(5, batch, dtype=torch.int64, device=device)
+    out, lengths = (torch.empty(*n, dtype=torch.int32, device=device) for n in ((CONTEXT, batch), (batch,)))
+    for method in range(4):
+        op.sample(logits, rates, counts, flags, seeds, None, state, out.t(), lengths, method)
 
 
 def rows(shape: str, dtype: str, sm: int) -> list[Row]:
     """One row for each distinct kernel of an op."""
     found: dict[tuple[str, str], Row] = {}
     for phase, launch in launches(shape, DTYPES[dtype], sm):
-        key = (launch.op, aot.digest(launch.binary))
+        key = (launch.op, aot.digest(launch.binary) if launch.binary else f"{launch.kernel} {launch.options}")
         grid = "x".join(map(str, launch.grid))
         if key in found:
             grids = found[key].launches.setdefault(phase, [])
             grids += [] if grid in grids else [grid]
             continue
-        machine = _inspected(launch.binary)
-        held = aot.warps_per_sm(sm, machine.registers, launch.warps, launch.shared)
+        machine = _inspected(launch) if launch.binary else aot.Machine(0, 0, 0, {}, "")
+        held = aot.warps_per_sm(sm, machine.registers, launch.warps, launch.shared) if launch.binary else 0
         found[key] = Row(
             shape,
             dtype,
@@ -150,29 +172,39 @@ def rows(shape: str, dtype: str, sm: int) -> list[Row]:
             machine.stack,
             launch.shared,
             held,
-            machine.vector_share,
+            aot.vector_share(machine.loads),
+            _weight_share(launch),
             machine.tensor_cores,
+            launch.fault,
         )
     return list(found.values())
 
 
-def _inspected(binary: bytes) -> aot.Machine:
+def _weight_share(launch: aot.Launch) -> float | None:
+    loads: Counter[int] = Counter()
+    for names, found in loads_by_argument(launch.ptx, launch.arguments).items():
+        if all(map(_WEIGHT.fullmatch, names.split("|"))):
+            loads += found
+    return aot.vector_share(loads)
+
+
+def _inspected(launch: aot.Launch) -> aot.Machine:
     """What `aot.inspect` found, kept beside Triton's own cache of binaries."""
     import triton
 
-    path = Path(triton.knobs.cache.dir) / "inspected" / f"{aot.digest(binary)}.json"
+    path = Path(triton.knobs.cache.dir) / "inspected" / f"{_INSPECTION}-{aot.digest(launch.binary)}.json"
     if path.exists():
         values = json.loads(path.read_text())
-        for name in ("loads", "marked_loads"):
-            values[name] = {int(k): v for k, v in values[name].items()}
-        return aot.Machine(**values)
-    machine = aot.inspect(binary)
+        return aot.Machine(**values | {"loads": {int(k): v for k, v in values["loads"].items()}})
+    machine = aot.inspect(launch.binary)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(machine)))
     return machine
 
 
-HEADER = "model dtype sm op kernel tiles warps registers spills shared warps/SM 128-bit tensor_cores blocks".split()
+HEADER = (
+    "model dtype sm op kernel tiles warps registers spills shared warps/SM 128-bit weights_128-bit tensor_cores blocks".split()
+)
 
 
 def table(found: Sequence[Row]) -> str:
@@ -180,8 +212,8 @@ def table(found: Sequence[Row]) -> str:
 
     def cells(row: Row) -> list[object]:
         tiles = " ".join(f"{k}={v}" for k, v in row.tiles.items())
-        share = "-" if row.vector_share is None else f"{row.vector_share:.0%}"
-        machine = [row.warps, row.registers, row.spills, row.shared, row.warps_per_sm, share, row.tensor_cores or "-"]
+        shares = ["-" if share is None else f"{share:.0%}" for share in (row.vector_share, row.weight_share)]
+        machine = [row.warps, row.registers, row.spills, row.shared, row.warps_per_sm, *shares, row.tensor_cores or "-"]
         blocks = "; ".join(f"{phase}: {', '.join(grids)}" for phase, grids in row.launches.items())
         return [row.model, row.dtype, row.sm, row.op, row.kernel, tiles, *machine, blocks]
 

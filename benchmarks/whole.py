@@ -18,7 +18,9 @@ from benchmarks.peers import Compiled, Step, Transformers
 from benchmarks.stage import Case, LeftOut, Setting
 from benchmarks.timing import chain, per_call
 from gptneo_fast import GPTNeoConfig
-from gptneo_fast.cache import KVCache
+from gptneo_fast.engine.plan import Drawing
+from gptneo_fast.engine.runner import BUCKETS, Runner
+from gptneo_fast.sampling import GREEDY, PLACE, TOKEN
 
 STEPS, WARMUP = 32, 4
 SEED_SETTINGS = dict(do_sample=True, temperature=0.9, max_new_tokens=100)  # top_k is 50 by default
@@ -46,23 +48,26 @@ class Ours:
         return self.model(ids, use_cache=True, logits_to_keep=1).logits
 
     def decoder(self, batch: int, context: int, steps: int) -> Step:
-        """Greedy steps whose last one sees `context` keys."""
-        cache = KVCache(self.config, batch, dtype=self.dtype, device=self.device, max_length=context)
-        for tensor in (*cache.keys, *cache.values):
+        """Captured greedy steps, as `generate` runs them, whose last one sees `context` keys."""
+        rows = next(n for n in BUCKETS if n >= batch)
+        runner = Runner(self.model, rows, context)
+        for tensor in (*runner.cache.keys, *runner.cache.values):
             tensor.normal_()
-        cache.reserve(context - steps)
-        cache.advance(context - steps, None)
-        state = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+        greedy = Drawing(GREEDY, [1.0, 1.0, 0.0, 1.0], [0, 0, context], runner.flags, runner.seeds, penalty=False)
+        captured = runner.step_for(greedy)
+        runner.counts.copy_(torch.tensor(greedy.counts))
+        runner.state.zero_()
+        runner.state[PLACE] = context - steps
+        runner.lengths.fill_(context - steps)
 
         def step() -> Tensor:
-            out = self.model(state, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            state.copy_(out.logits[:, -1:].argmax(-1))
-            return state
+            captured.replay()
+            return runner.state[TOKEN]
 
         return step
 
     def generate(self, ids: Tensor, **how: Any) -> Tensor:
-        """Our own loop."""
+        """The whole call, prompt included."""
         return self.model.generate(ids, pad_token_id=0, **how)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `gptneo-fast generate | info`. torch is imported only once a command runs.
+"""The command line: `gptneo-fast generate | info | bench`. torch is imported only once a command runs.
 
 Exit codes: 0 done, 1 the request failed (the reason is on stderr), 2 the command line is wrong, 130 interrupted.
 """
@@ -65,6 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id")
     _model_options(info, positional_model=True)
     info.add_argument("--json", action="store_true", help="one JSON object")
+
+    bench = commands.add_parser("bench", help="tokens per second of a model", description="Greedy decoding, checked and timed.")
+    bench.set_defaults(run=_bench)
+    _model_options(bench)
+    bench.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="rows; default 1 8")
+    bench.add_argument("--context", type=int, nargs="+", default=[128, 1024], metavar="T", help="prompt; default 128 1024")
+    bench.add_argument("-n", "--new", type=int, default=64, metavar="N", help="new tokens; default 64")
+    bench.add_argument("--no-peer", action="store_true", help="leave transformers out where it is installed")
+    bench.add_argument("--json", action="store_true", help="one JSON object at the end instead of a table")
+    bench.add_argument("--plot", metavar="FILE", help="bars beside the floor, .svg or .png (needs matplotlib)")
     return parser
 
 
@@ -130,6 +140,29 @@ def _generate(args: argparse.Namespace) -> int:
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from . import speed
+
+    model = _load(args)
+    context = [c for c in args.context if c + args.new <= model.config.max_position_embeddings] or args.context
+    results = speed.measure(
+        model,
+        batches=args.batch,
+        contexts=context,
+        new_tokens=args.new,
+        peer=False if args.no_peer else None,
+        report=lambda r: print(f"{r.runner}, batch {r.batch}, context {r.context}: {r.check}", file=sys.stderr),
+    )
+    if args.plot:
+        speed.plot(results, args.plot)
+    if args.json:
+        facts = {"model": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch."), **_machine()}
+        print(json.dumps({**facts, "results": speed.as_dicts(results)}))
+    else:
+        print(speed.table(results))
+    return 0 if all(r.check == "equal" for r in results) else 1
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal
 from .errors import ConfigError, nearest
 from .hub import Source
 from .jsonfile import read_object
-from .rules import LIMITS, SHAPE, fault_of, is_int, structure_faults
+from .rules import LIMITS, SHAPE, fault_of, is_int, short, structure_faults
+
+_MAX_BYTES = 16 << 20  # of config.json; a hundred thousand labels have less
 
 
 @dataclass(init=False)
@@ -65,7 +67,7 @@ class GPTNeoConfig:
     name_or_path: str = ""
 
     def __init__(self, *, num_labels: int | None = None, **values: Any) -> None:
-        given = {self.aliases.get(k, k): v for k, v in values.items()}
+        given = _by_name(values)
         names = {f.name for f in dataclasses.fields(self)}
         unknown = [k for k in given if k not in names]
         if unknown:
@@ -75,8 +77,7 @@ class GPTNeoConfig:
         faults: list[str] = []
         _fill(self, num_labels, faults)
         faults += [m for f in dataclasses.fields(self) if (m := fault_of(f.name, getattr(self, f.name)))]
-        if not faults:
-            faults += structure_faults(self)
+        faults += structure_faults(self)
         if faults:
             raise ConfigError("the configuration is not a GPT-Neo's: " + "; ".join(faults))
 
@@ -153,12 +154,12 @@ class GPTNeoConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"a configuration is a JSON object, not {type(values).__name__}")
         if (found := values.get("model_type")) != cls.model_type:
-            raise ConfigError(f"model_type is {found!r}; gptneo_fast runs 'gpt_neo' only")
+            raise ConfigError(f"model_type is {short(found)}; gptneo_fast runs 'gpt_neo' only")
         known = {f.name for f in dataclasses.fields(cls)} | set(cls.aliases) | {"num_labels"}
         kept = {k: v for k, v in values.items() if k in known and k != "name_or_path"}
         if kept.get("id2label") is None and kept.get("num_labels") is None:
             kept.pop("label2id", None)
-        kept = {cls.aliases.get(k, k): v for k, v in kept.items()}
+        kept = _by_name(kept)
         overrides = {cls.aliases.get(k, k): v for k, v in overrides.items()}
         if "num_labels" in overrides:
             kept = {k: v for k, v in kept.items() if k not in ("id2label", "label2id")}
@@ -167,7 +168,7 @@ class GPTNeoConfig:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPTNeoConfig:
         """The configuration in one `config.json`."""
-        values = read_object(Path(path), ConfigError)
+        values = read_object(Path(path), ConfigError, _MAX_BYTES)
         try:
             return cls.from_dict(values, **overrides)
         except ConfigError as error:
@@ -198,54 +199,95 @@ class GPTNeoConfig:
         (path / "config.json").write_text(self.to_json_string(), encoding="utf-8")
 
 
+def _by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """Values under the fields' own names.
+
+    Raises:
+        ConfigError: a field and its alias disagree.
+    """
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = GPTNeoConfig.aliases.get(key, key)
+        if name in named and named[name] != value:
+            raise ConfigError(f"{name} is given as {short(named[name])} and, under its alias, as {short(value)}; keep one")
+        named[name] = value
+    return named
+
+
 def _fill(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> None:
     """Work out the fields that follow from others: attention layers, label maps, the dtype's name."""
+    _fill_attention(config, faults)
+    _fill_labels(config, num_labels, faults)
+    if config.dtype is not None:
+        _put(config, "dtype", str(config.dtype).removeprefix("torch."))
 
-    def put(name: str, value: Any) -> None:
-        object.__setattr__(config, name, value)
 
+def _put(config: GPTNeoConfig, name: str, value: Any) -> None:
+    object.__setattr__(config, name, value)
+
+
+def _fill_attention(config: GPTNeoConfig, faults: list[str]) -> None:
     given, layers = config.attention_types, _as_list(config.attention_layers, "attention_layers", faults)
     if given is not None:
-        try:
-            if sum(int(repeats) * len(kinds) for kinds, repeats in given) > 2 * LIMITS["num_layers"]:
-                raise ValueError
-            expanded = [kind for kinds, repeats in given for _ in range(repeats) for kind in kinds]
-        except (TypeError, ValueError):
-            faults.append(f"attention_types {str(given)[:200]} is not a list such as [[['global', 'local'], 12]]")
-            expanded = layers
-        if layers and layers != expanded:
-            faults.append(f"attention_layers {layers} and attention_types {given} disagree; keep one")
-        layers = expanded
+        expanded = _expanded(given)
+        if expanded is None:
+            faults.append(
+                f"attention_types {short(given)} is not a list such as [[['global', 'local'], 12]] of at most "
+                f"{LIMITS['num_layers']} layers"
+            )
+        elif layers and layers != expanded:
+            faults.append(f"attention_layers {short(layers)} and attention_types {short(given)} disagree; keep one")
+        layers = layers if expanded is None else expanded
     elif layers:
-        put("attention_types", [[layers, 1]])
-    elif isinstance(config.num_layers, int) and 0 < config.num_layers <= LIMITS["num_layers"]:
+        _put(config, "attention_types", [[layers, 1]])
+    elif is_int(config.num_layers) and 0 < config.num_layers <= LIMITS["num_layers"]:
         layers = [("global", "local")[i % 2] for i in range(config.num_layers)]
-        put("attention_types", [[layers, 1]])
-    put("attention_layers", tuple(layers))
+        _put(config, "attention_types", [[layers, 1]])
+    _put(config, "attention_layers", tuple(layers))
 
-    if num_labels is not None and (not is_int(num_labels) or not 0 < num_labels <= 2**20):
-        faults.append(f"num_labels {num_labels!r} is not an integer from 1 to {2**20}")
+
+def _expanded(types: Any) -> list[Any] | None:
+    """The layers that patterns with their repeats stand for; None where they stand for none."""
+    layers: list[Any] = []
+    for entry in types if isinstance(types, (list, tuple)) else [None]:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            return None
+        kinds, repeats = entry
+        if not isinstance(kinds, (list, tuple)) or not is_int(repeats) or not 0 <= repeats <= LIMITS["num_layers"]:
+            return None
+        if len(layers) + len(kinds) * repeats > LIMITS["num_layers"]:
+            return None
+        layers += list(kinds) * repeats
+    return layers
+
+
+def _fill_labels(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> None:
+    names, most = config.id2label, 2**20
+    if num_labels is not None and (not is_int(num_labels) or not 0 < num_labels <= most):
+        faults.append(f"num_labels {short(num_labels)} is not an integer from 1 to {most}")
         num_labels = None
-    if config.id2label is None or (num_labels is not None and len(config.id2label) != num_labels):
-        put("id2label", {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)})
-        put("label2id", None)
-    if isinstance(config.id2label, dict):
-        try:
-            put("id2label", {int(k): v for k, v in config.id2label.items()})
-        except (TypeError, ValueError):
-            faults.append(f"id2label {str(config.id2label)[:200]} has keys that are not integers")
-        if config.label2id is None:
-            put("label2id", {v: k for k, v in config.id2label.items()})
-    else:
-        faults.append(f"id2label {str(config.id2label)[:200]} is not a map from index to label")
-        put("id2label", {0: "LABEL_0", 1: "LABEL_1"})
-    if config.dtype is not None:
-        put("dtype", str(config.dtype).removeprefix("torch."))
+    if names is not None and not isinstance(names, dict):
+        faults.append(f"id2label {short(names)} is not a map from index to label")
+        names = None
+    if names is None or (num_labels is not None and len(names) != num_labels):
+        names = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
+        _put(config, "label2id", None)
+    try:
+        names = {int(index): label for index, label in names.items()}
+        if not all(isinstance(label, str) for label in names.values()):
+            faults.append(f"id2label {short(names)} has labels that are not text")
+            names = {}
+    except (TypeError, ValueError):
+        faults.append(f"id2label {short(names)} has keys that are not integers")
+        names = {}
+    _put(config, "id2label", names)
+    if config.label2id is None:
+        _put(config, "label2id", {label: index for index, label in names.items()})
 
 
 def _as_list(value: Any, name: str, faults: list[str]) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return list(value)
     if value is not None:
-        faults.append(f"{name} {str(value)[:200]} is not a list")
+        faults.append(f"{name} {short(value)} is not a list")
     return []

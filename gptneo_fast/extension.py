@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from .errors import DeviceError, InputError
 LIBRARY = Path(__file__).with_name("_csrc.so")
 REPORT = Path(__file__).with_name("_csrc.json")
 _SHAPE_RULES = {"kv_append": lambda *_: None, "linear": lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0])}
+_LOADING = threading.Lock()
 _TWIN = "on CUDA the Triton kernel stores keys and values"
 
 
@@ -29,9 +31,14 @@ def built() -> str:
         return "not built: installed without running setup.py; `pip install .` builds it"
 
 
-@functools.cache
 def why_not() -> str | None:
     """Load the library, once; None where that worked, else the reason."""
+    with _LOADING:  # of two threads that come first, one would be told that its twin's registrations exist
+        return _load()
+
+
+@functools.cache
+def _load() -> str | None:
     if not LIBRARY.is_file():
         return built()
     try:

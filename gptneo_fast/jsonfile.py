@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 256 << 20  # a tokenizer.json of a million tokens has less
+MAX_BYTES = 32 << 20  # ten times what GPT-2's tokenizer.json has; parsed, it takes a multiple of memory
 _MAX_DIGITS = 64  # transformers writes a model_max_length of 31
 
 
@@ -27,9 +28,9 @@ def read_object(path: Path, error: type[Exception], limit: int = MAX_BYTES) -> d
         if not path.is_file():
             raise ValueError("it is no regular file")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ValueError(f"it has more than {limit} bytes")
+            if (size := os.fstat(file.fileno()).st_size) > limit:
+                raise ValueError(f"it has {size} bytes, of at most {limit}")
+            data = file.read(limit)
     except (ValueError, OSError) as fault:
         raise error(f"{path} is not JSON that can be read: {fault}") from fault
     return parse_object(data, str(path), error)

@@ -15,6 +15,7 @@ LIMITS = {  # field -> largest value that is not a mistake
     "intermediate_size": 2**20,
     "window_size": 2**31 - 1,
 }
+_DTYPES = (None, "float32", "float16", "bfloat16", "float64")
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 SHAPE = frozenset(  # fields that the weights or the computation follow from
     (
@@ -42,45 +43,49 @@ def fault_of(name: str, value: Any) -> str | None:
         if name == "intermediate_size" and value is None:
             return None
         if not is_int(value) or not 0 < value <= LIMITS[name]:
-            return f"{name} {_short(value)} is not an integer from 1 to {LIMITS[name]}"
+            return f"{name} {short(value)} is not an integer from 1 to {LIMITS[name]}"
     elif name in _FLAGS and not isinstance(value, bool):
-        return f"{name} {_short(value)} is not true or false"
+        return f"{name} {short(value)} is not true or false"
     elif name in _RATES and not (is_number(value) and 0 <= value <= 1):
-        return f"{name} {_short(value)} is not a probability from 0 to 1"
+        return f"{name} {short(value)} is not a probability from 0 to 1"
     elif name == "layer_norm_epsilon" and not (is_number(value) and value > 0):
-        return f"{name} {_short(value)} is not a positive finite number"
+        return f"{name} {short(value)} is not a positive finite number"
     elif name == "initializer_range" and not (is_number(value) and value >= 0):
-        return f"{name} {_short(value)} is not a finite number from 0"
+        return f"{name} {short(value)} is not a finite number from 0"
     elif name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
         if value is not None and not all(is_int(i) and -(2**31) < i < 2**31 for i in ids):
-            return f"{name} {_short(value)} is not a token id"
+            return f"{name} {short(value)} is not a token id"
     elif name == "activation_function" and value not in _ACTIVATIONS:
-        return f"activation_function {_short(value)} is unknown; GPT-Neo's are {', '.join(_ACTIVATIONS)}"
+        return f"activation_function {short(value)} is unknown; GPT-Neo's are {', '.join(_ACTIVATIONS)}"
     elif name == "attention_layers":
         if unknown := sorted({str(k) for k in value} - {"global", "local"}):
-            return f"attention type {unknown[0]!r} is unknown; use 'global' or 'local'"
+            return f"attention type {short(unknown[0])} is unknown; use 'global' or 'local'"
+    elif name == "dtype" and value not in _DTYPES:
+        return f"dtype {short(value)} is unknown; use one of {', '.join(_DTYPES[1:])}"
     elif name == "problem_type" and value not in _PROBLEM_TYPES:
-        return f"problem_type {_short(value)} is unknown; use one of {_PROBLEM_TYPES[1:]}"
+        return f"problem_type {short(value)} is unknown; use one of {_PROBLEM_TYPES[1:]}"
     return None
 
 
 def structure_faults(config: Any) -> list[str]:
-    """Faults between fields that are each right by themselves."""
+    """Faults between fields, of those that are right by themselves."""
     faults = []
-    if config.hidden_size % config.num_heads:
+    right = {name for name in ("hidden_size", "num_heads", "num_layers") if fault_of(name, getattr(config, name)) is None}
+    if {"hidden_size", "num_heads"} <= right and config.hidden_size % config.num_heads:
         faults.append(
             f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads} "
             "(head_dim = hidden_size / num_heads)"
         )
-    if len(config.attention_layers) != config.num_layers:
+    if "num_layers" in right and len(config.attention_layers) != config.num_layers:
         faults.append(
             f"num_layers {config.num_layers} and {len(config.attention_layers)} attention layers "
-            f"(attention_types {config.attention_types}) differ"
+            f"(attention_types {short(config.attention_types)}) differ: sum(repeats * len(pattern)) = num_layers"
         )
     return faults
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value for an error, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."

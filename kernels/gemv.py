@@ -189,21 +189,23 @@ def gemv(
         for i in tl.static_range(CHUNKS * PER):
             total += xs[i]
         mean = tl.sum(total, 0) / K
-        total = tl.zeros([WIDTH], tl.float32)
+        total, squares = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
         for i in tl.static_range(CHUNKS * PER):
             centred = xs[i] - mean
             if not EVEN_K:
                 centred = tl.where((i // PER) * WIDTH + offs_k < words, centred, 0.0)
-            total += centred * centred
-        scale = 1 / tl.sqrt(tl.sum(total, 0) / K + eps)
+            total += centred
+            squares += centred * centred
+        rest = tl.sum(total, 0) / K  # what rounding left of the mean: it counts where |mean| >> std
+        scale = 1 / tl.sqrt(tl.sum(squares, 0) / K - rest * rest + eps)
         ys = ()
         for c in tl.static_range(CHUNKS):
             offs = c * WIDTH + offs_k
             gamma = raw(gamma_ptr, offs, offs < words, PACKED, not EVEN_K, False)
             beta = raw(beta_ptr, offs, offs < words, PACKED, not EVEN_K, False)
-            ys = ys + ((xs[c * PER] - mean) * scale * low(gamma, dtype, PACKED) + low(beta, dtype, PACKED),)
+            ys = ys + ((xs[c * PER] - mean - rest) * scale * low(gamma, dtype, PACKED) + low(beta, dtype, PACKED),)
             if PACKED:
-                ys = ys + ((xs[c * PER + 1] - mean) * scale * high(gamma, dtype) + high(beta, dtype),)
+                ys = ys + ((xs[c * PER + 1] - mean - rest) * scale * high(gamma, dtype) + high(beta, dtype),)
         xs = ys
 
     for g in tl.range(0, granules, loop_unroll_factor=1):

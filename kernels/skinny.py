@@ -69,12 +69,18 @@ def tile(kernel: str, M: int, N: int, K: int, itemsize: int, sms: int) -> Tile:
 
 @triton.jit
 def statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
-    """Mean and 1 / sqrt(variance + eps) of rows [m] of K elements: Chan's merge of chunks, two passes in each."""
+    """LayerNorm's of rows [m] of K elements: (base, mean - base, 1 / sqrt(variance + eps)).
+
+    Chan's merge of chunks, two passes in each; about the mean of the first chunk, so that the merges round small numbers.
+    """
     offs_k = tl.arange(0, BK)
+    x = tl.load(x_ptr + rows[:, None] * K + offs_k[None], mask=mask[:, None] & (offs_k < K)[None], other=0).to(tl.float32)
+    base = tl.sum(x, 1) / tl.minimum(K, BK)
     mean, squares = tl.zeros([rows.shape[0]], tl.float32), tl.zeros([rows.shape[0]], tl.float32)
     for k in range(0, K, BK):
         held = (offs_k < K - k)[None]
         x = tl.load(x_ptr + rows[:, None] * K + k + offs_k[None], mask=mask[:, None] & held, other=0).to(tl.float32)
+        x = tl.where(held, x - base[:, None], 0.0)
         count = tl.minimum(K - k, BK).to(tl.float32)
         centre = tl.sum(x, 1) / count
         rest = tl.where(held, x - centre[:, None], 0.0)
@@ -82,7 +88,7 @@ def statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
         share = count / (k + count)
         mean += delta * share
         squares += tl.sum(rest * rest, 1) + delta * delta * (k * share)
-    return mean, 1 / tl.sqrt(squares / K + eps)
+    return base, mean, 1 / tl.sqrt(squares / K + eps)
 
 
 @triton.jit
@@ -112,9 +118,9 @@ def skinny(
     rows = pid_m * NB + tl.arange(0, NB)
     mask_m = rows < M
     offs_m = rows.to(tl.int64)
-    mean, scale = tl.zeros([NB], tl.float32), tl.zeros([NB], tl.float32)
+    base, mean, scale = tl.zeros([NB], tl.float32), tl.zeros([NB], tl.float32), tl.zeros([NB], tl.float32)
     if gamma_ptr is not None:
-        mean, scale = statistics(x_ptr, offs_m, mask_m, K, eps, SK * BK)
+        base, mean, scale = statistics(x_ptr, offs_m, mask_m, K, eps, SK * BK)
 
     begin = split * share
     end = tl.minimum(begin + share, K)
@@ -135,7 +141,8 @@ def skinny(
         if gamma_ptr is not None:
             gamma = tl.load(gamma_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32)[:, None, :]
             beta = tl.load(beta_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32)[:, None, :]
-            x = ((x.to(tl.float32) - mean[None, :, None]) * scale[None, :, None] * gamma + beta).to(w.dtype)
+            x = x.to(tl.float32) - base[None, :, None] - mean[None, :, None]
+            x = (x * scale[None, :, None] * gamma + beta).to(w.dtype)
         acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
     total = tl.sum(acc, 0)  # [BM, NB]
 

@@ -57,7 +57,7 @@ def test_a_dash_reads_standard_input(capsys, monkeypatch):
         ([*GENERATE, "-n", "5000"], "past the model's 512 positions"),
         ([*GENERATE, "-m", "no/such/model/here"], "no/such/model/here"),
         ([*GENERATE, "--dtype", "int7"], "dtype 'int7' is unknown"),
-        ([*GENERATE, "--backend", "triton"], "backend='triton'"),
+        ([*GENERATE, "--backend", "triton", "--dtype", "bfloat16"], "backend='triton'"),
     ],
 )
 def test_a_request_that_fails_exits_1_and_says_why_on_stderr(argv, words, capsys):

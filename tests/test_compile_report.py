@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ KERNELS = """
 import json, sys, torch, triton, triton.language as tl
 from torch._subclasses import FakeTensorMode
 from benchmarks import aot
+from benchmarks.ptx import loads_by_argument
 
 @triton.jit
 def _copy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
@@ -34,6 +36,19 @@ def _centre(x_ptr, y_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, N)).to(tl.float32)  # 128 numbers a thread, needed until the mean is known
     tl.store(y_ptr + tl.arange(0, N), (x - tl.sum(x) / N).to(tl.bfloat16))
 
+@triton.jit
+def _pick(w0_ptr, w1_ptr, bias_ptr, picks_ptr, y_ptr, N: tl.constexpr):
+    w_ptr = w0_ptr
+    if tl.program_id(0) == 1:
+        w_ptr = w1_ptr
+    start = tl.load(picks_ptr)  # what is loaded here makes no address of picks_ptr
+    w = tl.load(w_ptr + start * N + tl.arange(0, N))
+    tl.store(y_ptr + tl.arange(0, N), w + tl.load(bias_ptr + tl.program_id(0)))
+
+@triton.jit
+def _broken(x_ptr):
+    tl.store(x_ptr, tl.load(x_ptr) & tl.arange(0, 3))
+
 seen = {}
 for sm in (80, 90):
     with aot.Launchpad(sm) as pad, FakeTensorMode():
@@ -44,12 +59,18 @@ for sm in (80, 90):
         copy(x[1:])
         _square[(1,)](x, y, N=64)
         _centre[(1,)](x, y, N=16384, maxnreg=40)
+        _pick[(2,)](x, x, x, torch.empty(1, dtype=torch.int32, device="cuda"), y, N=4096)
+        _broken[(2,)](x)
+    *launches, broken = pad.launches
+    assert broken.kernel == "_broken" and broken.grid == (2,) and "Error" in broken.fault, broken
     found = []
-    for launch in pad.launches:
+    for launch in launches:
         machine = aot.inspect(launch.binary)
         found.append({
             "op": launch.op, "kernel": launch.kernel, "grid": launch.grid, "tiles": launch.options, "spills": machine.spills,
-            "share": machine.vector_share, "cores": machine.tensor_cores, "name": aot.digest(launch.binary)})
+            "share": aot.vector_share(machine.loads), "loads": machine.loads,
+            "by argument": loads_by_argument(launch.ptx, launch.arguments),
+            "cores": machine.tensor_cores, "name": aot.digest(launch.binary)})
     seen[sm] = found
 print(json.dumps(seen))
 """
@@ -73,7 +94,7 @@ def seen(tmp_path_factory):
 
 @pytest.mark.parametrize("sm", ["80", "90"])
 def test_a_launch_is_compiled_as_the_launcher_asked(seen, sm):
-    copy, aligned, shifted, small, spilling = seen[sm]
+    copy, aligned, shifted, small, spilling, _ = seen[sm]
     assert (copy["op"], copy["kernel"], copy["grid"]) == ("copy", "_copy", [7, 1024])
     assert copy["tiles"]["BLOCK"] == 1024
     assert aligned["name"] == copy["name"] != shifted["name"]  # 16-byte alignment is part of what is compiled
@@ -89,9 +110,23 @@ def test_an_unaligned_load_is_seen_to_be_narrow(seen, sm):
 
 @pytest.mark.parametrize(("sm", "cores"), [("80", "HMMA"), ("90", "HGMMA")])
 def test_tensor_cores_and_spills_are_seen(seen, sm, cores):
-    copy, _, _, small, spilling = seen[sm]
+    copy, _, _, small, spilling, _ = seen[sm]
     assert (copy["cores"], small["cores"]) == ("", cores)
     assert copy["spills"] == small["spills"] == 0 < spilling["spills"]
+
+
+@pytest.mark.parametrize("sm", ["80", "90"])
+def test_loads_are_told_apart_by_argument(seen, sm):
+    copy, _, shifted, small, spilling, pick = seen[sm]
+    for launch in (copy, shifted, small, spilling, pick):
+        total = Counter()
+        for widths in launch["by argument"].values():
+            total.update({int(k): v for k, v in widths.items()})
+        assert total == {int(k): v for k, v in launch["loads"].items()}  # the text and what the assembler made of it
+    assert list(copy["by argument"]) == ["x_ptr"]
+    assert set(pick["by argument"]) == {"w0_ptr|w1_ptr", "bias_ptr", "picks_ptr"}
+    assert set(pick["by argument"]["w0_ptr|w1_ptr"]) == {"128"}
+    assert set(pick["by argument"]["bias_ptr"]) == {"16"}
 
 
 def test_interpreted_kernels_are_refused():
@@ -120,7 +155,7 @@ def row(**changes):
     values = dict(
         model="125m", dtype="bf16", sm=90, op="linear_add", kernel="_linear_add_kernel", tiles={},
         launches={"prefill 1x2048": ["1"]}, warps=4, registers=64, spills=0, stack=0, shared=1024, warps_per_sm=16,
-        vector_share=1.0, tensor_cores="HGMMA",
+        vector_share=1.0, weight_share=1.0, tensor_cores="HGMMA",
     )  # fmt: skip
     return Row(**(values | changes))
 
@@ -130,10 +165,12 @@ def row(**changes):
     [
         ({}, None),
         ({"spills": 2}, "spills: 2"),
+        ({"fault": "CompilationError: at 7:12", "weight_share": 0.0}, "does not compile: CompilationError: at 7:12"),
         ({"stack": 8}, "8 bytes of stack"),
         ({"shared": 228 * 1024}, "does not fit"),
-        ({"vector_share": 0.94}, "94% of the weight bytes"),
-        ({"vector_share": 0.5, "op": "embed"}, None),
+        ({"weight_share": 0.94}, "94% of the weight bytes"),
+        ({"vector_share": 0.5}, None),
+        ({"vector_share": 0.5, "weight_share": None}, None),
         ({"tensor_cores": "HMMA"}, "HGMMA is due"),
         ({"tensor_cores": "", "op": "attention"}, "HGMMA is due"),
         ({"tensor_cores": "HMMA", "sm": 80}, None),

@@ -39,7 +39,7 @@ def append(tmp_path_factory):
         done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
         extension.LIBRARY = folder / "gptneo_fast" / extension.LIBRARY.name
         assert extension.LIBRARY.is_file(), done.stdout + done.stderr
-        extension.why_not.cache_clear()
+        extension._load.cache_clear()
     assert extension.why_not() is None
     assert extension.why_not_on(torch.device("cpu")) is None
     return extension.kv_append
@@ -139,6 +139,24 @@ def test_any_call_equals_the_reference(append, data):
         assert all(torch.equal(a.view(BITS[dtype]), b.view(BITS[dtype])) for a, b in zip(caches, before, strict=True))
 
 
+def test_threads_that_come_first_together_all_find_it(append):
+    code = """
+import threading
+from gptneo_fast import extension
+extension.LIBRARY = extension.Path(%r)
+answers, gate = [], threading.Barrier(8)
+def ask():
+    gate.wait()
+    answers.append(extension.why_not())
+threads = [threading.Thread(target=ask) for _ in range(8)]
+[t.start() for t in threads], [t.join() for t in threads]
+print(answers == [None] * 8)
+"""
+    command = [sys.executable, "-c", code % str(extension.LIBRARY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
 def call(**changes):
     arguments = {
         "k_cache": torch.zeros(2, 3, 5, 4),
@@ -189,7 +207,7 @@ def fresh_why_not(monkeypatch, library, report='{"line": "built for the CPU only
     library.with_suffix(".json").write_text(report)
     monkeypatch.setattr(extension, "LIBRARY", library)
     monkeypatch.setattr(extension, "REPORT", library.with_suffix(".json"))
-    return extension.why_not.__wrapped__()
+    return extension._load.__wrapped__()
 
 
 def test_a_library_that_was_not_built_says_what_the_install_said(monkeypatch, tmp_path):

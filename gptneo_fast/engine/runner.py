@@ -139,7 +139,7 @@ class Runner:
             with _on(stream):
                 if stream is not None and self.idle is not None:
                     stream.wait_event(self.idle)
-                step = self._step_for(drawing)
+                step = self.step_for(drawing)
                 self._begin(ids, mask, drawing)
                 launched, known = 1, 0  # the first token comes of the prompt
                 looks.append(self._look(launched))
@@ -212,7 +212,7 @@ class Runner:
             logits, self.rates, self.counts, self.flags, self.seeds, seen, self.state, self.out.t(), self.lengths, method
         )
 
-    def _step_for(self, drawing: Drawing) -> Any:
+    def step_for(self, drawing: Drawing) -> Any:
         """The captured step for a way of drawing, captured now if it is the first of its kind."""
         kind = (drawing.method, drawing.penalty)
         if drawing.penalty and not len(self.seen):

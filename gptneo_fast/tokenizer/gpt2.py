@@ -144,12 +144,10 @@ class GPT2Tokenizer(Decoding, Padding):
         name = pretrained_model_name_or_path
         source = name if isinstance(name, Source) else Source.of(name, **given)
         parts = read_parts(source)
-        settings = read_settings(source, parts) | {"name_or_path": source.name}
-        extra = options.pop("additional_special_tokens", None)
-        options = options if extra is None else {"extra_special_tokens": extra, **options}
-        if isinstance(extra := options.get("extra_special_tokens"), dict):  # name -> token
-            options = {k: v for k, v in options.items() if k != "extra_special_tokens"} | extra
-        return cls(parts, **(settings | options))
+        extra = options.pop("extra_special_tokens", None) or options.pop("additional_special_tokens", None)
+        if extra is not None:  # a list, or name -> token
+            options |= extra if isinstance(extra, dict) else {"extra_special_tokens": extra}
+        return cls(parts, **({"name_or_path": source.name} | read_settings(source, parts, options)))
 
     # Text to ids
 

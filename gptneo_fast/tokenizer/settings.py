@@ -28,8 +28,8 @@ _KINDS: dict[str, tuple[type, ...]] = {  # setting -> what it may be
 }
 
 
-def read_settings(source: Source, parts: Parts) -> dict[str, Any]:
-    """Keywords of GPT2Tokenizer that the files beside the vocabulary give, with `added_tokens_decoder` (id -> AddedToken).
+def read_settings(source: Source, parts: Parts, given: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of GPT2Tokenizer: those given, then those of the files beside the vocabulary, and `added_tokens_decoder`.
 
     As in transformers: tokens listed in tokenizer_config.json stand instead of those of all other files; else
     special_tokens_map.json wins over tokenizer_config.json, and tokenizer.json over added_tokens.json.
@@ -53,12 +53,13 @@ def read_settings(source: Source, parts: Parts) -> dict[str, Any]:
     if source.file("tokenizer.json"):  # its post_processor says it
         out.pop("add_bos_token", None), out.pop("add_eos_token", None)
     _specials(config, path, out)
+    out.update(given)
     listed = config.get("added_tokens_decoder")
     if listed is not None:
         added = {_index(i, path): added_token(t, f"{path}: added_tokens_decoder[{i}]") for i, t in _items(listed, path)}
     else:
         special, special_path = _read(source, "special_tokens_map.json")
-        _specials(special, special_path, out)
+        _specials({k: v for k, v in special.items() if not given.get(k)}, special_path, out)
         added = _legacy(source, out) | parts.added
     by_text = {t.content: t for t in added.values()}
     for name in [n for n in out if n.endswith("_token") and n not in _KINDS]:
@@ -74,13 +75,13 @@ def _read(source: Source, name: str) -> tuple[dict[str, Any], Path | str]:
 def _specials(values: dict[str, Any], path: Path | str, out: dict[str, Any]) -> None:
     """Special tokens of a file into keywords; one may stand there as a string or as an object."""
     extra = values.get("extra_special_tokens") or values.get("additional_special_tokens")
-    named = dict(extra) if isinstance(extra, dict) else {}
+    named: dict[str, Any] = {}
     for name, value in values.items():
         if name in NAMES and value is None:
             out[name] = None
         elif name in NAMES or (name.endswith("_token") and isinstance(value, (str, dict))):
             named[name] = value
-    for name, value in named.items():
+    for name, value in (named | (extra if isinstance(extra, dict) else {})).items():
         out[name] = value if isinstance(value, str) else added_token(value, f"{path}: {name}", special=True)
     if isinstance(extra, list):
         tokens = [

@@ -39,7 +39,8 @@ class SpecialTokens:
             return [str(t) for t in self._extra]
         if name == "extra_special_tokens_ids":
             return self.convert_tokens_to_ids([str(t) for t in self._extra])
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{nearest(name, [*special, *dir(type(self))])}")
+        near = nearest(name, [*special, *(f"{n}_id" for n in special), *dir(type(self))])
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{near}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         special, bare = self.__dict__.get("_special", {}), name.removesuffix("_id")
