@@ -260,6 +260,7 @@ def read_report(folder: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     setup(
+        license="Apache-2.0",
         ext_modules=[
             Extension(
                 "gptneo_fast._csrc",
