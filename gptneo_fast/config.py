@@ -262,7 +262,7 @@ def _expanded(types: Any) -> list[Any] | None:
 
 
 def _fill_labels(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> None:
-    names, most = config.id2label, 2**20
+    names, most = config.id2label, 2**16
     if num_labels is not None and (not is_int(num_labels) or not 0 < num_labels <= most):
         faults.append(f"num_labels {short(num_labels)} is not an integer from 1 to {most}")
         num_labels = None

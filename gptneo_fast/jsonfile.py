@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 32 << 20  # ten times what GPT-2's tokenizer.json has; parsed, it takes a multiple of memory
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAX_DIGITS = 64  # transformers writes a model_max_length of 31
 
 
@@ -22,7 +24,7 @@ def read_object(path: Path, error: type[Exception], limit: int = MAX_BYTES) -> d
 
     Raises:
         error: not a file, not UTF-8, not JSON, nested too deep, no object; a number that is not finite or has more than
-            64 digits; a key given twice.
+            64 digits; a key given twice; half a surrogate pair.
     """
     try:
         if not path.is_file():
@@ -42,6 +44,10 @@ def parse_object(data: bytes, what: str, error: type[Exception]) -> dict[str, An
         values = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer, parse_float=_finite, parse_constant=_not_finite
         )
+        if _SURROGATE.search(data):  # escaped, and fine in pairs only
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as fault:
+        raise error(f"{what} escapes half a character: {fault.object[fault.start]!r} stands alone") from fault
     except UnicodeDecodeError as fault:
         raise error(f"{what} is not UTF-8: {fault}") from fault
     except RecursionError as fault:

@@ -10,7 +10,7 @@ LIMITS = {  # field -> largest value that is not a mistake
     "vocab_size": 2**24,
     "max_position_embeddings": 2**20,
     "hidden_size": 2**17,
-    "num_layers": 1024,
+    "num_layers": 256,  # the largest GPT-Neo has 32
     "num_heads": 2**12,
     "intermediate_size": 2**20,
     "window_size": 2**31 - 1,

@@ -115,7 +115,7 @@ def test_25_a_missing_shard_is_named_beside_those_present(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/etc/passwd", "a/b", "a\0b", "x" * 300, "", ".", "..", "a\\b", "a\nb", "\ud800", "é" * 130], ids=range(12)
+    "name", ["../x", "/etc/passwd", "a/b", "a\0b", "x" * 300, "", ".", "..", "a\\b", "a\nb", "é" * 130], ids=range(11)
 )
 def test_26_a_shard_that_is_no_plain_file_name_is_an_unsafe_path(folder, name):
     values = index(folder)

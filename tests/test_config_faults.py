@@ -51,10 +51,12 @@ def changed(**changes):
         ('{"layer_norm_epsilon": -Infinity}', "-Infinity is no number of JSON"),
         ('{"layer_norm_epsilon": 1e400}', "the number 1e400 is not finite"),
         ('{"hidden_size": 32, "hidden_size": 64}', "key 'hidden_size' is given twice"),
+        ('{"a": ["\\ud83d\\ude00", "\\ud83d"]}', r"escapes half a character: '\ud83d' stands alone"),
+        ('{"\\udE00": 1}', r"escapes half a character: '\ude00' stands alone"),
         ('{"a": {"b": 1, "b": 1}}', "key 'b' is given twice"),
         ("{" + ", ".join(f'"{i}": 1' for i in range(200_000)) + ', "7": 1}', "key '7' is given twice"),
     ],
-    ids=range(18),
+    ids=range(20),
 )
 def test_35_a_file_that_is_no_strict_json_object(tmp_path, text, words):
     refused(tmp_path, text, words)
@@ -101,9 +103,9 @@ LAYERS = {"attention_types": None, "attention_layers": None}
         ({**LAYERS, "attention_types": [[["global"], 1.5]]}, "is not a list such as"),
         ({**LAYERS, "attention_types": [[["global"], True]]}, "is not a list such as"),
         ({**LAYERS, "attention_types": [[["global"], -3]]}, "is not a list such as"),
-        ({**LAYERS, "attention_types": [[["global"], 10**9]]}, "of at most 1024 layers"),
-        ({**LAYERS, "attention_types": [[[], 10**9]]}, "of at most 1024 layers"),
-        ({**LAYERS, "attention_types": [[["global"] * 600, 1]] * 600}, "of at most 1024 layers"),
+        ({**LAYERS, "attention_types": [[["global"], 10**9]]}, "of at most 256 layers"),
+        ({**LAYERS, "attention_types": [[[], 10**9]]}, "of at most 256 layers"),
+        ({**LAYERS, "attention_types": [[["global"] * 600, 1]] * 600}, "of at most 256 layers"),
         ({"attention_layers": 7}, "attention_layers 7 is not a list"),
     ],
     ids=range(17),

@@ -16,7 +16,7 @@ from ..jsonfile import parse_object
 from .sniff import kind_of
 from .stored import Stored, WeightFile
 
-MAX_HEADER = 16 << 20  # bytes; a GPT-Neo of 1024 layers has a header of 3 MB
+MAX_HEADER = 16 << 20  # bytes; a GPT-Neo of 256 layers has a header of 1 MB
 _AGAIN = "delete it and fetch it again"
 DTYPES = {
     "F64": torch.float64,
@@ -87,11 +87,11 @@ def _tensor(file: WeightFile, begin: int, name: str, about: Any) -> Stored:
     kind, shape, place = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
-        raise fault(f"has dtype {str(kind)[:40]!r}; known are {', '.join(DTYPES)}")
+        raise fault(f"has dtype {repr(kind)[:40]}; known are {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(n) for n in shape):
-        raise fault(f"has shape {str(shape)[:80]}; a shape is a list of at most 8 sizes")
+        raise fault(f"has shape {repr(shape)[:80]}; a shape is a list of at most 8 sizes")
     if not isinstance(place, list) or len(place) != 2 or not all(_is_size(n) for n in place):
-        raise fault(f"has data_offsets {str(place)[:80]}; they are two positions in the file")
+        raise fault(f"has data_offsets {repr(place)[:80]}; they are two positions in the file")
     first, last = place
     expected = math.prod(shape) * dtype.itemsize
     if last - first != expected:

@@ -212,7 +212,7 @@ def _post_processor(values: dict[str, Any], path: Path, size: int) -> Any:
     part = values.get("post_processor")
     if part is None:
         return None
-    special = part.get("special_tokens", {}) if part["type"] == "TemplateProcessing" else {}
+    special = part.get("special_tokens", {}) if part.get("type") == "TemplateProcessing" else {}
     ids = [i for t in special.values() if isinstance(t, dict) for i in t.get("ids", [])] if isinstance(special, dict) else [-1]
     if bad := [i for i in ids if type(i) is not int or not 0 <= i < size]:
         raise TokenizerError(f"{path}: post_processor puts id {bad[0]!r:.40} around a text; there are {size} tokens")
