@@ -1,6 +1,7 @@
 # make demo  install into .venv and tell a story     make lint   ruff, format and types
 # make test  run the tests                           make bench  throughput on this machine
 # make test-slow  the long ones                      make clean  remove .venv and caches
+# make fuzz  a minute of damaged files against the loaders; fuzz-long SECONDS=3600
 # make test-flax  the Flax classes, with jax of the index
 # make gpu  correctness and speed on this machine's GPU in 9 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
 # make sanitize  the extension's CPU side under AddressSanitizer and UBSan
@@ -12,7 +13,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-flax lint bench compile-report gpu gpu-quick gpu-full install-matrix sanitize clean
+.PHONY: demo test test-slow fuzz fuzz-long test-flax lint bench compile-report gpu gpu-quick gpu-full install-matrix sanitize clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +42,12 @@ test-slow: $(VENV)/test.stamp
 test-flax: $(VENV)/test.stamp
 	$(BIN)/python -m pip install -q -e ".[flax]"
 	$(BIN)/python -m pytest -q tests/test_flax*.py tests/test_checkpoint_msgpack.py
+
+fuzz: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz_loaders.py --seconds 60
+
+fuzz-long: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz_loaders.py --seconds $(or $(SECONDS),3600)
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

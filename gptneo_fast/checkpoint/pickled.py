@@ -136,7 +136,9 @@ def _read(file: WeightFile, data: bytes) -> Any:
     except (UnsafeCheckpointError, CheckpointError):
         raise
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # all that bytes at random can do
-        raise CheckpointError(f"{file.path}: data.pkl is damaged: {error}; delete it and fetch it again") from error
+        raise CheckpointError(
+            f"{file.path}: data.pkl is damaged: {str(error)[:200]!r}; delete it and fetch it again"
+        ) from error
     raise CheckpointError(f"{file.path}: data.pkl is cut")
 
 
