@@ -6,6 +6,7 @@
 # make gpu  correctness and speed on this machine's GPU in 9 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
 # make sanitize  the extension's CPU side under AddressSanitizer and UBSan
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
+# make results  measure anew what benchmarks/results/cpu.json holds, and the README's tables (make tables: these alone)
 # make compile-report  every kernel compiled for GPUs that need not be here: registers, spills, loads
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow fuzz fuzz-long test-flax lint bench compile-report gpu gpu-quick gpu-full install-matrix sanitize clean
+.PHONY: demo test test-slow fuzz fuzz-long test-flax lint bench results tables compile-report gpu gpu-quick gpu-full install-matrix sanitize clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +57,13 @@ lint: $(VENV)/lint.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks -q --benchmark-sort=name
+
+results: $(VENV)/test.stamp
+	$(BIN)/python -m pytest benchmarks -q --benchmark-json=$(VENV)/bench.json
+	$(BIN)/python -m benchmarks.tables --cpu $(VENV)/bench.json
+
+tables: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks.tables
 
 compile-report: $(VENV)/test.stamp
 	$(BIN)/python -W ignore -m benchmarks.compile_report

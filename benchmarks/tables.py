@@ -1,0 +1,89 @@
+"""Results to tables: `python -m benchmarks.tables` reduces a run of `pytest benchmarks` and writes the README's tables.
+
+python -m benchmarks.tables [--cpu RAW.json]   # RAW.json: of --benchmark-json; without it the README is made anew
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured: made by `make tables` -->", "<!-- end of measured -->"
+OURS, PEER = "gptneo_fast", "transformers eager"
+
+
+def reduce(raw: dict[str, Any]) -> dict[str, Any]:
+    """What of pytest-benchmark's JSON is worth keeping: the machine, the versions, a row for each measurement."""
+    from importlib.metadata import version
+
+    cpu = raw["machine_info"].get("cpu", {})
+    return {
+        "when": raw["datetime"][:10],
+        "commit": raw["commit_info"].get("id", "unknown")[:10] + ("-dirty" if raw["commit_info"].get("dirty") else ""),
+        "cpu": cpu.get("brand_raw", "unknown"),
+        "cores": cpu.get("count"),
+        **{name: version(name) for name in ("torch", "transformers")},
+        "python": raw["machine_info"]["python_version"],
+        "rows": [b["extra_info"] | {"rounds": b["stats"]["rounds"]} for b in raw["benchmarks"] if "work" in b["extra_info"]],
+    }
+
+
+def cpu_table(results: dict[str, Any]) -> str:
+    """Ours beside transformers, in Markdown."""
+    rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r for r in results["rows"]}
+    lines = [
+        f"125m shape, random weights, {results['cores']} cores ({results['cpu']}), torch {results['torch']}, transformers "
+        f"{results['transformers']}; commit {results['commit']}, {results['when']}. Medians; tokens and logits checked first.",
+        "",
+        "| CPU | dtype | threads | transformers eager, tokens/s | gptneo_fast, tokens/s | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (work, dtype, threads, runner), ours in rows.items():
+        theirs = rows.get((work, dtype, threads, PEER))
+        if runner == OURS:
+            speed = ours["tokens_per_second"]
+            beside = "-" if theirs is None else f"{theirs['tokens_per_second']:.1f}"
+            ratio = "-" if theirs is None else f"{speed / theirs['tokens_per_second']:.2f}"
+            lines.append(f"| {work} | {dtype} | {threads} | {beside} | {speed:.1f} | {ratio} |")
+    return "\n".join(lines)
+
+
+def measured() -> str:
+    """The README's section, from the files in benchmarks/results."""
+    parts = []
+    cpu = RESULTS / "cpu.json"
+    parts.append(cpu_table(json.loads(cpu.read_text())) if cpu.is_file() else "Speed on the CPU: not measured.")
+    gpu = sorted(RESULTS.glob("gpu*.json"))
+    parts += [gpu_table.summary(json.loads(path.read_text())) for path in gpu]
+    if not gpu:
+        parts.append("Speed on a GPU: not measured. `make gpu` measures it, with the floors and goals beside it.")
+    return "\n\n".join(parts)
+
+
+def readme(text: str) -> str:
+    """The README with its tables made anew."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{measured()}\n{END}{tail}"
+
+
+def main() -> None:
+    """Reduce a raw file if there is one, then write the README."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cpu", type=Path, help="pytest-benchmark's JSON, becomes benchmarks/results/cpu.json")
+    args = parser.parse_args()
+    if args.cpu:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "cpu.json").write_text(json.dumps(reduce(json.loads(args.cpu.read_text())), indent=1) + "\n")
+    README.write_text(readme(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()
