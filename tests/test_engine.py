@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptneo_fast
 from gptneo_fast import backends, engine, ops
+from gptneo_fast.demo import FOLDER
 from gptneo_fast.engine import memory, mixin, plan, runner
 from gptneo_fast.errors import InputError, NonFiniteLogitsError, OutOfMemoryError
+from gptneo_fast.generation import text
 from gptneo_fast.sampling import FINISHED, STATUS
 
 CONFIG = dict(
@@ -98,6 +100,16 @@ def test_a_rows_text_depends_neither_on_its_mates_nor_on_how_often_the_host_look
     assert len({tuple(row) for row in same.tolist()}) == 4  # equal prompts, a text of their own each
 
 
+def test_a_text_depends_on_its_prompts_place_in_the_list_and_not_on_its_batch(captured, monkeypatch):
+    model = gptneo_fast.load(FOLDER, device="cpu")
+    prompts = ["Once upon a time", "One morning the little fox", "Long ago", "Once upon a time"]
+    options = dict(do_sample=True, temperature=0.9, seed=11, max_new_tokens=12)
+    together = model.generate_text(prompts, **options)
+    monkeypatch.setattr(text, "_BATCH", 1)
+    assert model.generate_text(prompts, **options) == together
+    assert together[0] != together[3]
+
+
 def test_the_global_seed_decides_where_none_is_given(model, captured):
     def text():
         torch.manual_seed(7)
@@ -133,8 +145,8 @@ def test_interleaved_generations_use_memory_of_their_own_and_hand_it_back(model,
     steps = [model._captured(*prompt_and_request(model, max_new_tokens=30), 4) for _ in range(2)]
     texts = [[], []]
     for _ in range(30):
-        for text, step in zip(texts, steps, strict=True):
-            text.append(next(step).item())
+        for found, step in zip(texts, steps, strict=True):
+            found.append(next(step).item())
     assert texts == [whole, whole]
     assert len(model.idle_runners.runners) < 2
     for step in steps:

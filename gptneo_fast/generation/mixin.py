@@ -92,24 +92,40 @@ class GenerationMixin:
         resolved = self._resolve(generation_config, options | {"synced_gpus": synced_gpus})
         prompt = self._prompt(input_ids if inputs is None else inputs, attention_mask, inputs_embeds, resolved)
         prompt.position_ids, prompt.token_type_ids, prompt.cache = position_ids, token_type_ids, past_key_values
+        return self._complete(
+            prompt,
+            resolved,
+            own=list(logits_processor or []),
+            criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            assistant=assistant_model,
+            streamer=streamer,
+            negative=(negative_prompt_ids, negative_prompt_attention_mask),
+            tokenizer=tokenizer,
+        )
+
+    def _complete(
+        self,
+        prompt: Prompt,
+        resolved: Any,
+        *,
+        assistant: Any = None,
+        streamer: Any = None,
+        negative: tuple[Tensor | None, Tensor | None] = (None, None),
+        tokenizer: Any = None,
+        **about: Any,
+    ) -> Any:
+        """What `generate` returns, for a checked prompt and resolved options."""
         prompt = prompt.expand(max(resolved.num_beams, resolved.num_return_sequences))
         guide = None
         if resolved.guidance_scale is not None and resolved.guidance_scale != 1:
-            guide = _Guide(self, prompt, negative_prompt_ids, negative_prompt_attention_mask)
-        request = self._request(
-            prompt,
-            resolved,
-            tokenizer,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            unconditional=guide,
-            own=list(logits_processor or []),
-            criteria=stopping_criteria,
-        )
+            guide = _Guide(self, prompt, *negative)
+        request = self._request(prompt, resolved, tokenizer, unconditional=guide, **about)
         if resolved.num_beams > 1:
-            if assistant_model is not None or streamer is not None:
+            if assistant is not None or streamer is not None:
                 raise InputError("num_beams above 1 goes neither with assistant_model nor with streamer")
             return self._give_beams(self._session(prompt, request), prompt.ids, request)
-        steps, session = self._steps(prompt, request, assistant_model, streamed=streamer is not None)
+        steps, session = self._steps(prompt, request, assistant, streamed=streamer is not None)
         new = list(steps if streamer is None else _stream(prompt.ids, steps, streamer))
         return self._give_texts(torch.cat([prompt.ids, *new], 1), session, request)
 

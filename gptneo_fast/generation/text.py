@@ -51,7 +51,7 @@ class TextGenerationMixin(GenerationMixin):
         """
         if not isinstance(prompts, (str, Iterable)):
             raise InputError(f"prompts is a {type(prompts).__name__}; give a string or strings")
-        resolved = self._resolve(None, options)
+        resolved = self._resolve(None, options | {"return_dict_in_generate": False})
         if resolved.num_return_sequences > 1:
             raise InputError(f"num_return_sequences={resolved.num_return_sequences}: repeat the prompt in the list instead")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -62,7 +62,9 @@ class TextGenerationMixin(GenerationMixin):
             longest = len(rows[batch[0]])
             ids = torch.tensor([[resolved.pad_id or 0] * (longest - len(rows[i])) + rows[i] for i in batch], device=self.device)
             mask = torch.tensor([[0] * (longest - len(rows[i])) + [1] * len(rows[i]) for i in batch], device=self.device)
-            new = self.generate(ids, attention_mask=mask, **options | {"return_dict_in_generate": False})[:, longest:].tolist()
+            prompt = self._prompt(ids, mask, None, resolved)
+            prompt.places = batch
+            new = self._complete(prompt, resolved)[:, longest:].tolist()
             for i, row in zip(batch, new, strict=True):
                 out[i] = (texts[i] if return_full_text else "") + self._text(row, resolved)
         return out[0] if isinstance(prompts, str) else out
