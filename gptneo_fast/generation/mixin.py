@@ -117,9 +117,8 @@ class GenerationMixin:
     ) -> Any:
         """What `generate` returns, for a checked prompt and resolved options."""
         prompt = prompt.expand(max(resolved.num_beams, resolved.num_return_sequences))
-        guide = None
-        if resolved.guidance_scale is not None and resolved.guidance_scale != 1:
-            guide = _Guide(self, prompt, *negative)
+        guided = resolved.guidance_scale not in (None, 1)
+        guide = _Guide(self, prompt, *negative) if guided else None
         request = self._request(prompt, resolved, tokenizer, unconditional=guide, **about)
         if resolved.num_beams > 1:
             if assistant is not None or streamer is not None:
@@ -147,8 +146,6 @@ class GenerationMixin:
         rows, tokens = beam_indices[:, :new].clamp(min=0).long(), sequences[:, sequences.shape[1] - new :]
         found = steps[rows, torch.arange(new, device=rows.device), tokens]
         return found.masked_fill(past_the_end[:, :new], 0)
-
-    # The parts of a call, which text generation uses too
 
     def _resolve(self, config: GenerationConfig | None, options: dict[str, Any]) -> Any:
         """Keywords over the config that was passed over the model's own, over the defaults."""
