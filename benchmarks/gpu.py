@@ -83,9 +83,10 @@ def run_all(mode: str, out: Path, minutes: float) -> dict[str, Any]:
             running = [
                 _start(stage, Path(folder) / f"{stage}.json", seconds, mode, results["ceilings"], cuda) for stage in stages
             ]
-            limit = Clock(min(seconds + GRACE, max(1.0, clock.left() - 2)))
+            began, limit = clock.left(), Clock(min(seconds + GRACE, max(1.0, clock.left() - 2)))
             for stage, process in zip(stages, running, strict=True):
-                results["stages"][stage] = _finish(stage, process, Path(folder) / f"{stage}.json", limit)
+                found = _finish(stage, process, Path(folder) / f"{stage}.json", limit)
+                results["stages"][stage] = {"seconds": round(began - clock.left(), 1)} | found
                 write(out / "results.json", results)
         if stages == ("card",) and cuda:
             from benchmarks.card import ceilings

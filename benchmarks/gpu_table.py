@@ -35,8 +35,8 @@ def _measure(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _verdicts(stages: dict[str, Any]) -> str:
-    rows = [[name, len(s["rows"]), len(s["failures"]), len(s["left_out"])] for name, s in stages.items()]
-    lines = [as_table(["stage", "done", "failed", "left out"], rows)]
+    rows = [[n, s.get("seconds"), len(s["rows"]), len(s["failures"]), len(s["left_out"])] for n, s in stages.items()]
+    lines = [as_table(["stage", "seconds", "done", "failed", "left out"], rows)]
     for name, stage in stages.items():
         lines += [f"- FAILED: {name}, {case}: {why}" for case, why in stage["failures"].items()]
     for name, stage in stages.items():

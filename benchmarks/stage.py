@@ -16,7 +16,9 @@ from benchmarks.costs import BANDWIDTH, RATE
 from benchmarks.models import SHAPES, config_of
 from benchmarks.timing import Clock
 
-TINY = dict(vocab_size=101, hidden_size=32, num_heads=2, num_layers=2, window_size=16, max_position_embeddings=128)
+TINY = dict(
+    vocab_size=19, hidden_size=16, num_heads=2, intermediate_size=32, num_layers=2, window_size=8, max_position_embeddings=64
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Setting:
         return gptneo_fast.GPTNeoConfig(**TINY) if shape == "tiny" else config_of(shape)
 
     def length(self, tokens: int) -> int:
-        """A context or prompt; the tiny model's are past its window of 16 where the others' are past theirs."""
-        return (12 if tokens < 256 else 40) if self.tiny else tokens
+        """A context or prompt; the tiny model's are past its window of 8 where the others' are past theirs."""
+        return (7 if tokens < 256 else 20) if self.tiny else tokens
 
     @property
     def dtype(self) -> torch.dtype:

@@ -50,7 +50,7 @@ class Ours:
     def decoder(self, batch: int, context: int, steps: int) -> Step:
         """Captured greedy steps, as `generate` runs them, whose last one sees `context` keys."""
         rows = next(n for n in BUCKETS if n >= batch)
-        runner = Runner(self.model, rows, context)
+        self.runner = runner = Runner(self.model, rows, context)
         for tensor in (*runner.cache.keys, *runner.cache.values):
             tensor.normal_()
         greedy = Drawing(GREEDY, [1.0, 1.0, 0.0, 1.0], [0, 0, context], runner.flags, runner.seeds, penalty=False)

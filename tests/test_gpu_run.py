@@ -15,6 +15,7 @@ from benchmarks import gpu, gpu_table, stage, timing
 from benchmarks.peers import Compiled, Transformers
 from benchmarks.stage import Case, LeftOut, Setting, run_cases
 from benchmarks.timing import Clock
+from benchmarks.whole import Ours
 
 REPO = Path(__file__).parent.parent
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine runs the real thing")
@@ -144,10 +145,10 @@ def test_decoders_step_on_to_the_context_that_was_asked_for():
         lambda module, args, kwargs: lengths.append(kwargs["layer_past"].get_seq_length()), with_kwargs=True
     )
     with torch.no_grad():
-        step = theirs.decoder(3, context=40, steps=4)
+        step = theirs.decoder(3, context=20, steps=4)
         for _ in range(4):
             assert step().shape == (3, 1)
-    assert lengths == [36, 37, 38, 39]
+    assert lengths == [16, 17, 18, 19]
 
 
 def test_rotating_sets_exceed_the_caches():
@@ -170,3 +171,12 @@ def test_make_gpu_installs_without_a_network_and_hands_on_the_folder():
     assert first.endswith("pip install --no-deps --no-index --no-build-isolation -e .")
     assert "-m benchmarks.gpu --mode quick" in second and "/x" in second
     assert "OUT" not in os.environ
+
+
+def test_our_decoder_is_the_engines_step_and_ends_at_the_context():
+    setting = Setting(device=torch.device("cpu"))
+    ours = Ours(setting.config("tiny"), torch.float32, setting.device)
+    step = ours.decoder(2, context=20, steps=4)
+    tokens = torch.stack([step().clone() for _ in range(4)])
+    assert ours.runner.lengths.tolist() == [20, 20]
+    assert torch.equal(ours.runner.out[:4], tokens)
