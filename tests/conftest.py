@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
 
@@ -39,6 +40,17 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs the network and real weights: run with --hub"))
         if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="minutes long: run with -m slow"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter():
+    if "triton.runtime.interpreter" not in sys.modules:  # nothing that was collected has kernels
+        yield
+        return
+    from interpreting import quick_calls
+
+    with quick_calls():
+        yield
 
 
 @pytest.fixture(autouse=True)
