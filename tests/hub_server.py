@@ -33,6 +33,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        self.closed = False
         self.log: list[tuple[str, str, str | None, str | None]] = []
         hub = self
 
@@ -54,6 +55,8 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
+        """Fall silent, on connections that are open too."""
+        self.closed = True
         self.server.shutdown()
         self.server.server_close()
 
@@ -62,6 +65,9 @@ class Hub:
         return [path for m, path, _, _ in self.log if m == method and path.endswith(name)]
 
     def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
+        if self.closed:
+            request.close_connection = True
+            return None
         path = unquote(urlsplit(request.path).path)
         self.log.append((request.command, path, request.headers.get("Range"), request.headers.get("Authorization")))
         owner, name, resolve, rest = [*path.strip("/").split("/", 3), "", "", "", ""][:4]

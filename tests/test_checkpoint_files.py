@@ -152,7 +152,9 @@ def test_27_a_tensor_that_no_shard_holds_or_that_the_index_does_not_list(folder)
 
 def test_27_a_million_keys_or_shards_are_refused(folder):
     put(folder, {"weight_map": {str(i): "x" for i in range(10**6)}})
-    refused(folder, INDEX, "lists 1000000 tensors, of at most 65536")
+    refused(folder, INDEX, f"bytes, of at most {8 << 20}")
+    put(folder, {"weight_map": {str(i): "x" for i in range(70_000)}})
+    refused(folder, INDEX, "lists 70000 tensors, of at most 65536")
     put(folder, {"weight_map": {str(i): str(i) for i in range(5000)}})
     refused(folder, "lists 5000 shards, of at most 4096")
 

@@ -203,6 +203,56 @@ def test_6_a_name_that_the_hub_allows_nowhere(hub, name):
     refused((InputError, ModelNotFoundError), name[:20], name=name)
 
 
+@pytest.mark.parametrize("name", [3, None, b"x", ["a/b"], "~nobodyatall/model"])
+def test_6_a_name_that_is_no_text_or_of_nobody(hub, name):
+    refused((InputError, ModelNotFoundError), repr(name)[:20], name=name)
+
+
+@pytest.mark.parametrize("value", ["../x", "/x", "a/../../b", "a\0b", " ", "x" * 300, 7, "a\nb"])
+@pytest.mark.parametrize("what", ["revision", "subfolder"])
+def test_6_a_revision_or_subfolder_that_leads_elsewhere(hub, checkpoint, what, value):
+    error = refused(InputError, what, **{what: value})
+    assert len(str(error)) < 300 and not hub.log
+    refused(InputError, what, name=checkpoint, **{what: value})
+
+
+def test_5_a_source_does_not_show_its_token():
+    assert "SECRET" not in repr(Source.of(NAME, token="hf_SECRET"))
+
+
+@pytest.mark.parametrize("name", ["X-Repo-Commit", "ETag"])
+def test_5_a_server_that_names_a_path_where_a_hash_belongs(hub, published, monkeypatch, name, tmp_path):
+    send = BaseHTTPRequestHandler.send_header
+    monkeypatch.setattr(BaseHTTPRequestHandler, "send_header", lambda s, k, v: send(s, k, "../../x" if k == name else v))
+    refused(SetupError, "is no hub", "'../../x'")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_hub_that_falls_silent_between_two_files(hub, published, monkeypatch):
+    fetch = download.fetch
+
+    def last(*arguments):
+        hub.close()
+        return fetch(*arguments)
+
+    monkeypatch.setattr("gptneo_fast.hub.source.fetch", last)
+    from huggingface_hub import file_download
+
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.1)
+    with pytest.raises(SetupError, match=r"could not be fetched|cannot be reached"):
+        Causal.from_pretrained(NAME)
+
+
+@pytest.mark.parametrize("ref", [b"", b"\xff\xfe", b"../../..", b"\0"])
+def test_34_a_reference_that_a_killed_process_left_half_written(hub, published, checkpoint, tmp_path, ref):
+    load()
+    written = snapshot(tmp_path).parent.parent / "refs" / "main"
+    written.write_bytes(ref)
+    refused(ModelNotFoundError, f"hf download {NAME}", local_files_only=True)
+    assert same(load(), checkpoint)
+    assert written.read_text() == COMMIT
+
+
 def test_a_revision_by_its_commit_and_a_tag(hub, published, checkpoint):
     published.revisions = ("main", "v1")
     assert same(load(revision="v1"), checkpoint)

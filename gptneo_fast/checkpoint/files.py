@@ -16,7 +16,7 @@ from .shapes import some
 from .stored import Stored, WeightFile
 
 SAFETENSORS, PICKLE, FLAX = "model.safetensors", "pytorch_model.bin", "flax_model.msgpack"
-MAX_INDEX, MAX_KEYS, MAX_SHARDS = 16 << 20, 65536, 4096  # bytes; 256 layers have 3332 keys
+MAX_INDEX, MAX_KEYS, MAX_SHARDS = 8 << 20, 65536, 4096  # bytes; 256 layers have 3332 keys
 _READERS: dict[str, Callable[[WeightFile], list[Stored]]] = {
     SAFETENSORS: safetensors.stored_in,
     PICKLE: pickled.stored_in,

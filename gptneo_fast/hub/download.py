@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from ..errors import InputError, ModelNotFoundError, SetupError
 
 LARGE = 16 << 20  # bytes from which a file is announced, and resumed after a kill
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")  # a commit or an etag: what may be a file's name
 _MOVE = "set HF_HOME or pass cache_dir=... to keep downloads elsewhere"
 
 
@@ -54,11 +56,18 @@ class Cache:
         """The commit that a branch, tag or commit stood for when it was last asked for; None where it never was."""
         ref = self.folder / "refs" / revision
         try:
-            if ref.is_file():
-                return ref.read_text().strip()
+            commit = ref.read_text(errors="replace").strip() if ref.is_file() else revision
+            known = _PLAIN.fullmatch(commit) and (ref.is_file() or (self.folder / "snapshots" / commit).is_dir())
         except OSError as error:
             raise SetupError(f"the cache {self.folder} cannot be read: {error.strerror}; {_MOVE}") from error
-        return revision if (self.folder / "snapshots" / revision).is_dir() else None
+        return commit if known else None
+
+    def mend(self, revision: str) -> None:
+        """Remove a reference that a killed process left half written; huggingface_hub would stumble over it."""
+        ref = self.folder / "refs" / revision
+        with suppress(OSError):
+            if ref.is_file() and self.commit_of(revision) is None:
+                ref.unlink()
 
     def find(self, path: str, commit: str) -> Path | None:
         """The file where it is in the cache."""
@@ -82,12 +91,13 @@ def look(repository: str, path: str, revision: str, token: str | bool | None) ->
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     about = get_hf_file_metadata(hf_hub_url(repository, path, revision=revision), token=token)
-    if about.commit_hash is None or about.etag is None or about.size is None:
+    if not _PLAIN.fullmatch(about.commit_hash or "") or not _PLAIN.fullmatch(about.etag or ""):
         raise SetupError(
-            f"the server that answered for {path!r} of {repository!r} is no hub: it names no commit, no etag or no size; "
-            "check HF_ENDPOINT and the proxy"
+            f"the server that answered for {path!r} of {repository!r} is no hub: it names no commit or no etag (it says "
+            f"{about.commit_hash!r:.80} and {about.etag!r:.80}); check HF_ENDPOINT and the proxy"
         )
-    return Remote(path, about.commit_hash, about.location, about.size, about.etag)
+    # A small text may come without its length.
+    return Remote(path, str(about.commit_hash), about.location, about.size or 0, str(about.etag))
 
 
 def announce(repository: str, files: Sequence[Remote], cache: Cache) -> None:
@@ -158,7 +168,10 @@ def _fetch_blob(repository: str, file: Remote, cache: Cache, token: str | bool |
 
 @contextmanager
 def explained(repository: str, revision: str, path: str, cache: Cache) -> Iterator[None]:
-    """Turn what huggingface_hub raises into errors that say what to do; no message holds the token."""
+    """Turn what huggingface_hub raises into errors that say what to do; no message holds the token.
+
+    Only that a repository has no such file is let through.
+    """
     from huggingface_hub import errors as hub
 
     what = f"{path!r} of {repository!r}"
@@ -175,7 +188,9 @@ def explained(repository: str, revision: str, path: str, cache: Cache) -> Iterat
             f"{repository!r} is neither a folder here nor a repository on the hub; a private one needs token=... or: "
             "hf auth login (a token that has expired is refused with the same answer)"
         ) from error
-    except (hub.EntryNotFoundError, hub.OfflineModeIsEnabled):
+    except hub.LocalEntryNotFoundError as error:  # what huggingface_hub makes of a hub that falls silent
+        raise UnreachableError(f"{what}: the hub {_endpoint()} cannot be reached; try again") from error
+    except hub.EntryNotFoundError:
         raise
     except hub.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Source:
     name: str
     folder: Path | None = None
     revision: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | Path | None = None
     local_files_only: bool = False
     subfolder: str = ""
@@ -41,18 +41,23 @@ class Source:
         A source stands for itself, and its own options count: those that share it share the commit.
 
         Raises:
-            InputError: the name is neither a folder nor a possible repository id.
+            InputError: the name is neither a folder nor a possible repository id; a revision or subfolder that none can have.
             ModelNotFoundError: it looks like a path and there is no such folder.
         """
         if isinstance(name_or_path, Source):
             return name_or_path
-        name = os.fspath(name_or_path)
+        name = os.fspath(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path
         if not isinstance(name, str) or not name.strip():
-            raise InputError(f"model name {name!r} is empty; give a folder or a hub id such as 'EleutherAI/gpt-neo-125m'")
-        folder = Path(name).expanduser()
+            raise InputError(
+                f"model name {name!r:.100} is no text; give a folder or a hub id such as 'EleutherAI/gpt-neo-125m'"
+            )
+        _check_part("revision", options.get("revision"))
+        _check_part("subfolder", options.get("subfolder"))
+        folder = Path(name)
         try:
+            folder = folder.expanduser()
             is_folder, exists = folder.is_dir(), folder.exists()
-        except (OSError, ValueError):  # too long a name, or a NUL in it
+        except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, ~ of nobody
             is_folder = exists = False
         if is_folder:
             return cls(name, folder=folder / options.pop("subfolder", ""), **options)
@@ -81,6 +86,8 @@ class Source:
             paths = {name: self.folder / name for name in names}
             # A link that leads nowhere is a fault and no absence.
             return {name: path if os.path.lexists(path) else None for name, path in paths.items()}
+        from huggingface_hub.errors import EntryNotFoundError
+
         cache = Cache(self._cache_root(), self.name)
         found: dict[str, Path | None] = {}
         remote: dict[str, Remote] = {}
@@ -91,7 +98,7 @@ class Source:
         if remote:
             announce(self.name, list(remote.values()), cache)
         for name, asked in remote.items():
-            with explained(self.name, str(self.revision), name, cache):
+            with suppress(EntryNotFoundError), explained(self.name, str(self.revision), name, cache):
                 found[name] = fetch(self.name, asked, cache, self.token)
         return found
 
@@ -128,6 +135,7 @@ class Source:
         if self.local_files_only or constants.HF_HUB_OFFLINE:
             self.offline = "local_files_only=True" if self.local_files_only else "HF_HUB_OFFLINE=1"
         else:
+            cache.mend(self.revision or "main")
             path = f"{self.subfolder}/config.json" if self.subfolder else "config.json"
             try:
                 with explained(self.name, str(self.revision), path, cache):
@@ -167,6 +175,16 @@ class Source:
         from huggingface_hub import constants
 
         return Path(self.cache_dir or constants.HF_HUB_CACHE)
+
+
+def _check_part(what: str, value: Any) -> None:
+    """Refuse a revision or subfolder that would lead elsewhere."""
+    if value in (None, ""):
+        return
+    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 200:
+        raise InputError(f"{what} {value!r:.100} is no name of at most 200 printed characters")
+    if value.startswith("/") or ".." in value.split("/"):
+        raise InputError(f"{what} {value!r} leaves its repository")
 
 
 def _near(folder: Path) -> str:
