@@ -51,9 +51,9 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
         Raises:
             InputError: more than one row and no `config.pad_token_id` to find their ends by.
         """
-        check_unknown(unknown, type(self).__name__)
+        check_unknown(unknown, type(self))
         given = input_ids if input_ids is not None else inputs_embeds
-        if given is not None and given.dim() > 1 and given.shape[0] != 1 and self.config.pad_token_id is None:
+        if isinstance(given, Tensor) and given.dim() > 1 and given.shape[0] != 1 and self.config.pad_token_id is None:
             raise InputError(
                 f"{given.shape[0]} rows and no padding token: set model.config.pad_token_id "
                 "(tokenizer.pad_token_id), or pass one row at a time"
@@ -126,7 +126,7 @@ class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
         **unknown: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Logits [B, T, num_labels], and with labels (integer [B, T], -100 ignored) the loss."""
-        check_unknown(unknown, type(self).__name__)
+        check_unknown(unknown, type(self))
         out = self.transformer(
             input_ids,
             past_key_values,
@@ -170,7 +170,7 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
         **unknown: Any,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
         """Start and end logits [B, T]; with both positions (integer [B], beyond the text ignored) the mean of both losses."""
-        check_unknown(unknown, type(self).__name__)
+        check_unknown(unknown, type(self))
         out = self.transformer(
             input_ids,
             None,

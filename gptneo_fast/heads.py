@@ -60,7 +60,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel, Transformer):
             InputError: a shape, dtype, device or value out of range; more than max_position_embeddings positions.
             CacheError: a cache of another batch size or one that cannot be continued.
         """
-        check_unknown(unknown, type(self).__name__)
+        check_unknown(unknown, type(self))
         x, position_ids, token_type_ids = check_inputs(
             self.config, self.device, input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
         )
@@ -123,7 +123,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
                 row, [B, n] for each, or a boolean [B, T] (then the logits are [number of True, V]).
             num_items_in_batch: divide the summed loss by this instead of averaging it.
         """
-        check_unknown(unknown, type(self).__name__)
+        check_unknown(unknown, type(self))
         out = self.transformer(
             input_ids,
             past_key_values,

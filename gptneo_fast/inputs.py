@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,19 +12,16 @@ from .cache import KVCache
 from .config import GPTNeoConfig
 from .errors import CacheError, InputError, UnknownOptionError, nearest
 
-_FORWARD = (
-    "input_ids past_key_values attention_mask token_type_ids position_ids inputs_embeds labels use_cache "
-    "start_positions end_positions output_attentions output_hidden_states return_dict logits_to_keep "
-    "num_items_in_batch"
-).split()
-_HARMLESS = ("cache_position",)  # transformers' callers pass it; positions are known here
+# transformers' callers pass them to every class: positions are known here, and a class without cache keeps none
+_HARMLESS = ("cache_position", "use_cache")
 
 
-def check_unknown(keywords: dict[str, Any], owner: str) -> None:
+def check_unknown(keywords: dict[str, Any], owner: type) -> None:
     """Refuse keywords that no argument of `owner.forward` takes, with the nearest that one does."""
     for name in keywords:
         if name not in _HARMLESS:
-            raise UnknownOptionError(f"{owner}.forward has no argument {name!r}{nearest(name, _FORWARD)}")
+            known = [k for k in inspect.signature(owner.forward).parameters if k not in ("self", "unknown")]  # type: ignore[attr-defined]
+            raise UnknownOptionError(f"{owner.__name__}.forward has no argument {name!r}{nearest(name, known)}")
 
 
 def check_ids(name: str, ids: Tensor, limit: int, device: torch.device) -> Tensor:

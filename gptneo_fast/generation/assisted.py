@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..cache import SLACK
-from .loop import Record, Request, sample
+from ..errors import NonFiniteLogitsError
+from .loop import Record, Request, broken_message, sample
 from .processors import MinLength
 from .session import Prompt, Session
 from .stopping import EndToken, MaxLength, StoppingCriteriaList, Unlikely
@@ -112,6 +113,9 @@ def assisted(session: Session, ids: Tensor, request: Request, drafter: Drafter) 
 
     Args:
         session: of one row, which nothing was fed to. ids: int64 [1, T], the prompt.
+
+    Raises:
+        NonFiniteLogitsError: the next token's logits were NaN or infinite.
     """
     options = request.options
     eos = torch.tensor(options.eos_ids, device=ids.device)
@@ -121,6 +125,9 @@ def assisted(session: Session, ids: Tensor, request: Request, drafter: Drafter) 
         n = guess.shape[1]
         whole = torch.cat([ids, guess], 1)
         logits = session.feed(whole, keep=n + 1).float()  # [1, n + 1, V]
+        if not options.remove_invalid_values and (good := _good(logits, ids)) <= n:
+            n, logits = good - 1, logits[:, :good]  # what breaks further on is met again, if the text gets there
+            guess, drawn_from = guess[:, :n], None if drawn_from is None else drawn_from[:, :n]
         scores = torch.stack([request.processors(whole[:, : T + i], logits[:, i]) for i in range(n + 1)], 1)
         if options.do_sample and drawn_from is not None:
             tokens = _accept(guess, drawn_from, scores, request.generator)
@@ -143,6 +150,18 @@ def assisted(session: Session, ids: Tensor, request: Request, drafter: Drafter) 
         yield tokens
         if bool(request.criteria(ids, request.record.scores).all()):
             break
+
+
+def _good(logits: Tensor, ids: Tensor) -> int:
+    """How many of the first logits [1, n, V] behind ids [1, T] are finite.
+
+    Raises:
+        NonFiniteLogitsError: none.
+    """
+    good = int(logits[0].isfinite().all(-1).int().cumprod(0).sum())
+    if good == 0:
+        raise NonFiniteLogitsError(broken_message([0], [ids.shape[1]]), rows=[0], sequences=ids)
+    return good
 
 
 def _accept(guess: Tensor, drawn_from: Tensor, scores: Tensor, generator: torch.Generator | None) -> Tensor:

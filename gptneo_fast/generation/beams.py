@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .loop import Request
+from ..errors import NonFiniteLogitsError
+from .loop import Request, broken_message
 from .session import Session
 
 _WORST = -1e9  # of a beam that does not exist
@@ -66,6 +67,9 @@ def beam_search(session: Session, ids: Tensor, request: Request) -> BeamResult:
 
     Args:
         session: of N * K rows. ids: int64 [N * K, P], every prompt K times.
+
+    Raises:
+        NonFiniteLogitsError: after the other prompts have ended, names the rows whose logits were NaN or infinite.
     """
     options, total, device = request.options, request.total, ids.device
     K, P = options.num_beams, ids.shape[1]
@@ -76,10 +80,13 @@ def beam_search(session: Session, ids: Tensor, request: Request) -> BeamResult:
     done = running.take(torch.arange(K, device=device).expand(N, K))
     running.scores = torch.zeros(N, K, device=device).index_fill(1, torch.arange(1, K, device=device), _WORST)
     improvable = torch.ones(N, 1, dtype=torch.bool, device=device)
+    broken = _Broken()
     among_best = torch.arange(kept, device=device) < K
     while length < total:
         texts = running.ids[:, :, :length].flatten(0, 1)  # [N * K, length]
         logits = session.feed(texts)[:, -1].float()
+        if not options.remove_invalid_values:
+            logits = broken.out_of(logits, texts, improvable)
         scores = request.processors(texts, logits.log_softmax(-1))
         request.record.step(session, logits, scores)
         candidates = _continue(running, scores, kept, length, P, request)
@@ -101,12 +108,47 @@ def beam_search(session: Session, ids: Tensor, request: Request) -> BeamResult:
         session.reorder(running.parents[:, :, length - P].flatten().long())
         length += 1
         improvable = improvable & _can_improve(running, done, length - P, total - P, options)
-        if all_ended or not bool(improvable.any()) or (options.early_stopping is True and bool(done.finished.all())):
+        if (
+            len(broken.texts) == N
+            or all_ended
+            or not bool(improvable.any())
+            or (options.early_stopping is True and bool(done.finished.all()))
+        ):
             break
     best = done.take(torch.arange(options.num_return_sequences, device=device).expand(N, -1))
     parents = best.parents.flatten(0, 1)
     longest = int((parents >= 0).sum(1).max())
+    broken.complain(best.ids.flatten(0, 1)[:, : max(P + longest, length)], options)
     return BeamResult(best.ids.flatten(0, 1)[:, : P + longest], best.scores.flatten(), parents[:, :longest])
+
+
+class _Broken:
+    """Prompts whose logits were NaN or infinite."""
+
+    def __init__(self) -> None:
+        self.texts: dict[int, Tensor] = {}  # prompt -> [T], its first beam when they were met
+
+    def out_of(self, logits: Tensor, texts: Tensor, improvable: Tensor) -> Tensor:
+        """Logits [N * K, V] with zeros for those that are not finite, which are noted where they matter still."""
+        finite = logits.isfinite().all(-1)
+        if bool(finite.all()):
+            return logits
+        K = len(logits) // len(improvable)
+        for prompt in (~finite.view(-1, K).all(1) & improvable[:, 0]).nonzero().flatten().tolist():
+            self.texts.setdefault(prompt, texts[prompt * K])
+        return torch.where(finite[:, None], logits, 0.0)
+
+    def complain(self, sequences: Tensor, options: Any) -> None:
+        """Raise for the prompts that are broken; sequences [N * R, T] are the results."""
+        if not self.texts:
+            return
+        R = options.num_return_sequences
+        for prompt, text in self.texts.items():
+            sequences[prompt * R : (prompt + 1) * R] = options.pad_id or 0
+            sequences[prompt * R : (prompt + 1) * R, : len(text)] = text
+        rows = [prompt * R + i for prompt in sorted(self.texts) for i in range(R)]
+        columns = [len(self.texts[row // R]) for row in rows]
+        raise NonFiniteLogitsError(broken_message(rows, columns), rows=rows, sequences=sequences)
 
 
 def _empty(N: int, K: int, P: int, total: int, ids: Tensor, fill: int) -> Beams:

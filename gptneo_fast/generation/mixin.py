@@ -17,7 +17,7 @@ from .beams import beam_search
 from .config import OFF, GenerationConfig, total_length
 from .loop import Record, Request, sample
 from .processors import Context, processors_of
-from .session import Prompt, Session
+from .session import Prompt, Session, padding_of
 from .stopping import criteria_of
 from .warpers import warpers_of
 
@@ -62,7 +62,7 @@ class GenerationMixin:
         """Prompts and their continuations, int64 [B, T + new]; rows that end early are filled with the pad token.
 
         Args:
-            inputs, input_ids: prompts, integer [B, T] or [T], padded on the left; None for one beginning-of-text token.
+            inputs, input_ids: prompts, integer [B, T] or [T], padded on either side; None for one beginning-of-text token.
             generation_config: options as one object, which keywords win over.
             logits_processor: callables (ids [B, T], scores [B, V]) -> scores, after all others but the sampler's own.
             stopping_criteria: callables (ids [B, T], scores) -> boolean [B], True for a text that has ended.
@@ -92,8 +92,8 @@ class GenerationMixin:
         resolved = self._resolve(generation_config, options | {"synced_gpus": synced_gpus})
         prompt = self._prompt(input_ids if inputs is None else inputs, attention_mask, inputs_embeds, resolved)
         prompt.position_ids, prompt.token_type_ids, prompt.cache = position_ids, token_type_ids, past_key_values
-        return self._complete(
-            prompt,
+        out = self._complete(
+            prompt.leftwards(),
             resolved,
             own=list(logits_processor or []),
             criteria=stopping_criteria,
@@ -103,6 +103,7 @@ class GenerationMixin:
             negative=(negative_prompt_ids, negative_prompt_attention_mask),
             tokenizer=tokenizer,
         )
+        return _with_prompts(prompt.ids, out)
 
     def _complete(
         self,
@@ -171,16 +172,17 @@ class GenerationMixin:
                 raise InputError("no prompt and no bos_token_id to begin with; give input_ids")
             ids = torch.tensor([[options.bos_token_id]], device=self.device)
         ids = check_ids("input_ids", ids, self.config.vocab_size, self.device)
-        return Prompt(ids, _padding(ids, mask, options))
+        return Prompt(ids, padding_of(ids, mask, options))
 
     def _request(self, prompt: Prompt, options: Any, tokenizer: Any = None, criteria: Any = None, **about: Any) -> Request:
         embedded = 0 if prompt.embeds is None else prompt.embeds.shape[1]
         before = prompt.cache.get_seq_length() if prompt.cache is not None else 0
         P = prompt.ids.shape[1]
-        if prompt.mask is not None and prompt.mask.shape[1] > P:
+        if prompt.embeds is None and prompt.mask is not None and prompt.mask.shape[1] > P:
             embedded = before
         total = total_length(options, P + embedded, self.config.max_position_embeddings) - embedded
-        context = Context(P, total, self.config.vocab_size, prompt.starts, **about)
+        starts = None if prompt.starts is None else (prompt.starts - embedded).clamp(min=0)  # in columns of ids
+        context = Context(P, total, self.config.vocab_size, starts, **about)
         generator = None
         if options.seed is not None:
             generator = torch.Generator(prompt.ids.device).manual_seed(options.seed)
@@ -241,6 +243,13 @@ class GenerationMixin:
         )
 
 
+def _with_prompts(given: Tensor, out: Any) -> Any:
+    """The output with its prompts as they were given [B, P], their padding on whichever side."""
+    sequences = out if isinstance(out, Tensor) else out.sequences
+    sequences[:, : given.shape[1]] = given.repeat_interleave(len(sequences) // len(given), 0)
+    return out
+
+
 def _kept(record: Record) -> dict[str, Any]:
     return {name: None if value is None else tuple(value) for name, value in vars(record).items()}
 
@@ -274,26 +283,3 @@ class _Guide:
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         return self.session.feed(torch.cat([self.ids, input_ids[:, self.prompt :]], 1))[:, -1]
-
-
-def _padding(ids: Tensor, mask: Tensor | None, options: Any) -> Tensor | None:
-    """The mask [B, T] of the prompts' padding, or None where there is none.
-
-    Raises:
-        InputError: another shape, or a row of nothing but padding.
-    """
-    if mask is None:
-        pad = options.pad_token_id
-        if pad is None or pad in options.eos_ids or not bool((ids == pad).any()):
-            return None
-        mask = ids != pad
-    if mask.dim() == 1:
-        mask = mask[None]
-    if mask.dim() != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
-        raise InputError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}; they must agree")
-    held = (mask != 0).to(ids.device)
-    if bool(held.all()) and held.shape[1] == ids.shape[1]:
-        return None
-    if empty := (~held.any(1)).nonzero().flatten().tolist():
-        raise InputError(f"row {empty[0]} of attention_mask is all padding; a prompt needs at least one token")
-    return held.long()
