@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -89,6 +90,19 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, grad: bool = 
         )
         return Choice("reference", "gradients are required", reference)
     return Choice("triton", "the device can run the kernels", ops)
+
+
+def early_launches(choice: Choice) -> AbstractContextManager[None]:
+    """A context in which kernels of a decode step start before the one before them has ended, and wait by themselves.
+
+    Raises:
+        SetupError: no kernels compute; or, from a kernel, the device cannot do it.
+    """
+    if choice.name != "triton":
+        raise SetupError(f"early_launch=True is a way to launch kernels and {choice}; leave it off")
+    from .kernels import launch
+
+    return launch.early_launches()
 
 
 def report() -> dict[str, str]:

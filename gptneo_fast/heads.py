@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import backends
 from .cache import KVCache
 from .config import GPTNeoConfig
 from .engine import EngineMixin
@@ -88,10 +90,19 @@ class GPTNeoModel(GPTNeoPreTrainedModel, Transformer):
 
 
 class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
-    """The language model, its head tied to the token embedding."""
+    """The language model, its head tied to the token embedding.
 
-    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
+    Args:
+        config: shapes and constants.
+        backend: "auto", "triton" or "reference".
+        early_launch: in steps of generation let each kernel start before the one before it has ended, and load weights
+            while it waits (programmatic dependent launch; GPUs of capability 9.0 and up). Off until a committed result
+            shows it right and faster; may be set on a model, too, before its first step.
+    """
+
+    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto", early_launch: bool = False) -> None:
         super().__init__(config, backend=backend)
+        self.early_launch = early_launch
         self.transformer = GPTNeoModel(config, backend=backend)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._init_weights(self.lm_head)
@@ -166,7 +177,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
             cache: of the columns before; appended to.
             rows: which columns are tokens.
         """
-        trunk = self.transformer
-        x = trunk.run(ids, position_ids, token_type_ids, rows, cache, final_norm=False).narrow(1, ids.shape[1] - keep, keep)
-        norm = trunk.ln_f
-        return trunk.functions(x).lm_head(x, norm.weight, norm.bias, self.lm_head.weight, norm.eps)
+        trunk, norm, T = self.transformer, self.transformer.ln_f, ids.shape[1]
+        with backends.early_launches(self.backend) if self.early_launch else nullcontext():
+            x = trunk.run(ids, position_ids, token_type_ids, rows, cache, final_norm=False).narrow(1, T - keep, keep)
+            return trunk.functions(x).lm_head(x, norm.weight, norm.bias, self.lm_head.weight, norm.eps)

@@ -159,7 +159,6 @@ def attend(
 
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int, starts: Tensor | None = None,
-    *, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention of T new tokens that the cache already holds, without the 1/sqrt(D) factor, scores in float32.
 
@@ -169,7 +168,6 @@ def decode_attention(
         lengths: int32 [B], tokens held before the T new ones.
         window: keys a query sees; 0 for all.
         starts: int32 [B], columns of left padding; None for none.
-        pdl: launch it before the kernel before it has ended; it waits by itself.
 
     Returns:
         [B, T, H * D]
@@ -192,7 +190,7 @@ def decode_attention(
         attend, tiles * splits, q,
         q, k_cache, v_cache, lengths, starts, out, parts, stats, tickets(tiles, q.device), H, T, R, D, window, tiles_t, splits,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], BT=t.BT, BD=BD, BS=t.BS, STEPS=t.steps,
-        WHOLE_D=BD == D, AT_ONCE=32 if t.BT == 1 else 1, PDL=pdl, num_warps=t.warps, num_stages=t.stages,
-        **({"launch_pdl": True} if pdl else {}),
+        WHOLE_D=BD == D, AT_ONCE=32 if t.BT == 1 else 1, num_warps=t.warps, num_stages=t.stages,
+        **launch.chained("decode_attention", q),
     )  # fmt: skip
     return out

@@ -138,14 +138,14 @@ def finish(
 @triton.jit
 def gemv(
     x_ptr, gamma_ptr, beta_ptr, w_ptr, wk_ptr, wv_ptr, bias_ptr, residual_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
-    lengths_ptr, starts_ptr, K, N, programs, granules, eps, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh,
+    lengths_ptr, starts_ptr, K, N, programs, granules, zero, eps, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh,
     stride_vr, R, D, GELU: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr,
     PACKED: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = [residual +] [gelu](norm(x) @ w.T [+ bias]) for one row x [K]; w: [N, K].
 
     With a k_cache the weights are three and `programs` work on each; q goes to out, k and v to the slots of the token.
-    AHEAD granules are in flight at a time; 0 means all of them (`granules` is then 1).
+    AHEAD granules are in flight at a time. `zero` is 0, which the compiler does not know.
     """
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     pid, third = tl.program_id(0), 0
@@ -178,12 +178,15 @@ def gemv(
         tl.extra.cuda.gdc_wait()
 
     xs = ()  # float32 [WIDTH], even and odd columns in turn where they are packed
+    gate = tl.zeros([WIDTH], tl.int32)
     for c in tl.static_range(CHUNKS):
         offs = c * WIDTH + offs_k
         x = raw(x_ptr, offs, offs < words, PACKED, not EVEN_K, False)
         xs = xs + (low(x, dtype, PACKED),)
         if PACKED:
             xs = xs + (high(x, dtype),)
+            gate |= x
+    gate &= zero  # zero, but who computes with it has the whole row: else ptxas unpacks weights before it asks for the row
     if gamma_ptr is not None:
         total = tl.zeros([WIDTH], tl.float32)
         for i in tl.static_range(CHUNKS * PER):
@@ -211,9 +214,10 @@ def gemv(
     for g in tl.range(0, granules, loop_unroll_factor=1):
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
         for c in tl.static_range(CHUNKS):
-            acc += low(ws[c], dtype, PACKED) * xs[c * PER][None]
+            w = ws[c] ^ gate[None] if PACKED and gamma_ptr is None else ws[c]
+            acc += low(w, dtype, PACKED) * xs[c * PER][None]
             if PACKED:
-                acc += high(ws[c], dtype) * xs[c * PER + 1][None]
+                acc += high(w, dtype) * xs[c * PER + 1][None]
         later = offs_n + (g + AHEAD) * ROWS
         new = ()
         for c in tl.static_range(CHUNKS):
@@ -255,7 +259,7 @@ class Cache(NamedTuple):
 def run(
     kernel: str, x: Tensor, weights: tuple[Tensor, ...], out: Tensor, *, norm: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0, bias: Tensor | None = None, residual: Tensor | None = None, gelu: bool = False,
-    cache: Cache | None = None, pdl: bool = False,
+    cache: Cache | None = None,
 ) -> None:  # fmt: skip
     """One row through `gemv`.
 
@@ -264,7 +268,6 @@ def run(
         x: contiguous, K elements. weights: one contiguous [N, K], or q, k and v. out: N elements (of q).
         norm: gamma and beta [K]. bias: [N]. residual: contiguous, N elements.
         cache: takes k and v.
-        pdl: launch it before the kernel before it has ended; it waits by itself.
     """
     N, K = weights[0].shape
     t = tile(kernel, K, x.element_size())
@@ -275,8 +278,8 @@ def run(
     w = weights if len(weights) == 3 else (weights[0], None, None)
     launch.run(
         gemv, programs * len(weights), x,
-        x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), K, N, programs, t.granules, eps,
+        x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), K, N, programs, t.granules, 0, eps,
         *Cache.strides(cache), *Cache.sizes(cache)[1:], GELU=gelu, ROWS=t.rows, BK=t.BK, CHUNKS=triton.cdiv(K, t.BK),
-        AHEAD=t.ahead, PACKED=packed, EVEN_K=K % t.BK == 0, EVEN_N=N % (t.rows * t.granules) == 0, PDL=pdl,
-        num_warps=t.warps, **({"launch_pdl": True} if pdl else {}),
+        AHEAD=t.ahead, PACKED=packed, EVEN_K=K % t.BK == 0, EVEN_N=N % (t.rows * t.granules) == 0,
+        num_warps=t.warps, **launch.chained(kernel, x),
     )  # fmt: skip

@@ -5,7 +5,9 @@ Launchers call these through the module (`launch.run`), so that a test may count
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # what `triton.jit` makes of
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 matrices silently wrong
 _SMS_OF_NO_DEVICE = 132
+_early: ContextVar[bool] = ContextVar("early", default=False)
 
 
 def run(kernel: Any, programs: int, like: Tensor, *args: Any, **meta: Any) -> None:
@@ -27,6 +30,33 @@ def run(kernel: Any, programs: int, like: Tensor, *args: Any, **meta: Any) -> No
     other = like.is_cuda and like.device.index != torch.cuda.current_device()
     with torch.cuda.device(like.device) if other else nullcontext():
         kernel[(programs,)](*args, **meta)
+
+
+@contextmanager
+def early_launches() -> Iterator[None]:
+    """Within it, kernels of a decode step start before the kernel before them has ended: programmatic dependent launch.
+
+    Each waits by itself before it touches an activation or the cache; until then it may load weights.
+    """
+    token = _early.set(True)
+    try:
+        yield
+    finally:
+        _early.reset(token)
+
+
+def chained(op: str, like: Tensor) -> dict[str, bool]:
+    """Options of a launch, for a kernel with a PDL constexpr: whether it starts early.
+
+    Raises:
+        SetupError: within `early_launches`, on a device that cannot do it.
+    """
+    if not _early.get():
+        return {"PDL": False}
+    if INTERPRETED or torch.cuda.get_device_capability(like.device) < (9, 0):
+        where = "in the interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name(like.device)}"
+        raise SetupError(f"{op}: early_launch=True needs a GPU of capability 9.0 and is not possible {where}; leave it off")
+    return {"PDL": True, "launch_pdl": True}
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

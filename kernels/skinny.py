@@ -92,6 +92,13 @@ def statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(ptrs):
+    """Ask L2 for the lines of these addresses; no register waits for them."""
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def skinny(
     x_ptr, gamma_ptr, beta_ptr, w_ptr, wk_ptr, wv_ptr, bias_ptr, residual_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
     lengths_ptr, starts_ptr, part_ptr, ticket_ptr, M, N, K, tiles_n, splits, share, eps, stride_kb, stride_kh,
@@ -112,8 +119,15 @@ def skinny(
             w_ptr = wk_ptr
         elif third == 2:
             w_ptr = wv_ptr
+    begin = split * share
+    end = tl.minimum(begin + share, K)
+    offs_n = pid_n * BM + tl.arange(0, BM)
+    first_n = tl.minimum(offs_n, N - 1).to(tl.int64) * K  # rows past the end repeat the last one: loads need no mask
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+        ahead = tl.minimum(begin + tl.arange(0, 2 * SK * BK // LINE) * LINE, end - 1)  # two tiles
+        _prefetch(w_ptr + first_n[:, None] + ahead[None])
         tl.extra.cuda.gdc_wait()
     rows = pid_m * NB + tl.arange(0, NB)
     mask_m = rows < M
@@ -122,13 +136,9 @@ def skinny(
     if gamma_ptr is not None:
         base, mean, scale = statistics(x_ptr, offs_m, mask_m, K, eps, SK * BK)
 
-    begin = split * share
-    end = tl.minimum(begin + share, K)
-    offs_n = pid_n * BM + tl.arange(0, BM)
     offs_k = tl.arange(0, SK)[:, None] * BK + tl.arange(0, BK)[None]  # [SK, BK]
     x_ptrs = x_ptr + offs_m[None, :, None] * K + offs_k[:, None, :]  # [SK, NB, BK]
-    # Rows past the end repeat the last one, so that loads need no mask; only the store leaves them out.
-    w_ptrs = w_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[None, :, None] * K + offs_k[:, None, :]  # [SK, BM, BK]
+    w_ptrs = w_ptr + first_n[None, :, None] + offs_k[:, None, :]  # [SK, BM, BK]
     acc = tl.zeros([SK, BM, NB], tl.float32)
     for k in range(begin, end, SK * BK):
         held = (offs_k < end - k)[:, None, :]
@@ -167,7 +177,7 @@ def skinny(
 def run(
     kernel: str, x: Tensor, weights: tuple[Tensor, ...], out: Tensor, *, norm: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0, bias: Tensor | None = None, residual: Tensor | None = None, gelu: bool = False,
-    cache: Cache | None = None, pdl: bool = False,
+    cache: Cache | None = None,
 ) -> None:  # fmt: skip
     """Rows x [M, K] through `skinny`; out [M, N] may have a row stride. Arguments as those of `gemv.run`."""
     (M, K), (N, _) = x.shape, weights[0].shape
@@ -183,6 +193,6 @@ def run(
         skinny, groups * t.splits, x,
         x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), parts, tickets(groups, x.device), M, N, K, tiles_n,
         t.splits, share, eps, *Cache.strides(cache), out.stride(0), *Cache.sizes(cache), GELU=gelu,
-        NB=NB, BM=t.BM, SK=t.SK, BK=t.BK, EVEN_K=K % (t.splits * t.SK * t.BK) == 0, PDL=pdl,
-        num_warps=t.warps, num_stages=t.stages, **({"launch_pdl": True} if pdl else {}),
+        NB=NB, BM=t.BM, SK=t.SK, BK=t.BK, EVEN_K=K % (t.splits * t.SK * t.BK) == 0,
+        num_warps=t.warps, num_stages=t.stages, **launch.chained(kernel, x),
     )  # fmt: skip

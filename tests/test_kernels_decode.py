@@ -80,8 +80,8 @@ def test_append_puts_every_row_of_every_batch_into_its_slots(B, T, D, starts, mo
     )
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 33, 64, 65])
-@pytest.mark.parametrize("K", [20, 64, 768, 1536])
+@pytest.mark.parametrize("rows", [1, 2, 9, 17, 64, 65])
+@pytest.mark.parametrize("K", [20, 768, 1536])
 def test_few_rows_times_a_weight(rows, K, monkeypatch):
     x, gamma, beta, residual = rand(rows, 1, K), 1 + rand(K, scale=0.1), rand(K), rand(rows, 1, 37)
     weight, bias = rand(37, K, scale=K**-0.5), rand(37)
