@@ -1,6 +1,7 @@
 """The forward pass in JAX: pure functions of a parameter tree with the names of transformers 4.57's Flax classes.
 
-Kernels are [in, out]. Activations between layers have the dtype of the embeddings, layers compute in `Spec.dtype`.
+Kernels are [in, out]. Layers compute in `Spec.dtype`; what is added up between them has the wider dtype of
+that and the embeddings.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def trunk(
     attention = None if dropout_key is None or not spec.attention_dropout else partial(drop, spec.attention_dropout)
     banded = {w: alone and not want_weights and attention is None and 0 < 2 * w < T for w in views}
     seen = {w: None if banded[w] else visible(view) for w, view in views.items()}
-    x = drop(spec.embed_dropout, tree["wte"]["embedding"][ids] + tree["wpe"]["embedding"][positions])
+    wte, wpe = tree["wte"]["embedding"], tree["wpe"]["embedding"]
+    wide = jnp.promote_types(wte.dtype, spec.dtype)
+    x = drop(spec.embed_dropout, wte[ids].astype(wide) + wpe[positions].astype(wide))
     keys: dict[str, Array] = {}
     values: dict[str, Array] = {}
     hidden, weights = [x], []

@@ -69,7 +69,10 @@ class FlaxSampleOutput(FlaxOutput):
 @_tree
 @dataclass(eq=False)
 class FlaxBeamSearchOutput(FlaxOutput):
-    """sequences int32 [B, length], the best first; scores float32 [B], summed log-probability / length ** length_penalty."""
+    """sequences int32 [B, length], the best first; scores float32 [B].
+
+    A score is the summed log-probability / length ** length_penalty, or the sum alone where no beam of the prompt ended.
+    """
 
     sequences: Array | None = None
     scores: Array | None = None
