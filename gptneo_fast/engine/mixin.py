@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..generation.text import TextGenerationMixin
 from .memory import check_memory
 from .plan import Drawing, why_stepwise
 from .runner import BUCKETS, Runner, broken_rows
+from .speculation import Speculation, draft_length, why_not_drafts
 
 _COLUMNS = 256  # memory is laid out for multiples of this many
 _KEPT = 4  # runners that a model keeps for later requests
@@ -51,25 +52,32 @@ class EngineMixin(TextGenerationMixin):
     def _fast_steps(self, prompt: Prompt, request: Request, assistant: Any, streamed: bool) -> Iterator[Tensor] | None:
         why = self._why_stepwise(prompt, request, assistant)
         self.last_generation = Generation("captured" if why is None else "stepwise", why or "every option runs on the device")
-        return None if why else self._captured(prompt, request, _REPLAYS_STREAMED if streamed else _REPLAYS)
+        return None if why else self._captured(prompt, request, assistant, _REPLAYS_STREAMED if streamed else _REPLAYS)
 
     def _why_stepwise(self, prompt: Prompt, request: Request, assistant: Any) -> str | None:
-        model: Any = self
-        if model.backend.name != "triton" or model.device.type != "cuda":
-            return f"the {model.backend.name} backend on {model.device.type} is stepwise"
-        if assistant is not None:
-            return "assistant_model asks for the stepwise path"
+        models: list[Any] = [self, assistant]
+        for model in models:
+            if model is not None and (model.backend.name != "triton" or model.device.type != "cuda"):
+                return f"the {model.backend.name} backend on {model.device.type} is stepwise"
+        return self._wishes(prompt, request, assistant)
+
+    def _wishes(self, prompt: Prompt, request: Request, assistant: Any) -> str | None:
+        """Which of a request's wishes needs the host, on a device that can capture."""
         if len(prompt.ids) > BUCKETS[-1]:
             return f"{len(prompt.ids)} rows are more than the {BUCKETS[-1]} that steps are captured for"
-        return why_stepwise(prompt, request)
+        why = why_stepwise(prompt, request)
+        if why is None and (assistant is not None or request.options.prompt_lookup_num_tokens is not None):
+            why = why_not_drafts(prompt, request, assistant)
+        return why
 
-    def _captured(self, prompt: Prompt, request: Request, replays: int) -> Iterator[Tensor]:
+    def _captured(self, prompt: Prompt, request: Request, assistant: Any, replays: int) -> Iterator[Tensor]:
         """New tokens [B, 1] int64 of each step; raises for broken rows after the others have ended."""
         model: Any = self
         drawing = Drawing.of(prompt, request, model.config.vocab_size)
         B, P = prompt.ids.shape
         pad = request.options.pad_id or 0
-        runner = _take(model, B, request.total)
+        drafts = assistant is not None or request.options.prompt_lookup_num_tokens is not None
+        runner = _take_drafting(model, request, assistant) if drafts else _take(model, B, request.total)
         pieces: list[Tensor] = []
         columns, broken, drawn = 0, [], torch.zeros(B, dtype=torch.int64)
         try:
@@ -92,7 +100,7 @@ class Idle:
 
     def __init__(self) -> None:
         self.weights: tuple[Any, ...] = ()
-        self.runners: list[Runner] = []
+        self.runners: list[Any] = []
 
     def __reduce__(self) -> tuple[type[Idle], tuple[()]]:
         return Idle, ()
@@ -106,24 +114,50 @@ def _weights(model: Any) -> tuple[Any, ...]:
     return tuple((p.data_ptr(), tuple(p.shape), p.dtype) for p in model.parameters())
 
 
+def _columns(model: Any, total: int) -> int:
+    return min(-(-total // _COLUMNS) * _COLUMNS, model.config.max_position_embeddings)
+
+
 def _take(model: Any, B: int, total: int) -> Runner:
-    """A runner for B rows of `total` columns that nobody else uses; kept ones that fit come first."""
-    rows = next(n for n in BUCKETS if n >= B)
-    columns = min(-(-total // _COLUMNS) * _COLUMNS, model.config.max_position_embeddings)
+    """A runner for B rows of `total` columns that nobody else uses."""
+    rows, columns = next(n for n in BUCKETS if n >= B), _columns(model, total)
+
+    def make() -> Runner:
+        check_memory(model, rows, columns, lambda: _drop(model))
+        return Runner(model, rows, columns)
+
+    return _kept(model, (rows, columns), make)
+
+
+def _take_drafting(model: Any, request: Request, assistant: Any) -> Speculation:
+    """The same for one text with drafts."""
+    n, longest = draft_length(request, assistant), int(request.options.max_matching_ngram_size)
+    columns = _columns(model, request.total)
+    key = ("drafts", columns, n, longest, None if assistant is None else (id(assistant), _weights(assistant)))
+
+    def make() -> Speculation:
+        check_memory(model, 1, columns, lambda: _drop(model))
+        helper = None if assistant is None else Runner(assistant, 1, columns)
+        return Speculation(Runner(model, 1, columns), n, helper, longest, key)
+
+    return _kept(model, key, make)
+
+
+def _kept(model: Any, key: Any, make: Callable[[], Any]) -> Any:
+    """What an earlier request of this kind has left, or a new one."""
     weights = _weights(model)
     with _lock:
         kept = model.idle_runners
         if kept.weights != weights:  # moved, resized or merged since
             kept.weights, kept.runners = weights, []
         for runner in kept.runners:
-            if runner.rows == rows and runner.columns == columns:
+            if runner.key == key:
                 kept.runners.remove(runner)
                 return runner
-    check_memory(model, rows, columns, lambda: _drop(model))
-    return Runner(model, rows, columns)
+    return make()
 
 
-def _give_back(model: Any, runner: Runner) -> None:
+def _give_back(model: Any, runner: Any) -> None:
     with _lock:
         kept = model.idle_runners
         if kept.weights == _weights(model):

@@ -31,7 +31,6 @@ def why_stepwise(prompt: Prompt, request: Request) -> str | None:
     given = {
         "use_cache=False": not options.use_cache,
         "return_dict_in_generate": options.return_dict_in_generate,
-        "prompt_lookup_num_tokens": options.prompt_lookup_num_tokens is not None,
         "prefill_chunk_size": options.prefill_chunk_size is not None,
         "inputs_embeds": prompt.embeds is not None,
         "past_key_values": prompt.cache is not None,

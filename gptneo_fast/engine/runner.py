@@ -85,14 +85,18 @@ def capture(step: Callable[[], None], device: torch.device) -> Any:
 
 @dataclass
 class Look:
-    """What the host will know once `event` has happened: columns up to `end`, and the state after them."""
+    """What the host will know once `event` has happened: columns up to `end`, and the state after them.
+
+    tokens: where they travel with the look, int32 [columns].
+    """
 
     state: Tensor
     end: int
     event: Any
+    tokens: Tensor | None = None
 
 
-def _on(stream: Any) -> AbstractContextManager[Any]:
+def on_stream(stream: Any) -> AbstractContextManager[Any]:
     """Launches go to `stream` and its device, whatever the caller does between two pieces; None for no CUDA."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
@@ -118,7 +122,8 @@ class Runner:
         self.flags = torch.zeros(V, dtype=torch.uint8, device=device)
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self.seen = torch.zeros(0, dtype=torch.uint8, device=device)  # [rows, V] once some request has a penalty
-        self.steps: dict[tuple[int, bool], Any] = {}
+        self.steps: dict[Any, Any] = {}  # captured, by what sets them apart
+        self.key: Any = (rows, columns)  # which requests it can serve
         self.idle: Any = None  # on CUDA the event after which nobody uses this memory any more
 
     @torch.no_grad()
@@ -136,15 +141,15 @@ class Runner:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         looks: deque[Look] = deque()
         try:
-            with _on(stream):
+            with on_stream(stream):
                 if stream is not None and self.idle is not None:
                     stream.wait_event(self.idle)
                 step = self.step_for(drawing)
-                self._begin(ids, mask, drawing)
+                self.begin(ids, mask, drawing)
                 launched, known = 1, 0  # the first token comes of the prompt
                 looks.append(self._look(launched))
             while looks:
-                with _on(stream):
+                with on_stream(stream):
                     while len(looks) < AHEAD and launched < most:
                         n = min(replays, most - launched)
                         for _ in range(n):
@@ -165,7 +170,7 @@ class Runner:
                 self.idle = torch.cuda.Event()
                 self.idle.record(stream)
 
-    def _begin(self, ids: Tensor, mask: Tensor | None, drawing: Drawing) -> None:
+    def begin(self, ids: Tensor, mask: Tensor | None, drawing: Drawing) -> None:
         """Read the prompts into the cache, set the state, draw the first tokens."""
         B, P = ids.shape
         self.rates.copy_(torch.tensor(drawing.rates))
@@ -205,6 +210,10 @@ class Runner:
             event.record(torch.cuda.current_stream(self.device))
         return Look(state, end, event)
 
+    def draw_next(self, method: int, penalty: bool = False) -> None:
+        """One step: run every row's newest token, draw the next one."""
+        self._draw(step_logits(self.model, self.state, StepCache(self.cache, self.lengths)), method, penalty)
+
     def _draw(self, logits: Tensor, method: int, penalty: bool) -> None:
         seen = self.seen if penalty else None
         functions = self.model.transformer.functions(logits)
@@ -218,10 +227,9 @@ class Runner:
         if drawing.penalty and not len(self.seen):
             self.seen = torch.zeros(self.rows, len(self.flags), dtype=torch.uint8, device=self.device)
         if kind not in self.steps:
-            view = StepCache(self.cache, self.lengths)
 
             def step() -> None:
-                self._draw(step_logits(self.model, self.state, view), *kind)
+                self.draw_next(*kind)
 
             self.state[STATUS] = FINISHED
             self.lengths.zero_()
