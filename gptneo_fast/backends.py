@@ -81,10 +81,10 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, grad: bool = 
         return Choice("triton", "asked for; the kernels are interpreted", kernels)
     if reason:
         if dtype != torch.float64:
-            warn_once(f"backend='auto' takes plain torch: {reason}")
+            _warn(f"backend='auto' takes plain torch: {reason}")
         return Choice("reference", reason, reference)
     if grad:
-        warn_once(
+        _warn(
             "backend='auto' takes plain torch because gradients are required and kernels have no backward; "
             "for inference call under torch.no_grad()"
         )
@@ -103,6 +103,11 @@ def early_launches(choice: Choice) -> AbstractContextManager[None]:
     from .kernels import launch
 
     return launch.early_launches()
+
+
+def _warn(message: str) -> None:
+    if not torch.compiler.is_compiling():  # a warning would break the graph
+        warn_once(message)
 
 
 def report() -> dict[str, str]:

@@ -136,7 +136,7 @@ def _multiply(
 
 def _multiply_by_library(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool, y: Tensor) -> None:
     """y = rows @ weight.T + bias, then gelu_new, by cuBLASLt with its epilogue, in the dtype of the rows."""
-    with torch.autocast("cuda", enabled=False):
+    with torch.no_grad(), torch.autocast("cuda", enabled=False):
         if gelu:
             torch._addmm_activation(bias, rows, weight.t(), use_gelu=True, out=y)  # the tanh form on CUDA, and only there
         else:

@@ -28,7 +28,8 @@ class Tile:
         return {f"BLOCK_{k}" if len(k) == 1 else k: v for k, v in fields.items() if v}
 
 
-# Matrix products, from the largest: the first that gives every SM a tile is taken. float32's are bound by its FMA units.
+_WORTH_IT = 0.8  # of the busiest SM's work: above it a smaller tile is not worth what it reads more; not measured yet
+# Matrix products, from the largest tile. float32's are bound by its FMA units.
 _LINEAR = {
     2: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
     4: (Tile(128, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(32, 64, 16, 4, 2)),
@@ -58,12 +59,21 @@ MOST_HEAD_DIM = 256
 
 
 def linear(dtype: torch.dtype, M: int, N: int, multiprocessors: int, norm: bool) -> Tile:
-    """The tile for M rows and N columns (of all the weights that one launch multiplies with)."""
-    rows = (_NORM_LINEAR if norm else _LINEAR)[dtype.itemsize]
-    for tile in rows:
-        if triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N) >= multiprocessors:
-            return tile
-    return rows[-1]
+    """The tile for M rows and N columns (of all the weights that one launch multiplies with).
+
+    From the largest tile, which reads least per product, to a smaller one where that takes work off the busiest SM.
+    """
+    best, *smaller = (_NORM_LINEAR if norm else _LINEAR)[dtype.itemsize]
+    for tile in smaller:
+        if _busiest(tile, M, N, multiprocessors) <= _WORTH_IT * _busiest(best, M, N, multiprocessors):
+            best = tile
+    return best
+
+
+def _busiest(tile: Tile, M: int, N: int, multiprocessors: int) -> int:
+    """Elements that the SM with the most tiles computes."""
+    tiles = triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N)
+    return triton.cdiv(tiles, multiprocessors) * tile.M * tile.N
 
 
 def attention(dtype: torch.dtype, D: int) -> Tile:

@@ -302,11 +302,12 @@ class Recorder:
 
 
 def test_the_choice_of_kernels_can_be_traced(can_run):
-    def f(x, device):
-        return x * 2 if backends.choose("auto", device, torch.float16).functions is ops else x * 3
+    def f(x, device, grad):
+        return x * 2 if backends.choose("auto", device, torch.float16, grad).functions is ops else x * 3
 
     compiled = torch.compile(f, fullgraph=True, backend="eager")
-    assert compiled(torch.ones(2), CUDA).tolist() == [2, 2]
+    assert compiled(torch.ones(2), CUDA, False).tolist() == [2, 2]
+    assert compiled(torch.ones(2), CUDA, True).tolist() == [3, 3]
 
 
 def test_interpreting_is_decided_by_the_environment_of_the_process():

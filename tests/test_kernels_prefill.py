@@ -118,6 +118,20 @@ def test_every_tile_of_the_product_is_right(norm, size, tile, monkeypatch):
     check("linear_add", (x, weights[0], random(F), random(1, rows, F, seed=3)), dtype, monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("C", [768, 2048, 2560])
+@pytest.mark.parametrize("M", [65, 512, 2048, 16384])
+def test_the_tile_of_a_product_leaves_no_sm_far_more_work_than_another_tile_would(M, C, dtype):
+    for N in (C, 3 * C, 4 * C):
+        chosen = tiles.linear(dtype, M, N, 132, norm=False)
+        work = {
+            tile: -(-(-(-M // tile.M) * -(-N // tile.N)) // 132) * tile.M * tile.N for tile in tiles._LINEAR[dtype.itemsize]
+        }
+        assert work[chosen] * 0.8 <= min(work.values())
+        larger = [t for t in work if t.M * t.N > chosen.M * chosen.N]
+        assert all(work[chosen] < work[t] for t in larger), "a larger tile would do"
+
+
 def test_results_may_be_given_and_a_residual_replaced_in_place():
     x, weight, bias = random(2, 40, 32).float(), random(24, 32).float(), random(24).float()
     residual = random(2, 40, 24, seed=3).float()
