@@ -88,6 +88,9 @@ class FakeCuda:
             def __init__(self, device=None):
                 self.name = f"stream {len(log)}"
 
+            def synchronize(self):
+                log.append(("finish", self))
+
             def wait_stream(self, other):
                 log.append(("wait", self, other))
 
@@ -161,8 +164,22 @@ def test_the_cuda_copier_reads_into_a_buffer_only_after_its_last_copy_has_left_i
     compute = torch.cuda.current_stream()
     waits = [(a.name, b.name) for kind, a, b in (s for s in cuda.log if s[0] == "wait")]
     assert waits == [(side.name, compute.name), (compute.name, side.name)]
-    assert cuda.log[0] == ("wait", side, compute) and cuda.log[-1] == ("wait", compute, side)
+    assert cuda.log[0] == ("wait", side, compute) and cuda.log[-2:] == [("finish", side), ("wait", compute, side)]
     assert {step[1] for step in cuda.log if step[0] == "enter"} == {side}
+
+
+def test_the_cuda_copier_waits_for_what_is_under_way_before_it_gives_up(tmp_path, cuda):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.randn(4096)}, tmp_path / "x.safetensors")
+    file = WeightFile(tmp_path / "x.safetensors")
+    (stored,) = safetensors.stored_in(file)
+    os.truncate(tmp_path / "x.safetensors", file.size - 5000)
+    copier = copying.CudaCopier(torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="cut while it was read"):
+        copier.fill_all([(stored, torch.empty(4096))])
+    file.close()
+    assert [step[0] for step in cuda.log].count("record") == 2 and cuda.log[-1][0] == "finish"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 70000.0])

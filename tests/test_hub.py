@@ -191,6 +191,14 @@ def test_5_an_unknown_repository_is_named(hub, published):
     refused(ModelNotFoundError, "'someone/other' is neither a folder here nor a repository", name="someone/other")
 
 
+def test_1_an_unknown_repository_is_told_with_a_folder_that_resembles_it(hub, published, tmp_path, monkeypatch):
+    (tmp_path / "my-story-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused(
+        ModelNotFoundError, "neither a folder here nor a repository", "did you mean 'my-story-model'", name="my-story-modell"
+    )
+
+
 def test_5_a_server_that_is_no_hub_is_told_apart(hub, published, monkeypatch):
     send = BaseHTTPRequestHandler.send_header
     hidden = ("X-Repo-Commit", "ETag")

@@ -101,8 +101,11 @@ class CudaCopier(Copier):
         """As `Copier.fill_all`; what the check found is asked for once, at the end."""
         now = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(now)  # memory of the targets may still be in use there
-        for stored, target in pairs:
-            self.fill(stored, target)
+        try:
+            for stored, target in pairs:
+                self.fill(stored, target)
+        finally:
+            self._stream.synchronize()  # where reading fails, the targets' memory goes back to others
         now.wait_stream(self._stream)
         for stored, dtype, bounds in self._bounds:
             if not bounds.to(dtype).isfinite().all():

@@ -145,6 +145,8 @@ class Source:
                     hf_hub_download(self.name, path, revision=self.revision, token=self.token, cache_dir=cache.root)
             except UnreachableError as error:
                 self.offline = str(error)
+            except ModelNotFoundError as error:
+                raise ModelNotFoundError(f"{error}{_near(Path(self.name))}") from error.__cause__
             except hub.EntryNotFoundError:
                 pass  # a repository without config.json has a commit all the same
         self.commit = cache.commit_of(self.revision or "main")
