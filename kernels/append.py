@@ -24,6 +24,8 @@ def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: T
     launch.check("kv_append", k_cache, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     B, H, T, D = k.shape
     R = k_cache.shape[2]
+    launch.expect("kv_append", like=k, k_cache=(k_cache, (B, H, R, D)), v_cache=(v_cache, (B, H, R, D)), v=(v, (B, H, T, D)))
+    launch.expect("kv_append", like=k, lengths=(lengths, (B,)), starts=(starts, (B,)))
     columns = min(T, R)  # older ones would be overwritten by newer ones of the same call
     blocks = triton.cdiv(columns, _BLOCK_T)
     strides = (s for t in (k_cache, v_cache, k, v) for s in t.stride()[:3])

@@ -46,8 +46,15 @@ def attention(
         InputError, SetupError: see `launch.check`; a head dim above 256.
     """
     past = k_cache is not None and v_cache is not None and lengths is not None
+    if not past and (k_cache is not None or v_cache is not None or lengths is not None):
+        raise InputError("attention: k_cache, v_cache and lengths belong together; give all three or none")
     launch.check("attention", q, q=q, k=k, v=v, out=out, **({"k_cache": k_cache, "v_cache": v_cache} if past else {}))
     B, H, T, D = q.shape
+    launch.expect("attention", like=q, k=(k, (B, H, T, D)), v=(v, (B, H, T, D)), out=(out, (B, T, H * D)))
+    launch.expect("attention", like=q, starts=(starts, (B,)), ends=(ends, (B,)), lengths=(lengths, (B,)))
+    if k_cache is not None:
+        slots = (B, H, k_cache.shape[2], D)
+        launch.expect("attention", like=q, k_cache=(k_cache, slots), v_cache=(v_cache, slots))
     if D > tiles.MOST_HEAD_DIM:
         raise InputError(f"attention: head dim {D} exceeds {tiles.MOST_HEAD_DIM}; use backend='reference'")
     y = launch.empty((B, T, H * D), q) if out is None else out

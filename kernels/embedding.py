@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptneo_fast.errors import InputError
+
 from . import launch
 
 _BLOCK_C = 1024
@@ -30,6 +32,11 @@ def embed(ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: Tensor, token_typ
     B, T = ids.shape
     C = wte.shape[1]
     out = launch.empty((B, T, C), wte)
+    for name, x in (("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+        if x is not None and (x.shape[0] not in (1, B) or tuple(x.shape[1:]) != (T,)):
+            raise InputError(f"embed: {name} has shape {list(x.shape)}, expected [{B} or 1, {T}]")
+    if wpe.shape[1] != C:
+        raise InputError(f"embed: wpe has rows of {wpe.shape[1]}, expected {C}")
     positions, types = (x if x is None else x.expand(B, T) for x in (position_ids, token_type_ids))
     BLOCK_C = min(_BLOCK_C, max(16, triton.next_power_of_2(C)))
     tables = (wte, wpe, wte.stride(0), wpe.stride(0))

@@ -94,6 +94,25 @@ def check(op: str, like: Tensor, **tensors: Tensor | None) -> None:
             raise InputError(f"{op}: the last axis of {name} has stride {x.stride(-1)}, expected 1; call .contiguous()")
 
 
+def expect(op: str, *, like: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Refuse shapes that a kernel would read past, and integers per row that it could not read.
+
+    Args:
+        op: its name, for the message. like: decides the device.
+        tensors: by argument name, each with the shape that it must have; those of whole numbers must be contiguous.
+
+    Raises:
+        InputError: another shape; whole numbers with gaps or on another device.
+    """
+    for name, (x, shape) in tensors.items():
+        if x is None:
+            continue
+        if tuple(x.shape) != shape:
+            raise InputError(f"{op}: {name} has shape {list(x.shape)}, expected {list(shape)}")
+        if not x.dtype.is_floating_point and (x.device != like.device or not x.is_contiguous()):
+            raise InputError(f"{op}: {name} must be contiguous on {like.device}; it is on {x.device}, strides {x.stride()}")
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[..., C] as contiguous rows [M, C]; a copy only where x is not contiguous already."""
     return x.reshape(-1, x.shape[-1]).contiguous()

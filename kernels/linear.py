@@ -43,8 +43,11 @@ def norm_linear(
         InputError, SetupError: see `launch.check`.
     """
     launch.check("norm_linear", x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias, out=out)
+    C, F, shape = x.shape[-1], weight.shape[0], (*x.shape[:-1], weight.shape[0])
+    launch.expect("norm_linear", like=x, norm_weight=(norm_weight, (C,)), norm_bias=(norm_bias, (C,)))
+    launch.expect("norm_linear", like=x, weight=(weight, (F, C)), bias=(bias, (F,)), out=(out, shape))
     rows = launch.as_rows(x)
-    y = launch.empty((*x.shape[:-1], weight.shape[0]), x) if out is None else out
+    y = launch.empty(shape, x) if out is None else out
     if len(rows) <= few.ROWS:
         few.multiply(
             "norm_linear", rows, (weight,), y.view(len(rows), -1), norm=(norm_weight, norm_bias), eps=eps, bias=bias, gelu=gelu
@@ -78,6 +81,9 @@ def norm_qkv(
         InputError, SetupError: see `launch.check`.
     """
     launch.check("norm_qkv", x, norm_weight=norm_weight, norm_bias=norm_bias, wq=wq, wk=wk, wv=wv)
+    C = x.shape[-1]
+    launch.expect("norm_qkv", like=x, norm_weight=(norm_weight, (C,)), norm_bias=(norm_bias, (C,)))
+    launch.expect("norm_qkv", like=x, **{name: (w, (wq.shape[0], C)) for name, w in (("wq", wq), ("wk", wk), ("wv", wv))})
     rows = launch.as_rows(x)
     q, k, v = (launch.empty((*x.shape[:-1], wq.shape[0]), x) for _ in range(3))
     if len(rows) <= tiles.NORM_LINEAR_ROWS:
@@ -101,8 +107,11 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, out: T
         InputError, SetupError: see `launch.check`.
     """
     launch.check("linear_add", x, weight=weight, bias=bias, residual=residual, out=out)
+    C, shape = weight.shape[0], (*x.shape[:-1], weight.shape[0])
+    launch.expect("linear_add", like=x, weight=(weight, (C, x.shape[-1])), bias=(bias, (C,)))
+    launch.expect("linear_add", like=x, residual=(residual, shape), out=(out, shape))
     rows = launch.as_rows(x)
-    y = launch.empty(tuple(residual.shape), x) if out is None else out
+    y = launch.empty(shape, x) if out is None else out
     if len(rows) <= few.ROWS:
         few.multiply("linear_add", rows, (weight,), y.view(len(rows), -1), bias=bias, residual=launch.as_rows(residual))
     else:

@@ -26,6 +26,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor 
     """
     launch.check("layer_norm", x, weight=weight, bias=bias, out=out)
     C = x.shape[-1]
+    launch.expect("layer_norm", like=x, weight=(weight, (C,)), bias=(bias, (C,)), out=(out, tuple(x.shape)))
     rows = launch.as_rows(x)
     y = launch.empty(tuple(x.shape), x) if out is None else out
     BLOCK_C = max(16, triton.next_power_of_2(C))

@@ -65,6 +65,25 @@ def test_kernels_refuse_what_they_cannot_read():
             kernels.layer_norm(*bad)
 
 
+def test_kernels_refuse_shapes_that_they_would_read_past():
+    x, norm, weight, bias = torch.ones(2, 3, 16), torch.ones(16), torch.ones(24, 16), torch.ones(24)
+    q, cache, ints = torch.ones(2, 1, 3, 16), torch.ones(2, 1, 8, 16), torch.zeros(4, dtype=torch.int32)
+    for function, args, words in [
+        (kernels.layer_norm, (x, norm, bias, 1e-5), r"layer_norm: bias has shape \[24\], expected \[16\]"),
+        (kernels.norm_linear, (x, norm, norm, weight[:, :8].contiguous(), bias, 1e-5, False), r"weight has shape \[24, 8\]"),
+        (kernels.norm_qkv, (x, norm, norm, weight, weight, weight[:8], 1e-5), r"wv has shape \[8, 16\], expected \[24, 16\]"),
+        (kernels.linear_add, (x, weight, bias, x), r"residual has shape \[2, 3, 16\], expected \[2, 3, 24\]"),
+        (kernels.attention, (q, q, q[:, :, :2], 0), r"v has shape \[2, 1, 2, 16\]"),
+        (kernels.attention, (q, q, q, 0, ints), r"starts has shape \[4\], expected \[2\]"),
+        (kernels.attention, (q, q, q, 0, ints[::2]), r"starts must be contiguous"),
+        (kernels.attention, (q, q, q, 0, None, None, cache, cache[:, :, :4], ints[:2]), r"v_cache has shape \[2, 1, 4, 16\]"),
+        (kernels.kv_append, (cache, cache, q, q, ints), r"lengths has shape \[4\]"),
+        (kernels.embed, (ints[:2].long().view(1, 2), ints[:3].long().view(1, 3), weight, weight), r"position_ids has shape"),
+    ]:
+        with pytest.raises(errors.InputError, match=words):
+            function(*args)
+
+
 def test_without_the_interpreter_a_cpu_tensor_is_refused():
     code = "import torch; from gptneo_fast import kernels; x = torch.ones(2, 16); kernels.layer_norm(x, x[0], x[0], 1e-5)"
     done = subprocess.run(

@@ -76,6 +76,21 @@ def test_the_layering_test_sees_an_arrow_that_runs_back(tmp_path, monkeypatch):
     assert list(imported_rooms(bad)) == [(1, "config"), (3, "model"), (4, "heads")]
 
 
+KERNELS = sorted((REPO / "kernels").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+def test_kernels_know_nothing_of_the_model(path):
+    """They import torch, triton, the standard library, each other, errors and what `reference` fixes of a layout."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            room = (node.module or "").split(".")
+            known = room[0] in ("torch", "triton") or room[0] in sys.stdlib_module_names
+            assert known or room in (["gptneo_fast", "errors"], ["gptneo_fast", "reference"]), f"{path.name}:{node.lineno}"
+        elif isinstance(node, ast.Import):
+            assert all(alias.name.split(".")[0] in ("torch", "triton") for alias in node.names), f"{path.name}:{node.lineno}"
+
+
 def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -122,7 +137,7 @@ def test_lazy_names_and_typed_names_agree():
     assert names == set(gptneo_fast.__all__) == set(gptneo_fast._HOME_OF)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*SOURCES, *KERNELS], ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_files_stay_under_300_lines(path):
     assert len(path.read_text().splitlines()) <= 300 or path.parent.name == "demo"
 
