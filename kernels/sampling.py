@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .selection import first_k, nucleus, ordered
 
 _SLICE = 2048  # tokens of one program where a row is split
 _KEEP = 64  # candidates that a slice hands on in method FEW
@@ -15,49 +16,6 @@ _KEEP = 64  # candidates that a slice hands on in method FEW
 GREEDY = tl.constexpr(0)
 FREE = tl.constexpr(1)
 FEW = tl.constexpr(2)
-
-
-@triton.jit
-def _ordered(x):
-    """Integers in the order of float32 numbers."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _kth_largest(key, k):
-    """The largest t that at least k of the keys reach: the k-th largest key. int64."""
-    low = tl.full((), -2147483648, tl.int64)
-    high = tl.full((), 2147483647, tl.int64)
-    for _ in range(32):
-        middle = low + ((high - low + 1) >> 1)
-        enough = tl.sum((key >= middle).to(tl.int32)) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    return low
-
-
-@triton.jit
-def _nucleus(key, mass, share):
-    """The smallest t for which the keys above t have less than `share` of the mass. int64."""
-    bound = share * tl.sum(mass)
-    low = tl.full((), -2147483648, tl.int64)
-    high = tl.full((), 2147483647, tl.int64)
-    for _ in range(32):
-        middle = low + ((high - low) >> 1)
-        less = tl.sum(tl.where(key > middle, mass, 0.0)) < bound
-        high = tl.where(less, middle, high)
-        low = tl.where(less, low, middle + 1)
-    return high
-
-
-@triton.jit
-def _first_k(key, valid, k):
-    """Which of the keys are the k largest; of equal ones the first."""
-    t = _kth_largest(tl.where(valid, key, -2147483648), k)
-    tied = valid & (key == t)
-    room = k - tl.sum((valid & (key > t)).to(tl.int32))
-    return valid & ((key > t) | (tied & (tl.cumsum(tied.to(tl.int32)) <= room)))
 
 
 @triton.jit
@@ -138,7 +96,7 @@ def sample_kernel(
     )  # fmt: skip
     scratch = (row * SPLITS + part) * KEEP
     if METHOD == FEW:
-        kept = _first_k(_ordered(x), inside, top_k)
+        kept = first_k(ordered(x), inside, top_k)
         place = tl.cumsum(kept.to(tl.int32)) - 1
         tl.store(value_ptr + scratch + place, x, mask=kept)
         tl.store(id_ptr + scratch + place, ids, mask=kept)
@@ -164,10 +122,10 @@ def sample_kernel(
         value = tl.load(value_ptr + base, mask=found >= 0, other=float("-inf"))
         if METHOD == FEW:
             top_p, min_p = tl.load(rates_ptr + 1).to(tl.float32), tl.load(rates_ptr + 2).to(tl.float32)
-            kept = _first_k(_ordered(value), found >= 0, top_k)
+            kept = first_k(ordered(value), found >= 0, top_k)
             mass = tl.where(kept, tl.exp(value - tl.max(value)), 0.0)
             if top_p < 1.0:
-                kept = kept & (_ordered(value) >= _nucleus(_ordered(value), mass, top_p))
+                kept = kept & (ordered(value) >= nucleus(ordered(value), mass, top_p))
             kept = kept & (mass >= min_p)
             value = tl.where(kept, value + _noise(seed, found, drawn), float("-inf"))
         _, token = _likeliest(value, tl.where(found >= 0, found, 2147483647))
@@ -189,7 +147,7 @@ def _reach(score_ptr, V, largest, low, step, tied, last_tied, MASS: tl.constexpr
     for first in range(0, V, BLOCK):
         ids = first + offs
         x = tl.load(score_ptr + ids, mask=ids < V, other=float("-inf"))
-        key = _ordered(x)
+        key = ordered(x)
         if MASS:
             kept = (ids < V) & ((key > tied) | ((key == tied) & (ids <= last_tied)))
             mass = tl.where(kept, tl.exp(x - largest), 0.0)
@@ -237,12 +195,12 @@ def sample_row_kernel(
         above = 0
         for first in range(0, V, BLOCK):
             ids = first + offs
-            key = _ordered(tl.load(score_ptr + ids, mask=ids < V, other=float("-inf")))
+            key = ordered(tl.load(score_ptr + ids, mask=ids < V, other=float("-inf")))
             above += tl.sum(((key > tied) & (ids < V)).to(tl.int32))
         room, last_tied = top_k - above, last_tied * 0 - 1
         for first in range(0, V, BLOCK):
             ids = first + offs
-            key = _ordered(tl.load(score_ptr + ids, mask=ids < V, other=float("-inf")))
+            key = ordered(tl.load(score_ptr + ids, mask=ids < V, other=float("-inf")))
             same = ((key == tied) & (ids < V)).to(tl.int32)
             last_tied = tl.maximum(last_tied, tl.max(tl.where((same != 0) & (tl.cumsum(same) <= room), ids, -1)))
             room -= tl.sum(same)
@@ -259,7 +217,7 @@ def sample_row_kernel(
     for first in range(0, V, BLOCK):
         ids = first + offs
         x = tl.load(score_ptr + ids, mask=ids < V, other=float("-inf"))
-        key = _ordered(x)
+        key = ordered(x)
         kept = (ids < V) & ((key > tied) | ((key == tied) & (ids <= last_tied))) & (key >= lowest)
         kept = kept & (tl.exp(x - largest) >= min_p)
         value, chosen = _likeliest(tl.where(kept, x + _noise(seed, ids, drawn), float("-inf")), ids)
