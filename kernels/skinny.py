@@ -101,20 +101,19 @@ def _prefetch(ptrs):
 @triton.jit
 def skinny(
     x_ptr, gamma_ptr, beta_ptr, w_ptr, wk_ptr, wv_ptr, bias_ptr, residual_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
-    lengths_ptr, starts_ptr, part_ptr, ticket_ptr, M, N, K, tiles_n, splits, share, eps, stride_kb, stride_kh,
+    lengths_ptr, starts_ptr, part_ptr, ticket_ptr, M, N, K, tiles_m, tiles_n, splits, share, eps, stride_kb, stride_kh,
     stride_kr, stride_vb, stride_vh, stride_vr, stride_om, T, R, D, GELU: tl.constexpr, NB: tl.constexpr, BM: tl.constexpr,
     SK: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = [residual +] [gelu](norm(x) @ w.T [+ bias]) for rows x [M, K]; w: [N, K]; a share of K is `share` columns.
 
-    Grid: for each NB rows of x, each weight and each BM rows of it, `splits` programs. Caches as in `gemv`.
+    Grid: for each weight, each BM rows of it and each NB rows of x, `splits` programs. Caches as in `gemv`.
     """
     pid = tl.program_id(0)
     split, group = pid % splits, pid // splits
-    pid_n, pid_m, third = group % tiles_n, group // tiles_n, 0
+    pid_m, pid_n, third = group % tiles_m, group // tiles_m % tiles_n, 0  # what shares weights runs side by side
     if k_cache_ptr is not None:
-        third = pid_m % 3
-        pid_m = pid_m // 3
+        third = group // tiles_m // tiles_n
         if third == 1:
             w_ptr = wk_ptr
         elif third == 2:
@@ -183,16 +182,16 @@ def run(
     (M, K), (N, _) = x.shape, weights[0].shape
     t = tile(kernel, M, N * len(weights), K, x.element_size(), launch.multiprocessors(x))
     NB = min(64, max(8, triton.next_power_of_2(M)))
-    tiles_n = triton.cdiv(N, t.BM)
-    groups = tiles_n * len(weights) * triton.cdiv(M, NB)
+    tiles_m, tiles_n = triton.cdiv(M, NB), triton.cdiv(N, t.BM)
+    groups = tiles_m * tiles_n * len(weights)
     share = triton.cdiv(K, t.splits * t.SK * t.BK) * t.SK * t.BK
     parts = launch.empty((groups * t.splits * t.BM * NB if t.splits > 1 else 1,), x, torch.float32)
     gamma, beta = norm or (None, None)
     w = weights if len(weights) == 3 else (weights[0], None, None)
     launch.run(
         skinny, groups * t.splits, x,
-        x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), parts, tickets(groups, x.device), M, N, K, tiles_n,
-        t.splits, share, eps, *Cache.strides(cache), out.stride(0), *Cache.sizes(cache), GELU=gelu,
+        x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), parts, tickets(groups, x.device), M, N, K, tiles_m,
+        tiles_n, t.splits, share, eps, *Cache.strides(cache), out.stride(0), *Cache.sizes(cache), GELU=gelu,
         NB=NB, BM=t.BM, SK=t.SK, BK=t.BK, EVEN_K=K % (t.splits * t.SK * t.BK) == 0,
         num_warps=t.warps, num_stages=t.stages, **launch.chained(kernel, x),
     )  # fmt: skip

@@ -64,7 +64,7 @@ def test_attention_to_the_cache_is_the_reference_s(T, D, R, window, lengths, sta
 
 
 @pytest.mark.parametrize("B", [1, 2, 3, 8, 9, 16, 17, 33])
-@pytest.mark.parametrize(("T", "D", "starts"), [(1, 16, False), (2, 48, True)])
+@pytest.mark.parametrize(("T", "D", "starts"), [(1, 16, False), (2, 48, True), (12, 4, True)])
 def test_append_puts_every_row_of_every_batch_into_its_slots(B, T, D, starts, monkeypatch):
     C, R = 2 * D, 10
     lengths = int32([(7 * i) % 31 for i in range(B)])  # before, at and after the ring's end
@@ -222,3 +222,32 @@ def test_more_rows_than_few_go_to_the_kernels_of_prefill():
         kernels.linear_add(x, weight, bias, x)
         kernels.linear_add(x[:-1], weight, bias, x[:-1])
     assert traffic.launches == ["_linear_kernel", "skinny"]
+    cache, lengths = (torch.zeros(13, 2, 10, 8), torch.zeros(13, 2, 10, 8)), int32([0] * 13)
+    with Traffic() as traffic:
+        kernels.norm_qkv_append(x.view(13, 5, 16), bias, bias, weight, weight, weight, EPS, *cache, lengths)
+    assert traffic.launches == ["_linear_kernel", "_kv_append_kernel"]
+
+
+def test_a_captured_graph_keeps_its_counters_to_itself(monkeypatch):
+    device, capturing = torch.device("cuda", 7), False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(tickets, "_zeros", lambda device: torch.zeros(4, dtype=torch.int32))
+    for name in ("_of_stream", "_of_capture"):
+        monkeypatch.setattr(tickets, name, {})
+    monkeypatch.setattr(tickets, "_of_graphs", [])
+
+    def take():
+        return tickets.tickets(3, device)
+
+    warm = take()
+    assert take() is warm
+    capturing = True
+    assert take() is warm and take() is warm  # one set for all kernels of the graph
+    capturing = False
+    after = take()
+    assert after is not warm and any(kept is warm for kept in tickets._of_graphs)  # alive as long as the graph may run
+    capturing = True
+    assert take() is after
+    capturing = False
+    monkeypatch.setattr(tickets, "_of_stream", {})
+    assert take() is not after
