@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,7 @@ def given_parts(vocab: Any, merges: Any, tokenizer_file: Any) -> Parts:
     if vocab is None or merges is None:
         raise InputError("a tokenizer needs vocab and merges, tokenizer_file or tokenizer_object; or use from_pretrained")
     ids = vocab if isinstance(vocab, Mapping) else read_object(Path(vocab), TokenizerError)
-    if isinstance(merges, (str, os.PathLike)):
-        pairs = _read_merges(Path(merges))
-    else:
-        pairs = [_pair(list(m) if isinstance(m, tuple) else m, f"merges[{i}]") for i, m in enumerate(merges)]
+    pairs = _read_merges(Path(merges)) if isinstance(merges, (str, os.PathLike)) else _pairs(merges, "merges[{}]".format)
     return _screened(Parts(dict(ids), pairs), "vocab" if isinstance(vocab, Mapping) else str(vocab))
 
 
@@ -109,7 +106,7 @@ def _of_json(path: Path) -> Parts:
             raise TokenizerError(f"{path}: model.{name} is {model[name]!r:.80}; GPT-2's tokenizer has {plain[-1]!r}")
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise TokenizerError(f"{path}: model has no vocab (an object) or no merges (a list)")
-    merges = [_pair(m, f"{path}: model.merges[{i}]") for i, m in enumerate(model["merges"])]
+    merges = _pairs(model["merges"], lambda i: f"{path}: model.merges[{i}]")
     added = _added_of(values.get("added_tokens") or [], path)
     size = len({*model["vocab"], *(t.content for t in added.values())})
     return _screened(Parts(model["vocab"], merges, added, _post_processor(values, path, size), _sides(values)), str(path))
@@ -129,8 +126,8 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         raise TokenizerError(f"{path} is not UTF-8: {error}") from error
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
-    rows = ((i, line.removesuffix("\r")) for i, line in enumerate(lines, 1))
-    return [_pair(line, f"{path}, line {i}") for i, line in rows if line and not line.startswith("#version")]
+    kept = [i for i, line in enumerate(lines) if line not in ("", "\r") and line[:8] != "#version"]
+    return _pairs([lines[i].removesuffix("\r") for i in kept], lambda i: f"{path}, line {kept[i] + 1}")
 
 
 def build(parts: Parts, add_prefix_space: bool) -> Tokenizer:
@@ -184,16 +181,26 @@ def _screened(parts: Parts, where: str) -> Parts:
             "texts with them would lose them"
         )
     for rank, (left, right) in enumerate(parts.merges):
-        if bad := [t for t in (left, right, left + right) if t not in vocab]:
-            raise TokenizerError(f"{where}: merge {rank} ({left!r:.40} {right!r:.40}) needs {bad[0]!r:.80}, which has no id")
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            lacking = [t for t in (left, right, left + right) if t not in vocab]
+            raise TokenizerError(
+                f"{where}: merge {rank} ({left!r:.40} {right!r:.40}) needs {lacking[0]!r:.80}, which has no id"
+            )
     return parts
 
 
-def _pair(merge: Any, where: str) -> tuple[str, str]:
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) and p for p in parts):
-        raise TokenizerError(f"{where}: {merge!r:.80} is no pair of tokens")
-    return parts[0], parts[1]
+def _pairs(merges: Iterable[Any], where: Callable[[int], str]) -> list[tuple[str, str]]:
+    """Merges, each "a b" or ["a", "b"], as pairs; `where` names the place of one that is neither."""
+    pairs = []
+    for i, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if isinstance(pair, (list, tuple)) and len(pair) == 2:
+            left, right = pair
+            if left and right and isinstance(left, str) and isinstance(right, str):
+                pairs.append((left, right))
+                continue
+        raise TokenizerError(f"{where(i)}: {merge!r:.80} is no pair of tokens")
+    return pairs
 
 
 def _added_of(values: Any, path: Path) -> dict[int, AddedToken]:
