@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,29 @@ def test_kernels_refuse_shapes_that_they_would_read_past():
     ]:
         with pytest.raises(errors.InputError, match=words):
             function(*args)
+
+
+def test_a_kernel_runs_on_the_device_of_its_tensors_whatever_the_current_one_is(monkeypatch):
+    current, seen = [0], []
+
+    @contextmanager
+    def device(wanted):
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **meta: seen.append((grid, current[0], args, meta))
+
+    for index in (1, 0):
+        launch.run(Kernel(), 3, SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)), "x", BLOCK=8)
+    launch.run(Kernel(), 0, SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1)))
+    assert seen == [((3,), 1, ("x",), {"BLOCK": 8}), ((3,), 0, ("x",), {"BLOCK": 8})]  # an empty grid launches nothing
+    assert current == [0]
 
 
 def test_without_the_interpreter_a_cpu_tensor_is_refused():
