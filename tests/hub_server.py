@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +24,8 @@ class Repository:
     status: int = 200  # of every answer
     error: str = ""  # X-Error-Code
     cut: dict[str, list[int]] = field(default_factory=dict)  # file -> after how many bytes successive answers break off
-    seconds_per_mb: float = 0.0
+    held_at: int = 0  # bytes after which an answer waits for `gate`; 0 for none
+    gate: threading.Event = field(default_factory=threading.Event)
 
 
 class Hub:
@@ -52,7 +52,7 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         """Fall silent, on connections that are open too."""
@@ -102,8 +102,9 @@ class Hub:
         if repository.cut.get(file):
             end = min(end, first + repository.cut[file].pop(0))
         for at in range(first, end, 1 << 20):
+            if 0 < repository.held_at <= at:
+                repository.gate.wait()
             request.wfile.write(data[at : min(end, at + (1 << 20))])
-            time.sleep(repository.seconds_per_mb)
         if end < len(data):
             request.close_connection = True
 
