@@ -109,6 +109,7 @@ def main() -> None:
         "threads": args.threads,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers")},
+        "load_average": [round(x, 1) for x in os.getloadavg()],
         "date": time.strftime("%Y-%m-%d"),
         "equal_bits": True,
     }
