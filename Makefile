@@ -4,7 +4,7 @@
 # make fuzz  a minute of damaged files against the loaders; fuzz-long SECONDS=3600
 # make test-flax  the Flax classes, with jax of the index
 # make gpu  correctness and speed on this machine's GPU in 9 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
-# make sanitize  the extension's CPU side under AddressSanitizer and UBSan
+# make sanitize  the extension under AddressSanitizer and UBSan
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
 # make results  measure anew what benchmarks/results/cpu.json holds, and the README's tables (make tables: these alone)
 # make compile-report  every kernel compiled for GPUs that need not be here: registers, spills, loads

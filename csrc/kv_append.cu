@@ -49,16 +49,16 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
 }
 
 template <typename Granule>
-void launch(const Append& a, cudaStream_t stream) {
+cudaError_t launch(const Append& a, cudaStream_t stream) {
   const int x = a.granules < kThreads ? a.granules : kThreads, y = kThreads / x;
   const int64_t tokens = a.T < a.R ? a.T : a.R;
   const auto blocks_of = [](int64_t rows, int64_t of) { return static_cast<unsigned>((rows + of - 1) / of); };
   const dim3 block(x, y), many(blocks_of(tokens, y * kMany), a.H, 2 * a.B), few(blocks_of(tokens * a.H, y), 1, 2 * a.B);
+  void* arguments[] = {const_cast<Append*>(&a)};
   if (tokens >= y * kMany && a.H <= 65535 && static_cast<int64_t>(many.x) * many.y * many.z >= kManyFrom) {
-    append_kernel<Granule, kMany><<<many, block, 0, stream>>>(a);
-  } else {
-    append_kernel<Granule, 1><<<few, block, 0, stream>>>(a);
+    return cudaLaunchKernel(append_kernel<Granule, kMany>, many, block, arguments, 0, stream);
   }
+  return cudaLaunchKernel(append_kernel<Granule, 1>, few, block, arguments, 0, stream);
 }
 
 const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
@@ -68,12 +68,11 @@ const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 const char* append_cuda(const Append& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   switch (a.width) {
-    case 16: launch<uint4>(a, s); break;
-    case 8: launch<uint2>(a, s); break;
-    case 4: launch<uint32_t>(a, s); break;
-    default: launch<uint16_t>(a, s); break;
+    case 16: return message(launch<uint4>(a, s));
+    case 8: return message(launch<uint2>(a, s));
+    case 4: return message(launch<uint32_t>(a, s));
+    default: return message(launch<uint16_t>(a, s));
   }
-  return message(cudaGetLastError());
 }
 
 const char* cuda_fault(int32_t device) {

@@ -1,5 +1,6 @@
-// Drives the CPU side of kv_append without torch, for AddressSanitizer and UBSan: every tensor is a heap block of its exact
-// size, every stored byte is checked against a plain model of the cache, token by token. Prints the number of calls.
+// Drives kv_append without torch, for AddressSanitizer and UBSan: every tensor is a heap block of its exact size, every
+// stored byte is checked against a plain model of the cache, token by token. Linked with csrc/kv_append_cpu.cpp, or with
+// the CUDA side in its place (cuda_on_host/). Arguments: calls, and large ones among them. Prints their number.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -29,9 +30,10 @@ struct Block {  // [B, H, tokens, row] bytes, heads inside tokens where `merged`
 
 int pick(std::mt19937& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
 
-void one_call(std::mt19937& random) {
-  const int width = 2 << pick(random, 0, 3), granules = pick(random, 1, 9), row = width * granules;
-  const int B = pick(random, 1, 5), H = pick(random, 1, 4), T = pick(random, 1, 40), R = pick(random, 1, 40);
+void one_call(std::mt19937& random, bool large) {
+  const int width = 2 << pick(random, 0, 3), granules = large ? pick(random, 16, 19) : pick(random, 1, 9);
+  const int B = large ? 3 : pick(random, 1, 5), H = large ? 16 : pick(random, 1, 4), row = width * granules;
+  const int T = large ? pick(random, 390, 520) : pick(random, 1, 40), R = large ? pick(random, 390, 520) : pick(random, 1, 40);
   Block k(B, H, T, row, true, random), v(B, H, T, row, false, random);
   Block k_cache(B, H, R, row, false, random), v_cache(B, H, R, row, false, random);
   std::vector<int32_t> lengths(B), starts(B);
@@ -72,8 +74,8 @@ void one_call(std::mt19937& random) {
 }  // namespace
 
 int main(int, char** arguments) {
-  const int calls = std::atoi(arguments[1]);
+  const int calls = std::atoi(arguments[1]), large = std::atoi(arguments[2]);
   std::mt19937 random(0);
-  for (int i = 0; i < calls; ++i) one_call(random);
+  for (int i = 0; i < calls; ++i) one_call(random, i < large);
   std::printf("%d calls\n", calls);
 }

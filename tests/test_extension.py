@@ -21,6 +21,10 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compil
 @pytest.fixture(scope="session")
 def append(tmp_path_factory):
     """The extension's kv_append: the installed one where it was made of these sources, else one made for the occasion."""
+    if given := os.environ.get("GPTNEO_FAST_TEST_LIBRARY"):  # tests/sanitize.sh
+        extension.LIBRARY = Path(given)
+        assert extension.why_not() is None
+        return extension.kv_append
     setup = setup_py()
     keys = []
     for plan in (setup.plan_cuda, lambda *found: setup.plan_cpu(*found, "")):
@@ -231,19 +235,23 @@ def test_a_library_for_another_torch_is_a_reason_that_names_the_symbol(monkeypat
     assert "undefined symbol: gone_from_torch" in fresh_why_not(monkeypatch, tmp_path / "x.so")
 
 
+SIDES = {"cpu": "csrc/kv_append_cpu.cpp", "cuda": "tests/cuda_on_host/kv_append_cpu.cpp"}
+
+
 @needs_compiler
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("sanitizer", ["address", "undefined"])
-def test_the_cpu_side_is_clean_under_sanitizers(sanitizer, tmp_path):
-    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    sources = [str(REPO / "tests/append_driver.cpp"), str(REPO / "csrc/kv_append_cpu.cpp")]
-    built = subprocess.run(
-        [COMPILER, *flags, *sources, "-o", str(tmp_path / "driver")], capture_output=True, text=True, check=False
-    )
+def test_both_sides_store_every_byte_in_its_place_and_are_clean_under_sanitizers(sanitizer, side, tmp_path):
+    """The CUDA side runs its threads one after the other on the CPU: its grid, its addresses, its alignment."""
+    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DGPTNEO_FAST_CUDA"]
+    flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-Itests/cuda_on_host"]
+    command = [COMPILER, *flags, "tests/append_driver.cpp", SIDES[side], "-o", str(tmp_path / "driver")]
+    built = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr and "san" in built.stderr:
         pytest.skip(f"this compiler has no {sanitizer} sanitizer")
     assert built.returncode == 0, built.stderr
-    done = subprocess.run([tmp_path / "driver", "3000"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "3000 calls\n", "")
+    done = subprocess.run([tmp_path / "driver", "2000", "4"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2000 calls\n", "")
 
 
 def test_samples_equal_the_reference(append):
