@@ -12,7 +12,7 @@ from .cache import KVCache
 from .config import GPTNeoConfig
 from .errors import InputError, warn_once
 from .heads import GPTNeoModel
-from .inputs import check_unknown
+from .inputs import check_labels, check_unknown
 from .outputs import QuestionAnsweringModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 from .pretrained import GPTNeoPreTrainedModel
 
@@ -95,7 +95,7 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
         if self.config.problem_type == "regression":
             return F.mse_loss(logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else F.mse_loss(logits, labels)
         if self.config.problem_type == "single_label_classification":
-            return F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1).long())
+            return F.cross_entropy(logits.view(-1, self.num_labels), check_labels(labels, self.num_labels).view(-1))
         return F.binary_cross_entropy_with_logits(logits, labels)
 
 
@@ -142,7 +142,9 @@ class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
         logits = self.classifier(self.dropout(out.last_hidden_state))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.view(-1, self.num_labels), labels.to(logits.device).view(-1).long())
+            loss = F.cross_entropy(
+                logits.view(-1, self.num_labels), check_labels(labels.to(logits.device), self.num_labels).view(-1)
+            )
         return self._give(TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions), return_dict)
 
 

@@ -14,7 +14,7 @@ from .config import GPTNeoConfig
 from .engine import EngineMixin
 from .errors import warn_once
 from .generation import GenerationConfig
-from .inputs import check_inputs, check_unknown, select_positions
+from .inputs import check_inputs, check_labels, check_unknown, select_positions
 from .masks import Rows, rows_of
 from .model import Trace, Transformer
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -150,7 +150,8 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
         logits = self.lm_head(select_positions(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            shifted = F.pad(labels.to(logits.device), (0, 1), value=-100)[..., 1:].flatten()
+            labels = check_labels(labels.to(logits.device), self.config.vocab_size)
+            shifted = F.pad(labels, (0, 1), value=-100)[..., 1:].flatten()
             loss = F.cross_entropy(
                 logits.float().view(-1, logits.shape[-1]),
                 shifted,

@@ -49,6 +49,21 @@ def check_ids(name: str, ids: Tensor, limit: int, device: torch.device) -> Tenso
     return ids.long()
 
 
+def check_labels(labels: Tensor, limit: int) -> Tensor:
+    """Class labels of any shape as int64: each from 0 to limit - 1, or -100 for what is not to be learnt.
+
+    Raises:
+        InputError: another value; names the first and its place.
+    """
+    bad = (labels != -100) & ((labels < 0) | (labels >= limit))
+    if not torch.compiler.is_compiling() and bool(bad.any()):  # the loss would end the process on a device
+        place = bad.nonzero()[0].tolist()
+        raise InputError(
+            f"labels{place} is {labels[tuple(place)].item()}; it must be from 0 to {limit - 1}, or -100 to be ignored"
+        )
+    return labels.long()
+
+
 def check_inputs(
     config: GPTNeoConfig,
     device: torch.device,

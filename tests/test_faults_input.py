@@ -89,6 +89,22 @@ def test_45_other_ids_have_limits_of_their_own(model, name, limit, monkeypatch):
     refused(model, rf"{name} is torch\.float32", x, monkeypatch=monkeypatch, **{name: torch.tensor([[0.0, 1.0]])})
 
 
+@pytest.mark.parametrize("cls", CLASSES[1:4], ids=lambda c: c.__name__)
+def test_45_labels_beyond_the_classes_are_named_before_the_loss(cls):
+    model = cls(gptneo_fast.GPTNeoConfig(**SMALL, pad_token_id=0, num_labels=3))
+    x = torch.randint(3, 97, (2, 4))
+    limit = 97 if cls is gptneo_fast.GPTNeoForCausalLM else 3
+    labels = torch.tensor([0, 2]) if cls is gptneo_fast.GPTNeoForSequenceClassification else torch.full((2, 4), 2)
+    good = labels.clone()
+    good.view(-1)[0] = -100
+    assert torch.isfinite(model(x, labels=good).loss)
+    for value in (limit, -1, 2**40):
+        bad = labels.clone()
+        bad.view(-1)[1] = value
+        with pytest.raises(InputError, match=rf"labels\[.*1\] is {value}; it must be from 0 to {limit - 1}, or -100"):
+            model(x, labels=bad)
+
+
 def test_46_ids_of_any_integer_kind_and_strides_are_fine(model):
     x = torch.randint(3, 97, (2, 9))
     expected = model(x[:, :-1].contiguous())[0]
