@@ -164,7 +164,6 @@ class Launchpad:
             ("get_device_properties", lambda device=None: properties),
             ("get_device_capability", lambda device=None: (major, minor)),
             ("current_device", lambda: 0),
-            ("is_available", lambda: True),
             ("is_current_stream_capturing", lambda: False),
         ):
             self._open.enter_context(swapped(torch.cuda, name, lambda _, value=value: value))

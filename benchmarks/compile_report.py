@@ -245,11 +245,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{r.model} {r.dtype} sm_{r.sm} {r.op} {r.kernel} ({', '.join(r.launches)}): {f}" for r in found for f in r.faults()
     ]
     args.out.mkdir(parents=True, exist_ok=True)
-    values = {"versions": versions(), "faults": faults, "rows": [dataclasses.asdict(r) for r in found]}
-    (args.out / "compile_report.json").write_text(json.dumps(values, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(dataclasses.asdict(r)) for r in found)  # a row a line, for readable diffs
+    head = json.dumps({"versions": versions(), "faults": faults})[:-1]
+    (args.out / "compile_report.json").write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
     verdict = "\n".join(f"- over budget: {f}" for f in faults) or "Every row is within its budget."
     title = f"# Compile report\n\n{versions()}. `python -m benchmarks.compile_report` writes this file."
-    (args.out / "compile_report.md").write_text(f"{title}\n\n{verdict}\n\n{table(found)}\n")
+    (args.out / "compile_report.md").write_text(f"{title}\n\n{verdict}\n\n{re.sub(' +', ' ', table(found))}\n")
     print(table(found), verdict, sep="\n\n")
     return 1 if faults else 0
 

@@ -17,7 +17,7 @@ REPO = Path(__file__).parent.parent
 KERNELS = """
 import json, sys, torch, triton, triton.language as tl
 from torch._subclasses import FakeTensorMode
-from benchmarks import aot
+from benchmarks import aot, card
 from benchmarks.ptx import loads_by_argument
 
 @triton.jit
@@ -61,7 +61,11 @@ for sm in (80, 90):
         _centre[(1,)](x, y, N=16384, maxnreg=40)
         _pick[(2,)](x, x, x, torch.empty(1, dtype=torch.int32, device="cuda"), y, N=4096)
         _broken[(2,)](x)
-    *launches, broken = pad.launches
+        card._read_kernel[(132,)](x.view(torch.int32), y, 2**19, 4096, BLOCK=2048, num_warps=8)
+        card._tick_kernel[(1,)](y.view(torch.int32), PDL=sm == 90, num_warps=1, **({"launch_pdl": True} if sm == 90 else {}))
+    *launches, broken, read, tick = pad.launches
+    assert aot.vector_share(loads_by_argument(read.ptx, read.arguments)["x_ptr"]) == 1, read.ptx
+    assert ("griddepcontrol.wait" in tick.ptx) == (sm == 90)
     assert broken.kernel == "_broken" and broken.grid == (2,) and "Error" in broken.fault, broken
     found = []
     for launch in launches:
