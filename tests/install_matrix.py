@@ -12,12 +12,12 @@ Not covered without a GPU: that the CUDA side runs (tests/test_extension_cuda.py
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
@@ -178,7 +178,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="install-matrix-") as folder:
         root = Path(folder)
         must([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "setuptools>=77", "-d", root / "wheels"])
-        packages = Path(sysconfig.get_path("purelib"))
+        packages = Path(importlib.util.find_spec("torch").origin).parent.parent
         if args.torch:
             must([sys.executable, "-m", "venv", root / "torch"])
             needs = [args.torch, "numpy", "safetensors", "tokenizers", "huggingface_hub"]
