@@ -99,17 +99,17 @@ def expect(op: str, *, like: Tensor, **tensors: tuple[Tensor | None, tuple[int, 
 
     Args:
         op: its name, for the message. like: decides the device.
-        tensors: by argument name, each with the shape that it must have; those of whole numbers must be contiguous.
+        tensors: by argument name, each with the shape that it must have; `out` and whole numbers must be contiguous.
 
     Raises:
-        InputError: another shape; whole numbers with gaps or on another device.
+        InputError: another shape; `out` or whole numbers with gaps, or on another device.
     """
     for name, (x, shape) in tensors.items():
         if x is None:
             continue
         if tuple(x.shape) != shape:
             raise InputError(f"{op}: {name} has shape {list(x.shape)}, expected {list(shape)}")
-        if not x.dtype.is_floating_point and (x.device != like.device or not x.is_contiguous()):
+        if (name == "out" or not x.dtype.is_floating_point) and (x.device != like.device or not x.is_contiguous()):
             raise InputError(f"{op}: {name} must be contiguous on {like.device}; it is on {x.device}, strides {x.stride()}")
 
 

@@ -27,9 +27,9 @@ def norm_linear(
 ) -> Tensor:
     """LayerNorm, linear, and with `gelu` gelu_new (Hendrycks and Gimpel 2016, section 2).
 
-    Up to `tiles.NORM_LINEAR_ROWS` rows this is one kernel: each program normalises its rows on the way to the product. For
-    more rows it is two: `layer_norm`, then a product with bias and gelu in its epilogue, which is cuBLASLt's on a GPU and
-    the kernel of this file where that is interpreted.
+    A few rows go as `few` says. Up to `tiles.NORM_LINEAR_ROWS` this is one kernel: each program normalises its rows on the way
+    to the product. For more rows it is two: `layer_norm`, then a product with bias and gelu in its epilogue, which is
+    cuBLASLt's on a GPU and the kernel of this file where that is interpreted.
 
     Args:
         x: [..., C]. norm_weight, norm_bias: [C].
@@ -50,7 +50,7 @@ def norm_linear(
     y = launch.empty(shape, x) if out is None else out
     if len(rows) <= few.ROWS:
         few.multiply(
-            "norm_linear", rows, (weight,), y.view(len(rows), -1), norm=(norm_weight, norm_bias), eps=eps, bias=bias, gelu=gelu
+            "norm_linear", rows, (weight,), y.view(len(rows), F), norm=(norm_weight, norm_bias), eps=eps, bias=bias, gelu=gelu
         )
         return y
     if len(rows) <= tiles.NORM_LINEAR_ROWS:
@@ -60,7 +60,7 @@ def norm_linear(
     if launch.INTERPRETED:
         _multiply(rows, (weight,), (y,), bias=bias, gelu=gelu)
     else:
-        _multiply_by_library(rows, weight, bias, gelu, y.view(len(rows), -1))
+        _multiply_by_library(rows, weight, bias, gelu, y.view(len(rows), F))
     return y
 
 
@@ -113,7 +113,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, out: T
     rows = launch.as_rows(x)
     y = launch.empty(shape, x) if out is None else out
     if len(rows) <= few.ROWS:
-        few.multiply("linear_add", rows, (weight,), y.view(len(rows), -1), bias=bias, residual=launch.as_rows(residual))
+        few.multiply("linear_add", rows, (weight,), y.view(len(rows), C), bias=bias, residual=launch.as_rows(residual))
     else:
         _multiply(rows, (weight,), (y,), bias=bias, residual=launch.as_rows(residual))
     return y
@@ -132,12 +132,13 @@ def _multiply(
     (M, K), N = rows.shape, weights[0].shape[0]
     tile = tiles.linear(rows.dtype, M, N * len(weights), launch.multiprocessors(rows), norm is not None)
     programs = triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N) * len(weights)
+    weights = tuple(w.contiguous() for w in weights)  # as parameters are
     w, y = (t if len(t) == 3 else t * 3 for t in (weights, results))
     gamma, beta, eps = norm or (rows, rows, 0.0)
     others = (rows if bias is None else bias, rows if residual is None else residual)
     launch.run(
         _linear_kernel, programs, rows,
-        rows, gamma, beta, *w, *others, *y, M, N, K, eps, weights[0].stride(0),
+        rows, gamma, beta, *w, *others, *y, M, N, K, eps,
         WEIGHTS=len(weights), NORM=norm is not None, BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None,
         EVEN_K=K % tile.K == 0, GROUP_M=_GROUP_M, **tile.meta(),
     )  # fmt: skip
@@ -155,7 +156,7 @@ def _multiply_by_library(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool,
 @triton.jit
 def _linear_kernel(
     x_ptr, gamma_ptr, beta_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, residual_ptr, y0_ptr, y1_ptr, y2_ptr,
-    M, N, K, eps, stride_wn,
+    M, N, K, eps,
     WEIGHTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -179,7 +180,7 @@ def _linear_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     # Rows past the edges repeat the last one, so that loads need no mask; only the store leaves them out.
     x_ptrs = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * K + offs_k[None, :]  # [M, K]
-    w_ptrs = w_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_wn + offs_k[None, :]  # [N, K]
+    w_ptrs = w_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * K + offs_k[None, :]  # [N, K]
 
     mean = tl.zeros([BLOCK_M], tl.float32)
     rstd = mean

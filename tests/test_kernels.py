@@ -10,7 +10,7 @@ import torch
 from gptneo_fast.kernels import launch
 from interpreting import bfloat16, watched
 
-from gptneo_fast import errors, kernels, ops, testing
+from gptneo_fast import errors, kernels, ops, reference, testing
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu.py checks them")
 
@@ -83,6 +83,22 @@ def test_kernels_refuse_shapes_that_they_would_read_past():
     ]:
         with pytest.raises(errors.InputError, match=words):
             function(*args)
+    with pytest.raises(errors.InputError, match="out must be contiguous"):
+        kernels.layer_norm(x, norm, norm, 1e-5, out=torch.ones(2, 3, 32)[..., :16])
+
+
+def test_weights_may_be_slices_and_a_batch_may_be_empty():
+    x, norm, weight = torch.randn(1, 70, 16), (torch.ones(16), torch.zeros(16)), torch.randn(3, 16, 40)
+    sliced = [w[:, 8:24] for w in weight]
+    for got, expected in zip(
+        kernels.norm_qkv(x, *norm, *sliced, 1e-5), reference.norm_qkv(x, *norm, *sliced, 1e-5), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    empty, bias = x[:0], torch.zeros(16)
+    assert kernels.norm_linear(empty, *norm, sliced[0], bias, 1e-5, True).shape == (0, 70, 16)
+    assert (
+        kernels.linear_add(empty, sliced[0], bias, empty).shape == kernels.layer_norm(empty, *norm, 1e-5).shape == (0, 70, 16)
+    )
 
 
 def test_a_kernel_runs_on_the_device_of_its_tensors_whatever_the_current_one_is(monkeypatch):
