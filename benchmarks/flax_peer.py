@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="+", default=["small", "125m"], choices=SIZES)
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("BATCH", "PROMPT", "NEW"), help="instead of the usual two")
     args = parser.parse_args()
     result: dict[str, Any] = {
         "what": "Flax classes beside transformers', float32, CPU, one process, rounds in turns",
@@ -164,6 +165,7 @@ def main() -> None:
     for size in args.sizes:
         theirs, ours = peers(size)
         shapes = [(1, 32, 64), (4, 32, 64)] if size != "small" else [(1, 32, 128), (4, 300, 128)]
+        shapes = [tuple(args.shape)] if args.shape else shapes
         result[size] = {
             "parity": parity(theirs, ours) if size == "small" else "see small",
             "speed": [speed(theirs, ours, *shape, args.rounds) for shape in shapes],
