@@ -93,7 +93,8 @@ def test_300_tokens_past_a_window_of_256(pieces):
     models, N = trio(window_size=256), sum(pieces)
     assert N >= 256 + 300
     assert_equal_within_budget(models, torch.randint(97, (1, N)), pieces)
-    assert_equal_within_budget(models, torch.randint(97, (3, N)), pieces, torch.tensor([0, 200, 7]))
+    if len(pieces) < 100:  # one by one, ragged rows take many minutes more
+        assert_equal_within_budget(models, torch.randint(97, (3, N)), pieces, torch.tensor([0, 200, 7]))
 
 
 def filled(config, batch, past, dtype=torch.float32):
