@@ -205,7 +205,8 @@ def explained(repository: str, revision: str, path: str, cache: Cache) -> Iterat
             raise SetupError(f"the cache {cache.root} cannot be written to ({error.strerror}); {_MOVE}") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SetupError(f"the disk of the cache {cache.root} is full ({error.strerror}); make room, or {_MOVE}") from error
-        raise SetupError(f"{what} could not be fetched from {_endpoint()}: {error}") from error
+        kind = UnreachableError if error.errno is None else SetupError  # older libraries' connection errors have no number
+        raise kind(f"{what} could not be fetched from {_endpoint()}: {error}") from error
     except ValueError as error:  # a name that the hub allows nowhere
         raise InputError(f"{what}: {error}") from error
 
