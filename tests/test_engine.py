@@ -365,3 +365,19 @@ def test_a_drafting_step_never_waits_for_the_device(monkeypatch):
         drafts.step(0)
         drafts.assistant = None
         drafts.step(1)
+
+
+def test_interpreted_kernels_generate_what_the_reference_does(model, captured):
+    kernels = pytest.importorskip("gptneo_fast.kernels")
+    if not kernels.launch.INTERPRETED:
+        pytest.skip("kernels are compiled here: benchmarks/gpu.py checks them")
+    fast = gptneo_fast.GPTNeoForCausalLM(model.config, backend="triton").eval()
+    fast.load_state_dict(model.state_dict())
+    assert fast.backend.name == "triton"
+    for options in ({}, dict(do_sample=True, top_k=9, top_p=0.9, seed=2, repetition_penalty=1.2)):
+        expected = model.generate(**ragged(2), max_new_tokens=7, **options)
+        assert torch.equal(fast.generate(**ragged(2), max_new_tokens=7, **options), expected)
+    ids = repeating(model)
+    expected = model.generate(ids, max_new_tokens=9)
+    assert torch.equal(fast.generate(ids, max_new_tokens=9, prompt_lookup_num_tokens=3), expected)
+    assert fast.last_generation.path == "captured"
