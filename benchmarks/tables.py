@@ -55,13 +55,38 @@ def cpu_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cpu_plot(results: dict[str, Any], path: Path) -> None:
+    """Bars of ours and transformers' tokens per second, each work as a share of transformers'."""
+    import matplotlib
+
+    matplotlib.rcParams["svg.hashsalt"] = "gptneo_fast"  # the same file for the same figures
+    from matplotlib.figure import Figure
+
+    rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r["tokens_per_second"] for r in results["rows"]}
+    works = [key[:3] for key in rows if key[3] == OURS and (*key[:3], PEER) in rows]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar([i - 0.2 for i in range(len(works))], [1.0] * len(works), 0.4, label=PEER, color="lightgrey")
+    ratios = [rows[*work, OURS] / rows[*work, PEER] for work in works]
+    bars = axes.bar([i + 0.2 for i in range(len(works))], ratios, 0.4, label=OURS)
+    axes.bar_label(bars, [f"{rows[*work, OURS]:.0f}/s" for work in works], fontsize=8)
+    axes.set_xticks(range(len(works)), [f"{w}\n{dtype}, {n} threads" for w, dtype, n in works], fontsize=7)
+    axes.set_ylabel("tokens/s, transformers eager = 1")
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def measured() -> str:
     """The README's section, from the files in benchmarks/results."""
     parts = []
     cpu = RESULTS / "cpu.json"
-    parts.append(cpu_table(json.loads(cpu.read_text())) if cpu.is_file() else "Speed on the CPU: not measured.")
-    gpu = sorted(RESULTS.glob("gpu*.json"))
-    parts += [gpu_table.summary(json.loads(path.read_text())) for path in gpu]
+    if cpu.is_file():
+        parts += [cpu_table(json.loads(cpu.read_text())), "![CPU speeds](benchmarks/results/cpu.svg)"]
+    else:
+        parts.append("Speed on the CPU: not measured.")
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    gpu = [run for run in runs if isinstance(run, dict) and "stages" in run and not run["dry_run"]]  # of `make gpu`
+    parts += [gpu_table.summary(run) for run in gpu]
     if not gpu:
         parts.append("Speed on a GPU: not measured. `make gpu` measures it, with the floors and goals beside it.")
     return "\n\n".join(parts)
@@ -82,6 +107,8 @@ def main() -> None:
     if args.cpu:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "cpu.json").write_text(json.dumps(reduce(json.loads(args.cpu.read_text())), indent=1) + "\n")
+    if (RESULTS / "cpu.json").is_file():
+        cpu_plot(json.loads((RESULTS / "cpu.json").read_text()), RESULTS / "cpu.svg")
     README.write_text(readme(README.read_text()))
 
 

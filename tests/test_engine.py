@@ -196,6 +196,14 @@ def test_a_copy_of_a_model_has_runners_of_its_own(model, monkeypatch, captured):
     assert pickle.loads(pickle.dumps(model)).idle_runners.runners == []
 
 
+def test_memory_is_accounted_for_and_can_be_released(model, captured):
+    model.generate(**ragged(), max_new_tokens=3)
+    model.generate(**ragged(1), max_new_tokens=3, prompt_lookup_num_tokens=2)
+    cache = sum(model.cache_bytes(rows, 256) for rows in (4, 1))
+    assert cache < model.release_memory() < 1.2 * cache
+    assert not model.idle_runners.runners and model.release_memory() == 0
+
+
 def test_memory_goes_with_the_model(model, captured):
     other = gptneo_fast.GPTNeoForCausalLM(model.config).eval()
     other.generate(**ragged(), max_new_tokens=3)

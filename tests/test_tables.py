@@ -1,11 +1,23 @@
 """The README's figures are those of the committed results."""
 
+import json
+
 from benchmarks import tables
 
 
 def test_the_readme_is_what_the_results_make_of_it():
     text = tables.README.read_text()
     assert tables.readme(text) == text, "run `make tables`"
+
+
+def test_the_plot_is_what_the_results_make_of_it(tmp_path):
+    results = json.loads((tables.RESULTS / "cpu.json").read_text())
+    tables.cpu_plot(results, tmp_path / "cpu.svg")
+    drawn = (tmp_path / "cpu.svg").read_text()
+    committed = (tables.RESULTS / "cpu.svg").read_text()
+    ours = [r for r in results["rows"] if r["runner"] == tables.OURS and r["work"] in ("128 + 64 tokens", "prefill 512")]
+    for text in (drawn, committed):
+        assert all(f"<!-- {r['tokens_per_second']:.0f}/s -->" in text for r in ours), "run `make tables`"
 
 
 def test_a_ratio_is_that_of_the_speeds_beside_it():

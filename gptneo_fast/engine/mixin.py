@@ -49,6 +49,13 @@ class EngineMixin(TextGenerationMixin):
             self._idle = Idle()
         return self._idle
 
+    def release_memory(self) -> int:
+        """Free what generation keeps for later calls (caches, captured steps); the bytes laid out for it, of captured steps
+        without what they allocate inside."""
+        held = sum(runner.nbytes for runner in self.idle_runners.runners)
+        _drop(self)
+        return held
+
     def _fast_steps(self, prompt: Prompt, request: Request, assistant: Any, streamed: bool) -> Iterator[Tensor] | None:
         why = self._why_stepwise(prompt, request, assistant)
         self.last_generation = Generation("captured" if why is None else "stepwise", why or "every option runs on the device")

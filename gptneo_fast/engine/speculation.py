@@ -48,6 +48,11 @@ class Speculation:
         self._lengths = torch.zeros(n + 1, dtype=torch.int32, device=device)
         self.view = StepCache(runner.cache, runner.lengths)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both runners."""
+        return self.runner.nbytes + (self.assistant.nbytes if self.assistant is not None else 0)
+
     def step(self, method: int) -> None:
         """Guess, run, keep."""
         r, n = self.runner, self.n

@@ -1,0 +1,24 @@
+"""The whole-model matrix of `make gpu` under pytest, on a machine with a GPU: ours first, then the peers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import whole
+from benchmarks.stage import LeftOut, Setting
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU; bench_cpu.py measures this machine")
+
+SETTING = Setting(mode="normal")
+CASES = [case for make in (whole.our_cases, whole.peer_cases) for case in make(SETTING)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_whole_model(benchmark, case):
+    """One case, timed by its own clock (events, chains of steps); the row stands in extra_info."""
+    try:
+        row = benchmark.pedantic(case.run, rounds=1)
+    except LeftOut as reason:
+        pytest.skip(str(reason))
+    benchmark.extra_info.update(row or {})
