@@ -64,7 +64,7 @@ def cpu_plot(results: dict[str, Any], path: Path) -> None:
 
     rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r["tokens_per_second"] for r in results["rows"]}
     works = [key[:3] for key in rows if key[3] == OURS and (*key[:3], PEER) in rows]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.2), layout="constrained")
     axes = figure.add_subplot()
     axes.bar([i - 0.2 for i in range(len(works))], [1.0] * len(works), 0.4, label=PEER, color="lightgrey")
     ratios = [rows[*work, OURS] / rows[*work, PEER] for work in works]
