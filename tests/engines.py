@@ -1,0 +1,53 @@
+"""A small model and the captured path without a GPU, for the tests of the engine."""
+
+import pytest
+import torch
+
+import gptneo_fast
+from gptneo_fast.engine import mixin
+
+CONFIG = dict(
+    vocab_size=211, hidden_size=32, num_heads=2, num_layers=2, attention_layers=["global", "local"], window_size=8,
+    max_position_embeddings=512, bos_token_id=0, eos_token_id=None,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = gptneo_fast.GPTNeoForCausalLM(gptneo_fast.GPTNeoConfig(**CONFIG)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.3 + (p.dim() == 1))
+    yield model
+    mixin._drop(model)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Generation takes the captured path wherever the options allow it, as on a CUDA device."""
+    monkeypatch.setattr(mixin.EngineMixin, "_why_stepwise", mixin.EngineMixin._wishes)
+
+
+def ragged(B=3, P=11, vocabulary=211):
+    ids = torch.randint(1, vocabulary, (B, P), generator=torch.Generator().manual_seed(B))
+    mask = torch.ones_like(ids)
+    for row in range(B):
+        mask[row, : 2 * row] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def both(model, monkeypatch, **options):
+    """(stepwise, captured) tokens."""
+    stepwise = model.generate(**options)
+    assert model.last_generation.path == "stepwise"
+    with monkeypatch.context() as patch:
+        patch.setattr(mixin.EngineMixin, "_why_stepwise", mixin.EngineMixin._wishes)
+        fast = model.generate(**options)
+        assert model.last_generation.path == "captured"
+    return stepwise, fast
+
+
+def repeating(model):
+    """A prompt whose end occurs before, and a text that goes on so."""
+    return torch.tensor([[5, 6, 7, 8, 9, 10, 11, 5, 6, 7, 8, 9, 10, 11, 5, 6, 7]])
