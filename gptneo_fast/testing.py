@@ -101,6 +101,9 @@ def _norm_linear() -> Iterator[Sample]:
         args = (_random(1, rows, C), *_norm(C), _random(F, C, scale=C**-0.5), _random(F), EPS)
         yield Sample(f"{rows} rows, {C} to {F}", (*args, False))
         yield Sample(f"{rows} rows, {C} to {F}, gelu", (*args, True))
+    for rows in (1, 5, 70):
+        args = (_random(1, rows, 768) + 100, *_norm(768), _random(40, 768, scale=768**-0.5), _random(40), EPS)
+        yield Sample(f"{rows} rows, mean far from zero", (*args, False))
 
 
 def _norm_qkv() -> Iterator[Sample]:

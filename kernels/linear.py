@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import few, launch, norms, tiles
+from .skinny import statistics
 
 _GROUP_M = 8  # row tiles that run side by side and share the tiles of the weight in L2
 
@@ -182,21 +183,10 @@ def _linear_kernel(
     x_ptrs = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * K + offs_k[None, :]  # [M, K]
     w_ptrs = w_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * K + offs_k[None, :]  # [N, K]
 
-    mean = tl.zeros([BLOCK_M], tl.float32)
-    rstd = mean
-    if NORM:  # Chan's merge of chunk statistics, each by two passes over registers
-        squares = tl.zeros([BLOCK_M], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            held = offs_k[None, :] < K - k
-            x = tl.load(x_ptrs + k, mask=held, other=0.0).to(tl.float32)
-            count = tl.minimum(K - k, BLOCK_K).to(tl.float32)
-            chunk_mean = tl.sum(x, 1) / count
-            centred = tl.where(held, x - chunk_mean[:, None], 0.0)
-            delta = chunk_mean - mean
-            share = count / (k + count)
-            mean += delta * share
-            squares += tl.sum(centred * centred, 1) + delta * delta * (k * share)
-        rstd = tl.rsqrt(squares / K + eps)
+    base = tl.zeros([BLOCK_M], tl.float32)
+    mean, rstd = base, base
+    if NORM:
+        base, mean, rstd = statistics(x_ptr, tl.minimum(offs_m, M - 1).to(tl.int64), offs_m >= 0, K, eps, BLOCK_K)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -209,7 +199,7 @@ def _linear_kernel(
             held_k = offs_k < K - k
             gamma = tl.load(gamma_ptr + k + offs_k, mask=held_k, other=0.0).to(tl.float32)
             beta = tl.load(beta_ptr + k + offs_k, mask=held_k, other=0.0).to(tl.float32)
-            normal = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+            normal = ((x.to(tl.float32) - base[:, None]) - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
             x = normal.to(w.dtype)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
 
