@@ -13,12 +13,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from gptneo_fast.kernels import launch as launching
 from torch._subclasses import FakeTensorMode
 
 from benchmarks import aot
 from benchmarks.models import DTYPES, config_of
 from gptneo_fast import kernels
+from gptneo_fast.kernels import launch as launching
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);")
 _REGISTER = re.compile(r"(?<![A-Z])R(\d+)\b")

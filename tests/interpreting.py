@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import triton.language as tl
-from gptneo_fast.kernels import launch
 from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from gptneo_fast.kernels import launch
 
 MARGIN = 64  # elements before and after every tensor
 _GARBAGE = 77  # below the largest integer of a dtype

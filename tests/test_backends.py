@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import peers
-from gptneo_fast.kernels import launch, tiles
 
 from benchmarks.counting import Launches
 from gptneo_fast import GPTNeoForCausalLM, backends, cli, errors, ops
+from gptneo_fast.kernels import launch, tiles
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")

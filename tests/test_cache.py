@@ -5,8 +5,7 @@ import functools
 import pytest
 import torch
 from conftest import peers
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from gptneo_fast import GPTNeoConfig, KVCache, cache_bytes
 from gptneo_fast.errors import CacheError, InputError

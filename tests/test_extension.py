@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from append_calls import BITS, COMPILER, DTYPES, LAYOUTS, assert_like_reference, int32, noise, projected, setup_py
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from gptneo_fast import cli, errors, extension, ops, reference, testing
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gptneo_fast.kernels import launch
 from interpreting import bfloat16, watched
 
 from gptneo_fast import errors, kernels, ops, reference, testing
+from gptneo_fast.kernels import launch
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu.py checks them")
 

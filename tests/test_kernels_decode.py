@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
-from gptneo_fast.kernels import few, launch, skinny, tickets
 from interpreting import watched
 from triton.runtime.interpreter import InterpreterBuilder
 
 from benchmarks.counting import Traffic
 from gptneo_fast import kernels, reference, testing
+from gptneo_fast.kernels import few, launch, skinny, tickets
 from gptneo_fast.testing import Sample
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu.py checks them")

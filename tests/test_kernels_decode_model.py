@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from gptneo_fast.kernels import launch
 
 import gptneo_fast
 from benchmarks import costs
 from benchmarks.counting import Traffic
 from gptneo_fast.cache import KVCache
+from gptneo_fast.kernels import launch
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu.py checks them")
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from gptneo_fast.kernels import gemv, launch
-
 import gptneo_fast
 from gptneo_fast import errors, kernels
+from gptneo_fast.kernels import gemv, launch
 
 REPO = Path(__file__).parent.parent
 SMS = 132

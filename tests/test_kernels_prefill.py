@@ -5,12 +5,11 @@ import itertools
 
 import pytest
 import torch
-from gptneo_fast.kernels import launch, tiles
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from interpreting import watched
 
 from gptneo_fast import kernels, reference
+from gptneo_fast.kernels import launch, tiles
 from gptneo_fast.testing import EPS, Sample, over_budget
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu.py checks them")

@@ -7,8 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 import gptneo_fast
 from gptneo_fast.errors import InputError, SetupError, UnknownOptionError

@@ -129,8 +129,7 @@ class Source:
 
     def _choose_commit(self, cache: Cache) -> None:
         """The commit that `revision` stands for: the hub says so, or where it cannot be asked, the cache."""
-        from huggingface_hub import constants, hf_hub_download
-        from huggingface_hub import errors as hub
+        from huggingface_hub import constants, errors as hub, hf_hub_download
 
         if self.local_files_only or constants.HF_HUB_OFFLINE:
             self.offline = "local_files_only=True" if self.local_files_only else "HF_HUB_OFFLINE=1"

@@ -1,0 +1,39 @@
+"""The public names and where they stand: the one list of them, for type checkers and for `__init__.py`."""
+
+from .auto import (
+    AutoConfig as AutoConfig,
+    AutoModel as AutoModel,
+    AutoModelForCausalLM as AutoModelForCausalLM,
+    AutoModelForQuestionAnswering as AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification as AutoModelForSequenceClassification,
+    AutoModelForTokenClassification as AutoModelForTokenClassification,
+    AutoTokenizer as AutoTokenizer,
+    load as load,
+    set_seed as set_seed,
+)
+from .cache import KVCache as KVCache, cache_bytes as cache_bytes
+from .classifiers import (
+    GPTNeoForQuestionAnswering as GPTNeoForQuestionAnswering,
+    GPTNeoForSequenceClassification as GPTNeoForSequenceClassification,
+    GPTNeoForTokenClassification as GPTNeoForTokenClassification,
+)
+from .config import GPTNeoConfig as GPTNeoConfig
+from .errors import GPTNeoFastError as GPTNeoFastError, GPTNeoFastWarning as GPTNeoFastWarning
+from .generation import (
+    GenerationConfig as GenerationConfig,
+    LogitsProcessor as LogitsProcessor,
+    LogitsProcessorList as LogitsProcessorList,
+    StoppingCriteria as StoppingCriteria,
+    StoppingCriteriaList as StoppingCriteriaList,
+    TextIteratorStreamer as TextIteratorStreamer,
+    TextStreamer as TextStreamer,
+)
+from .heads import GPTNeoForCausalLM as GPTNeoForCausalLM, GPTNeoModel as GPTNeoModel
+from .integrations.flax import FlaxGPTNeoForCausalLM as FlaxGPTNeoForCausalLM, FlaxGPTNeoModel as FlaxGPTNeoModel
+from .pipelines import TextGenerationPipeline as TextGenerationPipeline, pipeline as pipeline
+from .pretrained import GPTNeoPreTrainedModel as GPTNeoPreTrainedModel
+from .tokenizer import BatchEncoding as BatchEncoding, GPT2Tokenizer as GPT2Tokenizer, GPT2TokenizerFast as GPT2TokenizerFast
+from .verification import verify as verify
+
+__version__: str
+__all__: list[str]
