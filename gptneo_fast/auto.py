@@ -11,8 +11,8 @@ from .classifiers import GPTNeoForQuestionAnswering, GPTNeoForSequenceClassifica
 from .config import GPTNeoConfig
 from .device import as_device, as_dtype
 from .errors import InputError, TokenizerError, nearest
+from .files.hub import Source
 from .heads import GPTNeoForCausalLM, GPTNeoModel
-from .hub import Source
 from .tokenizer import GPT2Tokenizer
 
 TASKS: dict[str, Any] = {

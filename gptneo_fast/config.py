@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from .errors import ConfigError, nearest
-from .hub import Source
-from .jsonfile import read_object
+from .files.hub import Source
+from .files.strict_json import read_object
 from .rules import LIMITS, SHAPE, fault_of, is_int, short, structure_faults
 
 _MAX_BYTES = 16 << 20  # of config.json; a hundred thousand labels have less

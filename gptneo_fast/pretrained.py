@@ -15,8 +15,8 @@ from .cache import cache_bytes
 from .config import GPTNeoConfig
 from .device import as_device, as_dtype
 from .errors import CheckpointError, InputError, UnknownOptionError, nearest
+from .files.hub import Source
 from .generation.config import GenerationConfig
-from .hub import Source
 from .model import Transformer
 from .outputs import ModelOutput
 

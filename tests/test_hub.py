@@ -16,7 +16,7 @@ from hub_server import COMMIT, Hub, Repository, files_of
 
 import gptneo_fast
 from gptneo_fast.errors import CheckpointError, GPTNeoFastError, InputError, ModelNotFoundError, SetupError
-from gptneo_fast.hub import Source, download
+from gptneo_fast.files.hub import Source, download
 
 NAME = "someone/small-neo"
 Causal = gptneo_fast.GPTNeoForCausalLM
@@ -243,7 +243,7 @@ def test_a_hub_that_falls_silent_between_two_files(hub, published, monkeypatch):
         hub.close()
         return fetch(*arguments)
 
-    monkeypatch.setattr("gptneo_fast.hub.source.fetch", last)
+    monkeypatch.setattr("gptneo_fast.files.hub.source.fetch", last)
     from huggingface_hub import file_download
 
     monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.1)
@@ -387,7 +387,7 @@ def test_34_a_damaged_part_of_an_earlier_attempt_does_not_stay(hub, large, tmp_p
 
 LOADER = """
 import sys, hashlib
-from gptneo_fast.hub import Source, download
+from gptneo_fast.files.hub import Source, download
 from huggingface_hub import constants
 download.LARGE, constants.DOWNLOAD_CHUNK_SIZE = 1 << 20, 100_000
 path = Source.of(sys.argv[1]).file("model.safetensors")

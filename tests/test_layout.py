@@ -15,8 +15,8 @@ REPO = ROOT.parent
 # From the ground up; a module may import from floors below its own, and from its own room.
 FLOORS = [
     ["errors"],
-    ["jsonfile"],
-    ["hub", "rules", "device", "sampling"],
+    ["files"],
+    ["rules", "device", "sampling"],
     ["config", "reference", "extension", "kernels"],
     ["ops", "cpu"],
     ["backends"],

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, InputError, UnsafeCheckpointError, UnsafePathError, warn_once
-from ..hub import Source
-from ..jsonfile import read_object
+from ..files.hub import Source
+from ..files.strict_json import read_object
 from . import msgpack, pickled, safetensors
 from .shapes import some
 from .stored import Stored, WeightFile

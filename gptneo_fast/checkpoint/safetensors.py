@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..jsonfile import parse_object
+from ..files.strict_json import parse_object
 from .sniff import kind_of
 from .stored import Stored, WeightFile
 

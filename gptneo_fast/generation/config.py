@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from ..config import GPTNeoConfig
 from ..errors import ConfigError, InputError, UnknownOptionError, nearest
-from ..hub import Source
-from ..jsonfile import read_object
+from ..files.hub import Source
+from ..files.strict_json import read_object
 from .options import NOT_OFFERED, check_option, check_together
 
 NEW_TOKENS = 20  # where no length is given

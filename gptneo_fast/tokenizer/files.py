@@ -13,8 +13,8 @@ import tokenizers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ..errors import InputError, TokenizerError
-from ..hub import Source
-from ..jsonfile import MAX_BYTES, read_object
+from ..files.hub import Source
+from ..files.strict_json import MAX_BYTES, read_object
 from .stream import ALPHABET
 
 # Component of tokenizer.json -> kinds that GPT-2's may have. A regular expression of a stranger is none of them.

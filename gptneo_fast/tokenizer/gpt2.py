@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tokenizers import AddedToken, Tokenizer
 
 from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest
-from ..hub import Source
+from ..files.hub import Source
 from .arguments import checked_side, shape_of
 from .decode import Decoding
 from .encode import encode

@@ -8,8 +8,8 @@ from typing import Any
 from tokenizers import AddedToken
 
 from ..errors import TokenizerError
-from ..hub import Source
-from ..jsonfile import read_object
+from ..files.hub import Source
+from ..files.strict_json import read_object
 from .files import Parts, added_token
 from .special import NAMES
 

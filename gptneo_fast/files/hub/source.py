@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, ModelNotFoundError, nearest
+from ...errors import InputError, ModelNotFoundError, nearest
 from .download import Cache, Remote, UnreachableError, announce, explained, fetch, look
 
 _REPO_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?")

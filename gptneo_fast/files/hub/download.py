@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError, ModelNotFoundError, SetupError
+from ...errors import InputError, ModelNotFoundError, SetupError
 
 LARGE = 16 << 20  # bytes from which a file is announced, and resumed after a kill
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")  # a commit or an etag: what may be a file's name
