@@ -9,7 +9,7 @@ import gptneo_fast
 from benchmarks.bench_cpu import keep
 from gptneo_fast.engine.plan import Drawing
 from gptneo_fast.engine.runner import EagerStep, Runner
-from gptneo_fast.sampling import COUNT, GREEDY, STATUS
+from gptneo_fast.ops.sampling import COUNT, GREEDY, STATUS
 
 LAYERS, TOKENS = 24, 256
 

@@ -20,8 +20,8 @@ from torch import Tensor
 import gptneo_fast
 from benchmarks.models import DTYPES, ours_of, peer_of
 from benchmarks.stage import Case, LeftOut, Setting
-from gptneo_fast import ops, testing
 from gptneo_fast.errors import SetupError
+from gptneo_fast.ops import ops, testing
 
 REPO = Path(__file__).parent.parent
 PROMPT, NEW, LONG = 200, 300, 600  # tokens: 500 and 600 are past the window of 256

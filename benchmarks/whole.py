@@ -20,7 +20,7 @@ from benchmarks.timing import chain, per_call
 from gptneo_fast import GPTNeoConfig
 from gptneo_fast.engine.plan import Drawing
 from gptneo_fast.engine.runner import BUCKETS, Runner
-from gptneo_fast.sampling import GREEDY, PLACE, TOKEN
+from gptneo_fast.ops.sampling import GREEDY, PLACE, TOKEN
 
 STEPS, WARMUP = 32, 4
 SEED_SETTINGS = dict(do_sample=True, temperature=0.9, max_new_tokens=100)  # top_k is 50 by default

@@ -28,7 +28,7 @@ using torch::stable::Tensor;
 constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMostTokens = 1 << 30;  // of all heads of a row: block indices stay below 2^31
 
-// An argument that does not fit; gptneo_fast/extension.py knows these by how they begin.
+// An argument that does not fit; gptneo_fast/ops/extension.py knows these by how they begin.
 template <typename... Parts>
 void check(bool holds, const Parts&... parts) {
   if (holds) return;

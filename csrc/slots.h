@@ -1,4 +1,4 @@
-// Where new tokens go in a cache: the arithmetic that host and device share. Letters as in gptneo_fast/reference.py.
+// Where new tokens go in a cache: the arithmetic that host and device share. Letters as in gptneo_fast/ops/reference.py.
 #pragma once
 
 #include <cstdint>

@@ -187,8 +187,8 @@ def _machine() -> dict[str, Any]:
 
     import torch
 
-    from . import backends, extension
     from .device import why_no_cuda
+    from .ops import backends, extension
 
     def version_of(package: str) -> str:
         try:

@@ -8,7 +8,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends
 from .cache import KVCache
 from .config import GPTNeoConfig
 from .engine import EngineMixin
@@ -17,6 +16,7 @@ from .generation import GenerationConfig
 from .inputs import check_inputs, check_labels, check_unknown, select_positions
 from .masks import Rows, rows_of
 from .model import Trace, Transformer
+from .ops import backends
 from .outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from .pretrained import GPTNeoPreTrainedModel
 

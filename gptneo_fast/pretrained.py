@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import backends, checkpoint
+from . import checkpoint
 from .cache import cache_bytes
 from .config import GPTNeoConfig
 from .device import as_device, as_dtype
@@ -18,6 +18,7 @@ from .errors import CheckpointError, InputError, UnknownOptionError, nearest
 from .files.hub import Source
 from .generation.config import GenerationConfig
 from .model import Transformer
+from .ops import backends
 from .outputs import ModelOutput
 
 Output = TypeVar("Output", bound=ModelOutput)

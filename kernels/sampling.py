@@ -20,7 +20,7 @@ FEW = tl.constexpr(2)
 
 @triton.jit
 def _noise(seed, ids, drawn):
-    """-log(E), E exponential; see gptneo_fast/sampling.py. float32, shaped as ids."""
+    """-log(E), E exponential; see gptneo_fast/ops/sampling.py. float32, shaped as ids."""
     zero = ids * 0
     r, _, _, _ = tl.philox(seed, ids, zero + drawn, zero, zero)
     u = (r.to(tl.float32) + 0.5) * 2.3283064365386963e-10
@@ -241,7 +241,7 @@ def sample(
     lengths: Tensor,
     method: int,
 ) -> None:
-    """As `gptneo_fast.sampling.sample`; rows of logits may have any stride. One launch.
+    """As `gptneo_fast.ops.sampling.sample`; rows of logits may have any stride. One launch.
 
     Methods GREEDY, FREE and FEW split a row over programs; with ALL one program walks a row some thirty times.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gptneo_fast import reference
+from gptneo_fast.ops import reference
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 

@@ -10,8 +10,9 @@ import torch
 from conftest import peers
 
 from benchmarks.counting import Launches
-from gptneo_fast import GPTNeoForCausalLM, backends, cli, errors, ops
+from gptneo_fast import GPTNeoForCausalLM, cli, errors
 from gptneo_fast.kernels import launch, tiles
+from gptneo_fast.ops import backends, ops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")

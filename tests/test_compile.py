@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import peers
 
-from gptneo_fast import backends, ops
+from gptneo_fast.ops import backends, ops
 
 
 @pytest.fixture(params=["reference", "ops"])

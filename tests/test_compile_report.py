@@ -188,7 +188,8 @@ def test_a_row_over_its_budget_says_why(changes, fault):
 
 
 def test_the_kernels_of_125m_stay_within_their_budgets(tmp_path):
-    from gptneo_fast import kernels, ops
+    from gptneo_fast import kernels
+    from gptneo_fast.ops import ops
 
     done = run("-m", "benchmarks.compile_report", "--model", "125m", "--dtype", "bf16", "--sm", "90", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gptneo_fast import backends, cpu, extension, ops, reference
-from gptneo_fast.testing import EPS, SAMPLES, Sample, over_budget
+from gptneo_fast.ops import backends, cpu, extension, ops, reference
+from gptneo_fast.ops.testing import EPS, SAMPLES, Sample, over_budget
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from append_calls import BITS, DTYPES, LAYOUTS, assert_like_reference, int32, noise, projected
 
-from gptneo_fast import errors, extension, testing
+from gptneo_fast import errors
+from gptneo_fast.ops import extension, testing
 
 SOURCE = Path(__file__).parent.parent / "csrc/kv_append.cu"
 NVCC = shutil.which("nvcc")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from interpreting import bfloat16, watched
 
-from gptneo_fast import errors, kernels, ops, reference, testing
+from gptneo_fast import errors, kernels
 from gptneo_fast.kernels import launch
+from gptneo_fast.ops import ops, reference, testing
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu.py checks them")
 

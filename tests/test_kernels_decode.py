@@ -11,9 +11,10 @@ from interpreting import watched
 from triton.runtime.interpreter import InterpreterBuilder
 
 from benchmarks.counting import Traffic
-from gptneo_fast import kernels, reference, testing
+from gptneo_fast import kernels
 from gptneo_fast.kernels import few, launch, skinny, tickets
-from gptneo_fast.testing import Sample
+from gptneo_fast.ops import reference, testing
+from gptneo_fast.ops.testing import Sample
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu.py checks them")
 EPS = 1e-5

@@ -8,9 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from interpreting import watched
 
-from gptneo_fast import kernels, reference
+from gptneo_fast import kernels
 from gptneo_fast.kernels import launch, tiles
-from gptneo_fast.testing import EPS, Sample, over_budget
+from gptneo_fast.ops import reference
+from gptneo_fast.ops.testing import EPS, Sample, over_budget
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu.py checks them")
 attention_module = importlib.import_module("gptneo_fast.kernels.attention")  # the package gives the function under that name

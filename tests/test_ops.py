@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from gptneo_fast import ops, reference
-from gptneo_fast.testing import SAMPLES, over_budget
+from gptneo_fast.ops import ops, reference
+from gptneo_fast.ops.testing import SAMPLES, over_budget
 
 CASES = [(name, sample) for name in ops.NAMES for sample in SAMPLES[name]()]
 IDS = [f"{name}: {sample.name}" for name, sample in CASES]

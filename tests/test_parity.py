@@ -122,7 +122,7 @@ def test_masks(cls, kind):
 
 
 def test_a_row_that_sees_nothing_gets_zeros_from_attention():
-    from gptneo_fast import reference
+    from gptneo_fast.ops import reference
 
     q, k, v = torch.randn(3, 2, 4, 9, 8).unbind(0)
     out = reference.attention(q, k, v, 3, starts=torch.tensor([0, 9], dtype=torch.int32))

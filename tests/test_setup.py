@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from append_calls import COMPILER, setup_py
 
-from gptneo_fast import extension
+from gptneo_fast.ops import extension
 
 REPO = Path(__file__).parent.parent
 

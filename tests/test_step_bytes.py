@@ -8,7 +8,7 @@ from benchmarks import costs
 from benchmarks.counting import Launches, Traffic
 from gptneo_fast.engine.plan import Drawing
 from gptneo_fast.engine.runner import Runner
-from gptneo_fast.sampling import FINISHED, GREEDY, PLACE, STATUS
+from gptneo_fast.ops.sampling import FINISHED, GREEDY, PLACE, STATUS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in the interpreter")

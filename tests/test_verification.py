@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import gptneo_fast
-from gptneo_fast import backends, reference
 from gptneo_fast.demo import FOLDER
 from gptneo_fast.errors import InputError
+from gptneo_fast.ops import backends, reference
 
 
 @pytest.fixture(scope="module")

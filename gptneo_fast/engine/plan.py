@@ -13,7 +13,7 @@ from ..generation.processors import MinLength, RepetitionPenalty, SuppressTokens
 from ..generation.session import Prompt
 from ..generation.stopping import EndToken, MaxLength
 from ..generation.warpers import MinP, Temperature, TopK, TopP
-from ..sampling import ALL, END, FEW, FREE, GREEDY, KEEP, NOT_FIRST, SUPPRESSED
+from ..ops.sampling import ALL, END, FEW, FREE, GREEDY, KEEP, NOT_FIRST, SUPPRESSED
 
 _ON_DEVICE = (MinLength, RepetitionPenalty, SuppressTokens, MinP, Temperature, TopK, TopP)
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, odd

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..errors import warn_once
 from ..masks import rows_of
-from ..sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
+from ..ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
 from .plan import Drawing
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # rows that steps are captured for; a batch takes the next one

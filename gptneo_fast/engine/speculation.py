@@ -17,7 +17,7 @@ from torch import Tensor
 from ..cache import SLACK
 from ..generation.loop import Request
 from ..generation.session import Prompt
-from ..sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
+from ..ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
 from .plan import Drawing
 from .runner import AHEAD, Look, Runner, StepCache, capture, on_stream
 

@@ -1,7 +1,7 @@
 """Attention in JAX: what a query may see, the softmax, and the cache, whose local layers are a ring of the window.
 
 Columns of a call's rows are numbered from 0, padding included; a cache of S columns keeps column c of a global layer in
-slot c, and of a local one in slot c mod window. Shape letters: see `gptneo_fast.reference`.
+slot c, and of a local one in slot c mod window. Shape letters: see `gptneo_fast.ops.reference`.
 """
 
 from __future__ import annotations

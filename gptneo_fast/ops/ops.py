@@ -37,7 +37,7 @@ def _launcher(name: str) -> Callable:
     def launch(*args: Any, **keywords: Any) -> Any:
         if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
             return plain(*args, **keywords)
-        from . import kernels
+        from .. import kernels
 
         return getattr(kernels, name)(*args, **keywords)
 

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import torch
 
+from ..errors import GPTNeoFastError, InputError, SetupError, warn_once
 from . import cpu, extension, ops, reference
-from .errors import GPTNeoFastError, InputError, SetupError, warn_once
 
 BACKENDS = ("auto", "triton", "reference")
 _CAPABILITY = (8, 0)
@@ -76,7 +76,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, grad: bool = 
             raise SetupError(f"backend='triton': {reason}; {_INSTEAD}")
         if device.type == "cuda":
             return Choice("triton", "asked for", ops)
-        from . import kernels
+        from .. import kernels
 
         return Choice("triton", "asked for; the kernels are interpreted", kernels)
     if reason:
@@ -100,7 +100,7 @@ def early_launches(choice: Choice) -> AbstractContextManager[None]:
     """
     if choice.name != "triton":
         raise SetupError(f"early_launch=True is a way to launch kernels and {choice}; leave it off")
-    from .kernels import launch
+    from ..kernels import launch
 
     return launch.early_launches()
 
@@ -149,7 +149,7 @@ def why_no_extension(device_type: str) -> str:
 
 def _interpreted() -> bool:
     """Whether the kernels of this process are interpreted. Only after `_why_no_kernels` found nothing."""
-    from .kernels.launch import INTERPRETED
+    from ..kernels.launch import INTERPRETED
 
     return INTERPRETED
 
@@ -162,7 +162,7 @@ def _why_no_kernels() -> str:
     except Exception as error:  # a broken build raises whatever it likes
         return f"triton cannot be imported ({type(error).__name__}: {error}); pip install {_pinned_triton()!r}"
     try:
-        from . import kernels
+        from .. import kernels
     except Exception as error:
         return f"triton {triton.__version__} cannot load the kernels ({error}); pip install {_pinned_triton()!r}"
     missing = [name for name in ops.NAMES if not hasattr(kernels, name)]
@@ -181,7 +181,7 @@ def _pinned_triton() -> str:
 
 
 def _why_no_device() -> str:
-    from .device import why_no_cuda
+    from ..device import why_no_cuda
 
     return "" if torch.cuda.is_available() else f"{why_no_cuda()}, and kernels run on CUDA devices"
 
@@ -197,7 +197,7 @@ def _why_not_on(index: int) -> str:
             f"{name} has compute capability {'.'.join(map(str, capability))} and kernels need "
             f"{'.'.join(map(str, _CAPABILITY))}; plain torch in float32 or float16 works there"
         )
-    from . import kernels
+    from .. import kernels
 
     x = torch.ones(1, 16, device=f"cuda:{index}")
     try:  # no C compiler, no Python.h, a driver older than this triton's code: they show at the first launch only

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import DeviceError, InputError
+from ..errors import DeviceError, InputError
 
-LIBRARY = Path(__file__).with_name("_csrc.so")
-REPORT = Path(__file__).with_name("_csrc.json")
+LIBRARY = Path(__file__).parents[1] / "_csrc.so"
+REPORT = Path(__file__).parents[1] / "_csrc.json"
 _SHAPE_RULES = {"kv_append": lambda *_: None, "linear": lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0])}
 _LOADING = threading.Lock()
 _TWIN = "on CUDA the Triton kernel stores keys and values"
