@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.models import DTYPES, SHAPES, config_of
 from gptneo_fast import GPTNeoConfig
-from gptneo_fast.cache import ring_slots
+from gptneo_fast.network.cache import ring_slots
 
 BANDWIDTH, RATE = 3.0e12, 798e12  # B/s and FLOP/s of an H100 80GB HBM3: copy, read + write; bf16 matmul 8192^3
 VOCABULARY_TILE = 64

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import costs
 from benchmarks.stage import Case, LeftOut, Setting
 from benchmarks.timing import per_call, rotating
-from gptneo_fast.cache import ring_slots
+from gptneo_fast.network.cache import ring_slots
 
 PREFILL = 2048
 Call = Callable[[], Any]

@@ -11,7 +11,7 @@ from .auto import (
     load as load,
     set_seed as set_seed,
 )
-from .cache import KVCache as KVCache, cache_bytes as cache_bytes
+from .network.cache import KVCache as KVCache, cache_bytes as cache_bytes
 from .classifiers import (
     GPTNeoForQuestionAnswering as GPTNeoForQuestionAnswering,
     GPTNeoForSequenceClassification as GPTNeoForSequenceClassification,

@@ -214,7 +214,7 @@ def _machine() -> dict[str, Any]:
 
 def _model_facts(model: Any) -> dict[str, Any]:
     """Size of a loaded model and of its cache."""
-    from .cache import cache_bytes
+    from .network.cache import cache_bytes
 
     bytes_of: dict[str, int] = {}
     for p in {id(p): p for p in model.parameters()}.values():

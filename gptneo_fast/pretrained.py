@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .cache import cache_bytes
 from .config import GPTNeoConfig
 from .device import as_device, as_dtype
 from .errors import CheckpointError, InputError, UnknownOptionError, nearest
 from .files.hub import Source
 from .generation.config import GenerationConfig
-from .model import Transformer
+from .network.cache import cache_bytes
+from .network.model import Transformer
+from .network.outputs import ModelOutput
 from .ops import backends
-from .outputs import ModelOutput
 
 Output = TypeVar("Output", bound=ModelOutput)
 _QUANTISED = ("load_in_8bit", "load_in_4bit", "quantization_config")

@@ -10,8 +10,8 @@ import torch
 import gptneo_fast
 from benchmarks import costs
 from benchmarks.counting import Traffic
-from gptneo_fast.cache import KVCache
 from gptneo_fast.kernels import launch
+from gptneo_fast.network.cache import KVCache
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu.py checks them")
 

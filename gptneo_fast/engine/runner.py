@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import KVCache
 from ..errors import warn_once
-from ..masks import rows_of
+from ..network.cache import KVCache
+from ..network.masks import rows_of
 from ..ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
 from .plan import Drawing
 

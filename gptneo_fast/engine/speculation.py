@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import SLACK
 from ..generation.loop import Request
 from ..generation.session import Prompt
+from ..network.cache import SLACK
 from ..ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
 from .plan import Drawing
 from .runner import AHEAD, Look, Runner, StepCache, capture, on_stream

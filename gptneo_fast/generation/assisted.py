@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import SLACK
 from ..errors import NonFiniteLogitsError
+from ..network.cache import SLACK
 from .loop import Record, Request, broken_message, sample
 from .processors import MinLength
 from .session import Prompt, Session

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..cache import KVCache
 from ..errors import InputError
-from ..inputs import check_ids
-from ..outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from ..network.cache import KVCache
+from ..network.inputs import check_ids
+from ..network.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from .assisted import Assistant, Drafter, PromptLookup, assisted
 from .beams import beam_search
 from .config import OFF, GenerationConfig, total_length

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import KVCache
 from ..errors import CacheError, InputError
+from ..network.cache import KVCache
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import GPTNeoConfig
-from .errors import CacheError
+from ..config import GPTNeoConfig
+from ..errors import CacheError
 
 SLACK = 128  # slots of a ring beyond its window
 STEP = SLACK + 1  # longest step that may be appended before it attends: window - 1 + STEP slots

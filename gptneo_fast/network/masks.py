@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import CacheError, InputError
 from .cache import KVCache
-from .errors import CacheError, InputError
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import GPTNeoConfig
+from ..ops import backends, reference
 from .cache import STEP, KVCache
-from .config import GPTNeoConfig
 from .masks import Rows
-from .ops import backends, reference
 
 
 class SelfAttention(nn.Module):

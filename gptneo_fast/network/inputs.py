@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import GPTNeoConfig
+from ..errors import CacheError, InputError, UnknownOptionError, nearest
 from .cache import KVCache
-from .config import GPTNeoConfig
-from .errors import CacheError, InputError, UnknownOptionError, nearest
 
 # transformers' callers pass them to every class: positions are known here, and a class without cache keeps none
 _HARMLESS = ("cache_position", "use_cache")
