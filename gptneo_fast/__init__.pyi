@@ -11,7 +11,6 @@ from .auto import (
     load as load,
     set_seed as set_seed,
 )
-from .network.cache import KVCache as KVCache, cache_bytes as cache_bytes
 from .classifiers import (
     GPTNeoForQuestionAnswering as GPTNeoForQuestionAnswering,
     GPTNeoForSequenceClassification as GPTNeoForSequenceClassification,
@@ -30,6 +29,7 @@ from .generation import (
 )
 from .heads import GPTNeoForCausalLM as GPTNeoForCausalLM, GPTNeoModel as GPTNeoModel
 from .integrations.flax import FlaxGPTNeoForCausalLM as FlaxGPTNeoForCausalLM, FlaxGPTNeoModel as FlaxGPTNeoModel
+from .network.cache import KVCache as KVCache, cache_bytes as cache_bytes
 from .pipelines import TextGenerationPipeline as TextGenerationPipeline, pipeline as pipeline
 from .pretrained import GPTNeoPreTrainedModel as GPTNeoPreTrainedModel
 from .tokenizer import BatchEncoding as BatchEncoding, GPT2Tokenizer as GPT2Tokenizer, GPT2TokenizerFast as GPT2TokenizerFast

@@ -1,1 +1,1 @@
-"""The network over the ops: modules, the KV cache, masks, checks of inputs, output classes. Nothing here knows files or text."""
+"""The network over the ops: modules, KV cache, masks, checks of inputs, output classes. It knows neither files nor text."""
