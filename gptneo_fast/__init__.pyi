@@ -1,21 +1,5 @@
 """The public names and where they stand: the one list of them, for type checkers and for `__init__.py`."""
 
-from .auto import (
-    AutoConfig as AutoConfig,
-    AutoModel as AutoModel,
-    AutoModelForCausalLM as AutoModelForCausalLM,
-    AutoModelForQuestionAnswering as AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification as AutoModelForSequenceClassification,
-    AutoModelForTokenClassification as AutoModelForTokenClassification,
-    AutoTokenizer as AutoTokenizer,
-    load as load,
-    set_seed as set_seed,
-)
-from .classifiers import (
-    GPTNeoForQuestionAnswering as GPTNeoForQuestionAnswering,
-    GPTNeoForSequenceClassification as GPTNeoForSequenceClassification,
-    GPTNeoForTokenClassification as GPTNeoForTokenClassification,
-)
 from .config import GPTNeoConfig as GPTNeoConfig
 from .errors import GPTNeoFastError as GPTNeoFastError, GPTNeoFastWarning as GPTNeoFastWarning
 from .generation import (
@@ -27,11 +11,27 @@ from .generation import (
     TextIteratorStreamer as TextIteratorStreamer,
     TextStreamer as TextStreamer,
 )
-from .heads import GPTNeoForCausalLM as GPTNeoForCausalLM, GPTNeoModel as GPTNeoModel
 from .integrations.flax import FlaxGPTNeoForCausalLM as FlaxGPTNeoForCausalLM, FlaxGPTNeoModel as FlaxGPTNeoModel
+from .models.causal import GPTNeoForCausalLM as GPTNeoForCausalLM, GPTNeoModel as GPTNeoModel
+from .models.classifiers import (
+    GPTNeoForQuestionAnswering as GPTNeoForQuestionAnswering,
+    GPTNeoForSequenceClassification as GPTNeoForSequenceClassification,
+    GPTNeoForTokenClassification as GPTNeoForTokenClassification,
+)
+from .models.load import (
+    AutoConfig as AutoConfig,
+    AutoModel as AutoModel,
+    AutoModelForCausalLM as AutoModelForCausalLM,
+    AutoModelForQuestionAnswering as AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification as AutoModelForSequenceClassification,
+    AutoModelForTokenClassification as AutoModelForTokenClassification,
+    AutoTokenizer as AutoTokenizer,
+    load as load,
+    set_seed as set_seed,
+)
+from .models.pipelines import TextGenerationPipeline as TextGenerationPipeline, pipeline as pipeline
+from .models.pretrained import GPTNeoPreTrainedModel as GPTNeoPreTrainedModel
 from .network.cache import KVCache as KVCache, cache_bytes as cache_bytes
-from .pipelines import TextGenerationPipeline as TextGenerationPipeline, pipeline as pipeline
-from .pretrained import GPTNeoPreTrainedModel as GPTNeoPreTrainedModel
 from .tokenizer import BatchEncoding as BatchEncoding, GPT2Tokenizer as GPT2Tokenizer, GPT2TokenizerFast as GPT2TokenizerFast
 from .verification import verify as verify
 

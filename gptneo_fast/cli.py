@@ -91,8 +91,8 @@ def _model_options(parser: argparse.ArgumentParser, positional_model: bool = Fal
 
 
 def _load(args: argparse.Namespace) -> Any:
-    from .auto import load
     from .demo import FOLDER
+    from .models.load import load
 
     return load(
         args.model or FOLDER,

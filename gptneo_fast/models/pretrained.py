@@ -10,16 +10,16 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
-from .config import GPTNeoConfig
-from .device import as_device, as_dtype
-from .errors import CheckpointError, InputError, UnknownOptionError, nearest
-from .files.hub import Source
-from .generation.config import GenerationConfig
-from .network.cache import cache_bytes
-from .network.model import Transformer
-from .network.outputs import ModelOutput
-from .ops import backends
+from .. import checkpoint
+from ..config import GPTNeoConfig
+from ..device import as_device, as_dtype
+from ..errors import CheckpointError, InputError, UnknownOptionError, nearest
+from ..files.hub import Source
+from ..generation.config import GenerationConfig
+from ..network.cache import cache_bytes
+from ..network.model import Transformer
+from ..network.outputs import ModelOutput
+from ..ops import backends
 
 Output = TypeVar("Output", bound=ModelOutput)
 _QUANTISED = ("load_in_8bit", "load_in_4bit", "quantization_config")

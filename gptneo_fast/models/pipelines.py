@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from .auto import load
-from .errors import InputError, nearest
-from .generation import GenerationConfig
+from ..errors import InputError, nearest
+from ..generation import GenerationConfig
+from .load import load
 
 _DEFAULTS: dict[str, Any] = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}  # of transformers' pipeline
 _LOADING = ("dtype", "torch_dtype", "revision", "token", "cache_dir", "local_files_only", "backend")

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..config import GPTNeoConfig
+from ..device import as_device, as_dtype
+from ..errors import InputError, TokenizerError, nearest
+from ..files.hub import Source
+from ..tokenizer import GPT2Tokenizer
+from .causal import GPTNeoForCausalLM, GPTNeoModel
 from .classifiers import GPTNeoForQuestionAnswering, GPTNeoForSequenceClassification, GPTNeoForTokenClassification
-from .config import GPTNeoConfig
-from .device import as_device, as_dtype
-from .errors import InputError, TokenizerError, nearest
-from .files.hub import Source
-from .heads import GPTNeoForCausalLM, GPTNeoModel
-from .tokenizer import GPT2Tokenizer
 
 TASKS: dict[str, Any] = {
     "causal-lm": GPTNeoForCausalLM,

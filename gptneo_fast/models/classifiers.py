@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import GPTNeoConfig
-from .errors import InputError, warn_once
-from .heads import GPTNeoModel
-from .network.cache import KVCache
-from .network.inputs import check_labels, check_unknown
-from .network.outputs import QuestionAnsweringModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
+from ..config import GPTNeoConfig
+from ..errors import InputError, warn_once
+from ..network.cache import KVCache
+from ..network.inputs import check_labels, check_unknown
+from ..network.outputs import QuestionAnsweringModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
+from .causal import GPTNeoModel
 from .pretrained import GPTNeoPreTrainedModel
 
 

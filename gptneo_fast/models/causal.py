@@ -8,16 +8,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import GPTNeoConfig
-from .engine import EngineMixin
-from .errors import warn_once
-from .generation import GenerationConfig
-from .network.cache import KVCache
-from .network.inputs import check_inputs, check_labels, check_unknown, select_positions
-from .network.masks import Rows, rows_of
-from .network.model import Trace, Transformer
-from .network.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from .ops import backends
+from ..config import GPTNeoConfig
+from ..engine import EngineMixin
+from ..errors import warn_once
+from ..generation import GenerationConfig
+from ..network.cache import KVCache
+from ..network.inputs import check_inputs, check_labels, check_unknown, select_positions
+from ..network.masks import Rows, rows_of
+from ..network.model import Trace, Transformer
+from ..network.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from ..ops import backends
 from .pretrained import GPTNeoPreTrainedModel
 
 
