@@ -7,8 +7,8 @@ import torch
 
 import gptneo_fast
 from benchmarks.bench_cpu import keep
-from gptneo_fast.engine.plan import Drawing
-from gptneo_fast.engine.runner import EagerStep, Runner
+from gptneo_fast.generation.captured.plan import Drawing
+from gptneo_fast.generation.captured.runner import EagerStep, Runner
 from gptneo_fast.ops.sampling import COUNT, GREEDY, STATUS
 
 LAYERS, TOKENS = 24, 256

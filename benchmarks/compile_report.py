@@ -31,7 +31,7 @@ from benchmarks.costs import as_table
 from benchmarks.counting import swapped
 from benchmarks.models import DTYPES, SHAPES, config_of
 from benchmarks.ptx import loads_by_argument
-from gptneo_fast.engine.runner import StepCache
+from gptneo_fast.generation.captured.runner import StepCache
 from gptneo_fast.network.cache import KVCache
 from gptneo_fast.ops import backends, ops
 

@@ -18,8 +18,8 @@ from benchmarks.peers import Compiled, Step, Transformers
 from benchmarks.stage import Case, LeftOut, Setting
 from benchmarks.timing import chain, per_call
 from gptneo_fast import GPTNeoConfig
-from gptneo_fast.engine.plan import Drawing
-from gptneo_fast.engine.runner import BUCKETS, Runner
+from gptneo_fast.generation.captured.plan import Drawing
+from gptneo_fast.generation.captured.runner import BUCKETS, Runner
 from gptneo_fast.ops.sampling import GREEDY, PLACE, TOKEN
 
 STEPS, WARMUP = 32, 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gptneo_fast
-from gptneo_fast.engine import mixin
+from gptneo_fast.generation.captured import mixin
 
 CONFIG = dict(
     vocab_size=211, hidden_size=32, num_heads=2, num_layers=2, attention_layers=["global", "local"], window_size=8,

@@ -8,8 +8,8 @@ from engines import CONFIG, both, captured, model, ragged, repeating  # noqa: F4
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptneo_fast
-from gptneo_fast import engine
-from gptneo_fast.engine import mixin, runner, speculation
+from gptneo_fast.generation import captured as engine
+from gptneo_fast.generation.captured import mixin, runner, speculation
 from gptneo_fast.ops import backends, ops
 
 

@@ -12,11 +12,10 @@ from engines import CONFIG, both, captured, model, ragged, repeating  # noqa: F4
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptneo_fast
-from gptneo_fast import engine
 from gptneo_fast.demo import FOLDER
-from gptneo_fast.engine import memory, mixin, runner
 from gptneo_fast.errors import InputError, NonFiniteLogitsError, OutOfMemoryError
-from gptneo_fast.generation import text
+from gptneo_fast.generation import captured as engine, text
+from gptneo_fast.generation.captured import memory, mixin, runner
 from gptneo_fast.ops import backends, ops
 from gptneo_fast.ops.sampling import FINISHED, STATUS
 

@@ -22,7 +22,6 @@ FLOORS = [
     ["network"],
     ["checkpoint", "tokenizer"],
     ["generation"],
-    ["engine"],
     ["models"],
     ["demo"],
     ["verification", "integrations"],

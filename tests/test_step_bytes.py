@@ -6,8 +6,8 @@ import torch
 import gptneo_fast
 from benchmarks import costs
 from benchmarks.counting import Launches, Traffic
-from gptneo_fast.engine.plan import Drawing
-from gptneo_fast.engine.runner import Runner
+from gptneo_fast.generation.captured.plan import Drawing
+from gptneo_fast.generation.captured.runner import Runner
 from gptneo_fast.ops.sampling import FINISHED, GREEDY, PLACE, STATUS
 
 pytest.importorskip("triton")

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
-from ..engine import EngineMixin
 from ..errors import warn_once
 from ..generation import GenerationConfig
+from ..generation.captured import EngineMixin
 from ..network.cache import KVCache
 from ..network.inputs import check_inputs, check_labels, check_unknown, select_positions
 from ..network.masks import Rows, rows_of

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteLogitsError
-from ..generation.loop import Request, broken_message
-from ..generation.session import Prompt
-from ..generation.text import TextGenerationMixin
+from ...errors import NonFiniteLogitsError
+from ..loop import Request, broken_message
+from ..session import Prompt
+from ..text import TextGenerationMixin
 from .memory import check_memory
 from .plan import Drawing, why_stepwise
 from .runner import BUCKETS, Runner, broken_rows

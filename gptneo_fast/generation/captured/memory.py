@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..errors import OutOfMemoryError
-from ..network.cache import cache_bytes
+from ...errors import OutOfMemoryError
+from ...network.cache import cache_bytes
 
 _CHUNK = 2**20
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generation.loop import Request
-from ..generation.session import Prompt
-from ..network.cache import SLACK
-from ..ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
+from ...network.cache import SLACK
+from ...ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
+from ..loop import Request
+from ..session import Prompt
 from .plan import Drawing
 from .runner import AHEAD, Look, Runner, StepCache, capture, on_stream
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import warn_once
-from ..network.cache import KVCache
-from ..network.masks import rows_of
-from ..ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
+from ...errors import warn_once
+from ...network.cache import KVCache
+from ...network.masks import rows_of
+from ...ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
 from .plan import Drawing
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # rows that steps are captured for; a batch takes the next one

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generation.loop import Request
-from ..generation.processors import MinLength, RepetitionPenalty, SuppressTokens
-from ..generation.session import Prompt
-from ..generation.stopping import EndToken, MaxLength
-from ..generation.warpers import MinP, Temperature, TopK, TopP
-from ..ops.sampling import ALL, END, FEW, FREE, GREEDY, KEEP, NOT_FIRST, SUPPRESSED
+from ...ops.sampling import ALL, END, FEW, FREE, GREEDY, KEEP, NOT_FIRST, SUPPRESSED
+from ..loop import Request
+from ..processors import MinLength, RepetitionPenalty, SuppressTokens
+from ..session import Prompt
+from ..stopping import EndToken, MaxLength
+from ..warpers import MinP, Temperature, TopK, TopP
 
 _ON_DEVICE = (MinLength, RepetitionPenalty, SuppressTokens, MinP, Temperature, TopK, TopP)
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, odd
