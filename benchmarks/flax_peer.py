@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import gptneo_fast
-from gptneo_fast.integrations.flax import FlaxGPTNeoForCausalLM
+from gptneo_fast.flax import FlaxGPTNeoForCausalLM
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": dict(vocab_size=4096, hidden_size=256, num_layers=4, num_heads=4, max_position_embeddings=1024),

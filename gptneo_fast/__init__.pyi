@@ -2,6 +2,7 @@
 
 from .config import GPTNeoConfig as GPTNeoConfig
 from .errors import GPTNeoFastError as GPTNeoFastError, GPTNeoFastWarning as GPTNeoFastWarning
+from .flax import FlaxGPTNeoForCausalLM as FlaxGPTNeoForCausalLM, FlaxGPTNeoModel as FlaxGPTNeoModel
 from .generation import (
     GenerationConfig as GenerationConfig,
     LogitsProcessor as LogitsProcessor,
@@ -11,7 +12,6 @@ from .generation import (
     TextIteratorStreamer as TextIteratorStreamer,
     TextStreamer as TextStreamer,
 )
-from .integrations.flax import FlaxGPTNeoForCausalLM as FlaxGPTNeoForCausalLM, FlaxGPTNeoModel as FlaxGPTNeoModel
 from .models.causal import GPTNeoForCausalLM as GPTNeoForCausalLM, GPTNeoModel as GPTNeoModel
 from .models.classifiers import (
     GPTNeoForQuestionAnswering as GPTNeoForQuestionAnswering,

@@ -19,7 +19,7 @@ import flax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax.traverse_util import flatten_dict  # noqa: E402
 
-from gptneo_fast.integrations.flax import FlaxGPTNeoForCausalLM, FlaxGPTNeoModel, attention, weights  # noqa: E402  # noqa: E402
+from gptneo_fast.flax import FlaxGPTNeoForCausalLM, FlaxGPTNeoModel, attention, weights  # noqa: E402  # noqa: E402
 
 
 def random_config(seed):

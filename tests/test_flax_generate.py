@@ -17,9 +17,9 @@ pytest.importorskip("flax")
 import jax.numpy as jnp  # noqa: E402
 from test_flax import ids_of, pair  # noqa: E402
 
+from gptneo_fast.flax import FlaxGPTNeoModel, decoding, scores  # noqa: E402
+from gptneo_fast.flax.scores import Knobs, Rules  # noqa: E402
 from gptneo_fast.generation import warpers  # noqa: E402
-from gptneo_fast.integrations.flax import FlaxGPTNeoModel, decoding, scores  # noqa: E402
-from gptneo_fast.integrations.flax.scores import Knobs, Rules  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 import jax
 from jax import Array
 
-from ...network.outputs import ModelOutput
+from ..network.outputs import ModelOutput
 
 Kind = TypeVar("Kind", bound=type)
 

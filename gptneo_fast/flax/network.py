@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ...config import GPTNeoConfig
+from ..config import GPTNeoConfig
 from .attention import Cache, View, append, attend, attend_banded, visible
 
 Params = Any  # nested dict of arrays

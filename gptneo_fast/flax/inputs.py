@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ...config import GPTNeoConfig
-from ...errors import CacheError, InputError
+from ..config import GPTNeoConfig
+from ..errors import CacheError, InputError
 from .attention import Cache
 
 

@@ -4,7 +4,7 @@ Arguments, outputs and parameter tree are those of transformers 4.57, so that it
 Needs `pip install gptneo-fast[flax]`.
 """
 
-from ...errors import MissingExtraError
+from ..errors import MissingExtraError
 
 try:
     import flax.core  # noqa: F401

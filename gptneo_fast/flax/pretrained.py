@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ...checkpoint import save
-from ...config import GPTNeoConfig
-from ...errors import CheckpointError, InputError
-from ...generation.config import GenerationConfig
-from ...models import causal as heads
+from ..checkpoint import save
+from ..config import GPTNeoConfig
+from ..errors import CheckpointError, InputError
+from ..generation.config import GenerationConfig
+from ..models import causal as heads
 from . import network, weights
 from .attention import Cache, empty_cache
 from .inputs import checked_call

@@ -15,11 +15,11 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from ...checkpoint.files import FLAX
-from ...checkpoint.msgpack import torch_name
-from ...checkpoint.saving import appearing
-from ...config import GPTNeoConfig
-from ...errors import InputError
+from ..checkpoint.files import FLAX
+from ..checkpoint.msgpack import torch_name
+from ..checkpoint.saving import appearing
+from ..config import GPTNeoConfig
+from ..errors import InputError
 
 Tree = dict[str, Any]
 _OURS = r"flax_model(-\d{5}-of-\d{5})?\.msgpack(\.index\.json)?"

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ...errors import InputError
-from ...generation.config import OFF, GenerationConfig, total_length
-from ...models import causal as heads
+from ..errors import InputError
+from ..generation.config import OFF, GenerationConfig, total_length
+from ..models import causal as heads
 from .decoding import Plan, beam_search, search
 from .inputs import checked_ids, known
 from .network import Traced
