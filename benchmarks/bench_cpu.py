@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import DTYPES, pair
-from gptneo_fast.verification import first_divergence, twin
+from gptneo_fast.tools.verify import first_divergence, twin
 
 NEW, PREFILL, LONG = 64, 512, 1920
 RUNNERS = ["transformers eager", "gptneo_fast"]

@@ -33,7 +33,7 @@ from .models.pipelines import TextGenerationPipeline as TextGenerationPipeline, 
 from .models.pretrained import GPTNeoPreTrainedModel as GPTNeoPreTrainedModel
 from .network.cache import KVCache as KVCache, cache_bytes as cache_bytes
 from .tokenizer import BatchEncoding as BatchEncoding, GPT2Tokenizer as GPT2Tokenizer, GPT2TokenizerFast as GPT2TokenizerFast
-from .verification import verify as verify
+from .tools.verify import verify as verify
 
 __version__: str
 __all__: list[str]

@@ -10,9 +10,10 @@ import torch
 from conftest import peers
 
 from benchmarks.counting import Launches
-from gptneo_fast import GPTNeoForCausalLM, cli, errors
+from gptneo_fast import GPTNeoForCausalLM, errors
 from gptneo_fast.kernels import launch, tiles
 from gptneo_fast.ops import backends, ops
+from gptneo_fast.tools import cli
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from gptneo_fast import __version__, cli
+from gptneo_fast import __version__
 from gptneo_fast.demo import FOLDER
+from gptneo_fast.tools import cli
 
 GENERATE = ["generate", "Once upon a time", "--device", "cpu"]
 
@@ -94,7 +95,7 @@ def test_info_of_a_model_gives_its_sizes(capsys):
 
 
 def command(*argv, **options):
-    return subprocess.Popen([sys.executable, "-m", "gptneo_fast.cli", *argv], text=True, **options)
+    return subprocess.Popen([sys.executable, "-m", "gptneo_fast.tools.cli", *argv], text=True, **options)
 
 
 def test_help_answers_without_torch_and_at_once():
@@ -102,7 +103,7 @@ def test_help_answers_without_torch_and_at_once():
     for _ in range(5):
         began = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "gptneo_fast.cli", "--help"], capture_output=True, text=True
+            [sys.executable, "-X", "importtime", "-m", "gptneo_fast.tools.cli", "--help"], capture_output=True, text=True
         )
         best = min(best, time.perf_counter() - began)
         assert done.returncode == 0 and "exit codes" in done.stdout

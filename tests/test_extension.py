@@ -11,8 +11,9 @@ import torch
 from append_calls import BITS, COMPILER, DTYPES, LAYOUTS, assert_like_reference, int32, noise, projected, setup_py
 from hypothesis import given, settings, strategies as st
 
-from gptneo_fast import cli, errors
+from gptneo_fast import errors
 from gptneo_fast.ops import extension, ops, reference, testing
+from gptneo_fast.tools import cli
 
 REPO = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")

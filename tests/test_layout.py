@@ -23,10 +23,8 @@ FLOORS = [
     ["checkpoint", "tokenizer"],
     ["generation"],
     ["models"],
-    ["demo"],
-    ["verification", "flax"],
-    ["speed"],
-    ["cli"],
+    ["demo", "flax"],
+    ["tools"],
 ]
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import gptneo_fast
-from gptneo_fast import speed
-from gptneo_fast.cli import main
 from gptneo_fast.demo import FOLDER
 from gptneo_fast.errors import InputError
+from gptneo_fast.tools import bench as speed
+from gptneo_fast.tools.cli import main
 
 SMALL = dict(batches=[1, 2], contexts=[20, 10000], new_tokens=6)
 

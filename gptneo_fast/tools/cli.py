@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from . import __version__
-from .errors import GPTNeoFastError
+from .. import __version__
+from ..errors import GPTNeoFastError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,8 +91,8 @@ def _model_options(parser: argparse.ArgumentParser, positional_model: bool = Fal
 
 
 def _load(args: argparse.Namespace) -> Any:
-    from .demo import FOLDER
-    from .models.load import load
+    from ..demo import FOLDER
+    from ..models.load import load
 
     return load(
         args.model or FOLDER,
@@ -143,7 +143,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from . import speed
+    from . import bench as speed
 
     model = _load(args)
     context = [c for c in args.context if c + args.new <= model.config.max_position_embeddings] or args.context
@@ -187,8 +187,8 @@ def _machine() -> dict[str, Any]:
 
     import torch
 
-    from .device import why_no_cuda
-    from .ops import backends, extension
+    from ..device import why_no_cuda
+    from ..ops import backends, extension
 
     def version_of(package: str) -> str:
         try:
@@ -214,7 +214,7 @@ def _machine() -> dict[str, Any]:
 
 def _model_facts(model: Any) -> dict[str, Any]:
     """Size of a loaded model and of its cache."""
-    from .network.cache import cache_bytes
+    from ..network.cache import cache_bytes
 
     bytes_of: dict[str, int] = {}
     for p in {id(p): p for p in model.parameters()}.values():

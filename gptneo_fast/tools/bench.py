@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, SetupError
-from .verification import first_divergence, twin
+from ..errors import InputError, SetupError
+from .verify import first_divergence, twin
 
 ROUNDS = 3
 _PROBE = 2**28  # bytes read to find the bandwidth
