@@ -160,7 +160,7 @@ def test_27_a_million_keys_or_shards_are_refused(folder):
 
 
 def test_a_fault_in_any_shard_is_found_before_any_weight_is_read(folder, monkeypatch):
-    from gptneo_fast.checkpoint.copying import Copier
+    from gptneo_fast.checkpoint.fill import Copier
 
     monkeypatch.setattr(Copier, "fill", lambda *_: pytest.fail("weights were read"))
     last = folder / shards(folder)[-1]

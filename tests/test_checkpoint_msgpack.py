@@ -135,7 +135,7 @@ def test_a_base_models_file_and_a_variables_dict_load(model, folder, prefix):
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 10**6])
 def test_chunked_arrays_are_put_together(model, folder, size, monkeypatch):
-    monkeypatch.setattr("gptneo_fast.checkpoint.copying.BLOCK", 24)  # blocks and chunks meet at odd places
+    monkeypatch.setattr("gptneo_fast.checkpoint.fill.BLOCK", 24)  # blocks and chunks meet at odd places
     flat = {path: leaf(p) for path, p in flat_of(model).items()}
     for path in ("transformer/ln_f/bias", "transformer/h/0/mlp/c_fc/kernel", "transformer/wpe/embedding"):
         flat[path] = chunked(flat_of(model)[path], max(size, flat_of(model)[path].numel() // 900))

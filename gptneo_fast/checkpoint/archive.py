@@ -10,7 +10,7 @@ import struct
 from typing import NamedTuple
 
 from ..errors import CheckpointError, UnsafeCheckpointError
-from .stored import WeightFile
+from .weight_file import WeightFile
 
 MAX_DIRECTORY = 64 << 20  # bytes
 _END, _END64, _LOCATOR, _ENTRY, _LOCAL = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x01\x02", b"PK\x03\x04"

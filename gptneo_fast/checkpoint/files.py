@@ -13,7 +13,7 @@ from ..files.hub import Source
 from ..files.strict_json import read_object
 from . import msgpack, pickled, safetensors
 from .shapes import some
-from .stored import Stored, WeightFile
+from .weight_file import Stored, WeightFile
 
 SAFETENSORS, PICKLE, FLAX = "model.safetensors", "pytorch_model.bin", "flax_model.msgpack"
 MAX_INDEX, MAX_KEYS, MAX_SHARDS = 8 << 20, 65536, 4096  # bytes; 256 layers have 3332 keys

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import CheckpointError, UnsafeCheckpointError
 from .sniff import kind_of
-from .stored import Stored, WeightFile
+from .weight_file import Stored, WeightFile
 
 MAX_NODES, MAX_DEPTH, MAX_TEXT = 1 << 18, 16, 4096  # values in the tree, maps inside one another, bytes of a key
 _CHUNKED = "__msgpack_chunked_array__"

@@ -18,7 +18,7 @@ import torch
 from ..errors import CheckpointError, UnsafeCheckpointError
 from .archive import Member, members
 from .sniff import kind_of
-from .stored import Stored, WeightFile
+from .weight_file import Stored, WeightFile
 
 MAX_PICKLE = 16 << 20  # bytes; a GPT-Neo of 256 layers has 1 MB
 _CONVERT = "write it anew with torch.save(torch.load(path, weights_only=True), path) where you trust it, or use safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .stored import Stored
+from .weight_file import Stored
 
 _DIMENSIONS = [  # parameter -> fields of config.json that give its sizes
     (r"wte\.weight|lm_head\.weight", ("vocab_size", "hidden_size")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .stored import WeightFile
+from .weight_file import WeightFile
 
 _STARTS = {
     b"version https://git-lfs": "a Git LFS pointer and not the file it points to: run git lfs pull",

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..errors import NonFiniteLogitsError
 from ..network.cache import SLACK
-from .loop import Record, Request, broken_message, sample
 from .processors import MinLength
 from .session import Prompt, Session
+from .stepwise import Record, Request, broken_message, sample
 from .stopping import EndToken, MaxLength, StoppingCriteriaList, Unlikely
 
 

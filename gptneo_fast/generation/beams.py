@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteLogitsError
-from .loop import Request, broken_message
 from .session import Session
+from .stepwise import Request, broken_message
 
 _WORST = -1e9  # of a beam that does not exist
 

@@ -15,9 +15,9 @@ from ..network.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnly
 from .assisted import Assistant, Drafter, PromptLookup, assisted
 from .beams import beam_search
 from .config import OFF, GenerationConfig, total_length
-from .loop import Record, Request, sample
 from .processors import Context, processors_of
 from .session import Prompt, Session, padding_of
+from .stepwise import Record, Request, sample
 from .stopping import criteria_of
 from .warpers import warpers_of
 

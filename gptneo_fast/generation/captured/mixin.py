@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import NonFiniteLogitsError
-from ..loop import Request, broken_message
 from ..session import Prompt
+from ..stepwise import Request, broken_message
 from ..text import TextGenerationMixin
 from .memory import check_memory
 from .plan import Drawing, why_stepwise

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...ops.sampling import ALL, END, FEW, FREE, GREEDY, KEEP, NOT_FIRST, SUPPRESSED
-from ..loop import Request
 from ..processors import MinLength, RepetitionPenalty, SuppressTokens
 from ..session import Prompt
+from ..stepwise import Request
 from ..stopping import EndToken, MaxLength
 from ..warpers import MinP, Temperature, TopK, TopP
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...network.cache import SLACK
 from ...ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
-from ..loop import Request
 from ..session import Prompt
+from ..stepwise import Request
 from .plan import Drawing
 from .runner import AHEAD, Look, Runner, StepCache, capture, on_stream
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import gptneo_fast
 from gptneo_fast.checkpoint import load_into
-from gptneo_fast.checkpoint.copying import Copier
-from gptneo_fast.checkpoint.fit import canonical
+from gptneo_fast.checkpoint.assign import canonical
+from gptneo_fast.checkpoint.fill import Copier
 from gptneo_fast.errors import CheckpointError, GPTNeoFastWarning
 
 Causal, Trunk = gptneo_fast.GPTNeoForCausalLM, gptneo_fast.GPTNeoModel
@@ -209,7 +209,7 @@ def test_all_faults_of_fit_are_told_at_once(folder):
 
 def test_a_model_whose_loading_fails_keeps_its_weights(folder):
     from gptneo_fast.checkpoint.safetensors import stored_in
-    from gptneo_fast.checkpoint.stored import WeightFile
+    from gptneo_fast.checkpoint.weight_file import WeightFile
 
     values = tensors(folder)
     values["transformer.wte.weight"][0, 0] = float("nan")

@@ -13,8 +13,8 @@ import torch
 from conftest import SMALL
 
 import gptneo_fast
-from gptneo_fast.checkpoint import copying, safetensors
-from gptneo_fast.checkpoint.stored import WeightFile
+from gptneo_fast.checkpoint import fill as copying, safetensors
+from gptneo_fast.checkpoint.weight_file import WeightFile
 from gptneo_fast.errors import CheckpointError
 
 Causal = gptneo_fast.GPTNeoForCausalLM

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .stored import Stored
+from .weight_file import Stored
 
 BLOCK = 1 << 18  # elements; of float32 a megabyte, which the second-level cache holds
 STAGE = 16 << 20  # bytes of each of the two pinned buffers

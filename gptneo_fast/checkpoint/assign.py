@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, warn_once
-from .copying import Copier, copier_for
+from .fill import Copier, copier_for
 from .shapes import check_shapes, layers_hint, some
-from .stored import Stored
+from .weight_file import Stored
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.")
