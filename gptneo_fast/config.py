@@ -1,9 +1,10 @@
-"""GPTNeoConfig: parse, validate, aliases. Every fault of a configuration is reported at once."""
+"""GPTNeoConfig: parse, validate, aliases, and which values its fields may have. Every fault is reported at once."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,28 @@ from typing import Any, ClassVar, Literal
 from .errors import ConfigError, nearest
 from .files.hub import Source
 from .files.strict_json import read_object
-from .rules import LIMITS, SHAPE, fault_of, is_int, short, structure_faults
 
 _MAX_BYTES = 16 << 20  # of config.json; a hundred thousand labels have less
+_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
+LIMITS = {  # field -> largest value that is not a mistake
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**20,
+    "hidden_size": 2**17,
+    "num_layers": 256,  # the largest GPT-Neo has 32
+    "num_heads": 2**12,
+    "intermediate_size": 2**20,
+    "window_size": 2**31 - 1,
+}
+_DTYPES = (None, "float32", "float16", "bfloat16", "float64")
+_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+SHAPE = frozenset(  # fields that the weights or the computation follow from
+    (
+        "vocab_size max_position_embeddings hidden_size num_layers attention_types attention_layers num_heads "
+        "intermediate_size window_size activation_function layer_norm_epsilon tie_word_embeddings"
+    ).split()
+)
+_FLAGS = frozenset(["use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict"])
+_RATES = frozenset(["resid_dropout", "embed_dropout", "attention_dropout", "classifier_dropout"])
 
 
 @dataclass(init=False)
@@ -291,3 +311,67 @@ def _as_list(value: Any, name: str, faults: list[str]) -> list[Any]:
     if value is not None:
         faults.append(f"{name} {short(value)} is not a list")
     return []
+
+
+def is_int(value: Any) -> bool:
+    """An integer that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """A finite number that is no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def fault_of(name: str, value: Any) -> str | None:
+    """What is wrong with one value, or None."""
+    if name in LIMITS:
+        if name == "intermediate_size" and value is None:
+            return None
+        if not is_int(value) or not 0 < value <= LIMITS[name]:
+            return f"{name} {short(value)} is not an integer from 1 to {LIMITS[name]}"
+    elif name in _FLAGS and not isinstance(value, bool):
+        return f"{name} {short(value)} is not true or false"
+    elif name in _RATES and not (is_number(value) and 0 <= value <= 1):
+        return f"{name} {short(value)} is not a probability from 0 to 1"
+    elif name == "layer_norm_epsilon" and not (is_number(value) and value > 0):
+        return f"{name} {short(value)} is not a positive finite number"
+    elif name == "initializer_range" and not (is_number(value) and value >= 0):
+        return f"{name} {short(value)} is not a finite number from 0"
+    elif name in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(is_int(i) and -(2**31) < i < 2**31 for i in ids):
+            return f"{name} {short(value)} is not a token id"
+    elif name == "activation_function" and value not in _ACTIVATIONS:
+        return f"activation_function {short(value)} is unknown; GPT-Neo's are {', '.join(_ACTIVATIONS)}"
+    elif name == "attention_layers":
+        if unknown := sorted({str(k) for k in value} - {"global", "local"}):
+            return f"attention type {short(unknown[0])} is unknown; use 'global' or 'local'"
+    elif name == "dtype" and value not in _DTYPES:
+        return f"dtype {short(value)} is unknown; use one of {', '.join(_DTYPES[1:])}"
+    elif name == "problem_type" and value not in _PROBLEM_TYPES:
+        return f"problem_type {short(value)} is unknown; use one of {_PROBLEM_TYPES[1:]}"
+    return None
+
+
+def structure_faults(config: Any) -> list[str]:
+    """Faults between fields, of those that are right by themselves."""
+    faults = []
+    right = {name for name in ("hidden_size", "num_heads", "num_layers") if fault_of(name, getattr(config, name)) is None}
+    if {"hidden_size", "num_heads"} <= right and config.hidden_size % config.num_heads:
+        faults.append(
+            f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads} "
+            "(head_dim = hidden_size / num_heads)"
+        )
+    if "num_layers" in right and len(config.attention_layers) != config.num_layers:
+        faults.append(
+            f"num_layers {config.num_layers} and {len(config.attention_layers)} attention layers "
+            f"(attention_types {short(config.attention_types)}) differ: sum(repeats * len(pattern)) = num_layers"
+        )
+    return faults
+
+
+def short(value: Any) -> str:
+    """A value for an error, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -7,8 +7,8 @@ from conftest import SMALL
 
 import gptneo_fast
 from gptneo_fast import GPTNeoConfig
+from gptneo_fast.config import LIMITS
 from gptneo_fast.errors import ConfigError
-from gptneo_fast.rules import LIMITS
 
 GOOD = json.loads(GPTNeoConfig(**SMALL).to_json_string())
 

@@ -16,7 +16,7 @@ REPO = ROOT.parent
 FLOORS = [
     ["errors"],
     ["files"],
-    ["rules", "device"],
+    ["device"],
     ["config", "kernels"],
     ["ops"],
     ["network"],
@@ -124,13 +124,13 @@ def test_every_public_name_resolves_and_is_documented():
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *KERNELS], ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_files_stay_under_300_lines(path):
-    assert len(path.read_text().splitlines()) <= 300 or path.parent.name == "demo"
+def test_files_stay_under_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_functions_stay_under_60_lines(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef) and path.parent.name != "demo":
+        if isinstance(node, ast.FunctionDef):
             body = node.end_lineno - node.body[0].lineno - (ast.get_docstring(node) or "").count("\n")
             assert body <= 60, f"{node.name} has {body} lines"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..config import is_int, is_number
 from ..errors import InputError
-from ..rules import is_int, is_number
 
 _BEAMS = "use num_beams, with do_sample=True for variety"
 _BOUNDED = "leave it out, the cache is bounded at the window and needs no choice"
