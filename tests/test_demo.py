@@ -5,6 +5,7 @@ import math
 import random
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +13,17 @@ import torch.nn.functional as F
 
 import gptneo_fast
 from gptneo_fast.demo import FOLDER
-from gptneo_fast.demo.stories import story
+
+RECIPE = Path(__file__).parents[1] / "examples" / "demo_model" / "recipe.py"
 
 
 def test_the_recipe_makes_a_model_that_loads_and_writes(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
 
-    def run(*argv):  # python -m gptneo_fast.demo.recipe
+    def run(*argv):  # python examples/demo_model/recipe.py
         monkeypatch.setattr(sys, "argv", ["recipe", *map(str, argv)])
-        runpy.run_module("gptneo_fast.demo.recipe", run_name="__main__", alter_sys=False)
+        monkeypatch.syspath_prepend(RECIPE.parent)
+        runpy.run_path(str(RECIPE), run_name="__main__")
 
     with pytest.raises(SystemExit, match="0"):
         run("--help")
@@ -39,6 +42,9 @@ def test_the_recipe_makes_a_model_that_loads_and_writes(tmp_path, monkeypatch, c
     text = "Once upon a time there was a little fox."
     assert model.tokenizer.decode(model.tokenizer(text).input_ids) == text
     assert model.generate(**model.tokenizer(text, return_tensors="pt"), max_new_tokens=3).shape[0] == 1
+
+
+story = runpy.run_path(str(RECIPE.with_name("stories.py")))["story"]
 
 
 def held_out():

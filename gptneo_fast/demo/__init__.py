@@ -1,4 +1,4 @@
-"""A small trained GPT-Neo (3.6 million parameters) that tells children's stories, and the recipe that made it."""
+"""A small trained GPT-Neo (3.6 million parameters) that tells children's stories; examples/demo_model/ made it."""
 
 from pathlib import Path
 
