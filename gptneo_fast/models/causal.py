@@ -18,7 +18,7 @@ from ..network.masks import Rows, rows_of
 from ..network.model import Trace, Transformer
 from ..network.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from ..ops import backends
-from .pretrained import GPTNeoPreTrainedModel
+from .pretrained import GPTNeoPreTrainedModel, returns_output
 
 
 class GPTNeoModel(GPTNeoPreTrainedModel, Transformer):
@@ -29,6 +29,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel, Transformer):
         self.build(config, backend)
         self.apply(self._init_weights)
 
+    @returns_output
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -80,13 +81,12 @@ class GPTNeoModel(GPTNeoPreTrainedModel, Transformer):
         )
         rows = rows_of(attention_mask, B, T, cache)
         hidden = self.run(x, position_ids, token_type_ids, rows, cache, trace)
-        out = BaseModelOutputWithPast(
+        return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,
             hidden_states=None if trace.hidden_states is None else tuple(trace.hidden_states),
             attentions=None if trace.attentions is None else tuple(trace.attentions),  # type: ignore[arg-type]
         )
-        return self._give(out, return_dict)
 
 
 class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
@@ -109,6 +109,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
         self.tie_weights()
         self.generation_config = GenerationConfig.from_model_config(config)
 
+    @returns_output
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -136,15 +137,15 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
         """
         check_unknown(unknown, type(self))
         out = self.transformer(
-            input_ids,
-            past_key_values,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             return_dict=True,
         )
         logits = self.lm_head(select_positions(out.last_hidden_state, logits_to_keep))
@@ -159,8 +160,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
                 reduction="mean" if num_items_in_batch is None else "sum",
             )
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
-        result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-        return self._give(result, return_dict)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **out.beside("last_hidden_state"))
 
     def step(
         self,

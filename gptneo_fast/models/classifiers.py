@@ -14,7 +14,7 @@ from ..network.cache import KVCache
 from ..network.inputs import check_labels, check_unknown
 from ..network.outputs import QuestionAnsweringModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 from .causal import GPTNeoModel
-from .pretrained import GPTNeoPreTrainedModel
+from .pretrained import GPTNeoPreTrainedModel, returns_output
 
 
 class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
@@ -27,6 +27,7 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self._init_weights(self.score)
 
+    @returns_output
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -59,15 +60,15 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
                 "(tokenizer.pad_token_id), or pass one row at a time"
             )
         out = self.transformer(
-            input_ids,
-            past_key_values,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             return_dict=True,
         )
         hidden = out.last_hidden_state  # [B, T, C]
@@ -80,8 +81,7 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
             warn_once("padding cannot be told in inputs_embeds: the last position of each row is classified")
         logits = self.score(hidden)[torch.arange(B, device=hidden.device), last]
         loss = None if labels is None else self._loss(logits, labels.to(logits.device))
-        result = SequenceClassifierOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-        return self._give(result, return_dict)
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, **out.beside("last_hidden_state"))
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of the problem type, which is chosen by number of labels and label dtype and then kept."""
@@ -110,6 +110,7 @@ class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self._init_weights(self.classifier)
 
+    @returns_output
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -128,15 +129,15 @@ class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
         """Logits [B, T, num_labels], and with labels (integer [B, T], -100 ignored) the loss."""
         check_unknown(unknown, type(self))
         out = self.transformer(
-            input_ids,
-            past_key_values,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             return_dict=True,
         )
         logits = self.classifier(self.dropout(out.last_hidden_state))
@@ -145,7 +146,7 @@ class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
             loss = F.cross_entropy(
                 logits.view(-1, self.num_labels), check_labels(labels.to(logits.device), self.num_labels).view(-1)
             )
-        return self._give(TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions), return_dict)
+        return TokenClassifierOutput(loss=loss, logits=logits, **out.beside("last_hidden_state", "past_key_values"))
 
 
 class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
@@ -157,6 +158,7 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self._init_weights(self.qa_outputs)
 
+    @returns_output
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -174,15 +176,14 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
         """Start and end logits [B, T]; with both positions (integer [B], beyond the text ignored) the mean of both losses."""
         check_unknown(unknown, type(self))
         out = self.transformer(
-            input_ids,
-            None,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            False,
-            output_attentions,
-            output_hidden_states,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             return_dict=True,
         )
         start, end = (t.contiguous() for t in self.qa_outputs(out.last_hidden_state).unbind(-1))  # [B, T]
@@ -191,5 +192,6 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
             T = start.shape[1]
             at_start, at_end = (p.to(start.device).view(-1).clamp(0, T) for p in (start_positions, end_positions))
             loss = (F.cross_entropy(start, at_start, ignore_index=T) + F.cross_entropy(end, at_end, ignore_index=T)) / 2
-        result = QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)
-        return self._give(result, return_dict)
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start, end_logits=end, **out.beside("last_hidden_state", "past_key_values")
+        )

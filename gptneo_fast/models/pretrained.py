@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +20,23 @@ from ..files.hub import Source
 from ..generation.config import GenerationConfig
 from ..network.cache import cache_bytes
 from ..network.model import Transformer
-from ..network.outputs import ModelOutput
 from ..ops import backends
 
-Output = TypeVar("Output", bound=ModelOutput)
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 _QUANTISED = ("load_in_8bit", "load_in_4bit", "quantization_config")
+
+
+def returns_output(forward: Forward) -> Forward:
+    """Serve `return_dict`: the output of a class's `forward`, or its tuple where the call or the configuration wants that."""
+    place = list(inspect.signature(forward).parameters).index("return_dict") - 1
+
+    @functools.wraps(forward)
+    def call(self: Any, *args: Any, **keywords: Any) -> Any:
+        asked = args[place] if len(args) > place else keywords.get("return_dict")
+        out = forward(self, *args, **keywords)
+        return out if (self.config.return_dict if asked is None else asked) else out.to_tuple()
+
+    return cast(Forward, call)
 
 
 class GPTNeoPreTrainedModel(nn.Module):
@@ -76,10 +90,6 @@ class GPTNeoPreTrainedModel(nn.Module):
     def can_generate(self) -> bool:
         """Whether the class has `generate`."""
         return hasattr(self, "generate")
-
-    def _give(self, out: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
-        """The output as the caller wants it: itself, or a tuple."""
-        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
     # Embeddings
 

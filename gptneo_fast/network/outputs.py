@@ -20,6 +20,10 @@ class ModelOutput(Mapping[str, Any]):
         """The fields that are not None, in order."""
         return tuple(self[k] for k in self)
 
+    def beside(self, *names: str) -> dict[str, Any]:
+        """The fields other than these, for an output that has them too."""
+        return {name: getattr(self, name) for name in self._names() if name not in names}
+
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
             value = getattr(self, key, None) if key in self._names() else None
