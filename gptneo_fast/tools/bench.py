@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -140,33 +142,54 @@ def _times(r: Speed) -> str:
     return f"{r.prefill_ms:>11.2f} {r.step_ms:>9.3f} {r.tokens_per_second:>10,.1f} {r.floor_ms / r.step_ms:>8.0%}"
 
 
-def plot(results: Sequence[Speed], path: str) -> None:
-    """Bars of tokens per second beside the floor, as SVG or PNG by the file's ending.
+def plot(results: Sequence[Speed], path: str | os.PathLike[str]) -> None:
+    """Bars of tokens per second beside the floor; errors are those of `bars`."""
+    work = list(dict.fromkeys((r.batch, r.context) for r in results))
+    series = {
+        "floor of memory": [next(1e3 * r.batch / r.floor_ms for r in results if (r.batch, r.context) == at) for at in work]
+    }
+    for runner in dict.fromkeys(r.runner for r in results):
+        found = {(r.batch, r.context): r.tokens_per_second or 0.0 for r in results if r.runner == runner}
+        series[runner] = [found.get(at, 0.0) for at in work]
+    bars(path, [f"batch {b}\ncontext {c}" for b, c in work], series, ylabel="tokens/s")
+
+
+def bars(
+    path: str | os.PathLike[str],
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    ylabel: str,
+    labels: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> None:
+    """Groups of bars, one bar of each series in each, as SVG or PNG by the file's ending; equal figures give equal files.
+
+    Args:
+        groups: what stands below each group. series: a value for each group; the first is drawn in grey.
+        labels: what stands above the bars of a series.
 
     Raises:
         SetupError: matplotlib is not installed. InputError: another ending.
     """
-    if not path.endswith((".svg", ".png")):
-        raise InputError(f"plot {path!r}: give a file that ends in .svg or .png")
+    if not str(path).endswith((".svg", ".png")):
+        raise InputError(f"plot {str(path)!r}: give a file that ends in .svg or .png")
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SetupError("plots need matplotlib: pip install 'gptneo-fast[bench]'") from error
-    work = list(dict.fromkeys((r.batch, r.context) for r in results))
-    runners = list(dict.fromkeys(r.runner for r in results))
-    figure = Figure(figsize=(1.5 + 1.6 * len(work), 3.6), layout="constrained")
+    figure = Figure(figsize=(1.5 + 1.6 * len(groups), 3.6), layout="constrained")
     axes = figure.add_subplot()
-    width = 0.8 / (len(runners) + 1)
-    floors = [next(1e3 * r.batch / r.floor_ms for r in results if (r.batch, r.context) == pair) for pair in work]
-    axes.bar([i - 0.4 + width / 2 for i in range(len(work))], floors, width, label="floor of memory", color="lightgrey")
-    for j, runner in enumerate(runners):
-        found = {(r.batch, r.context): r.tokens_per_second or 0.0 for r in results if r.runner == runner}
-        at = [i - 0.4 + width * (j + 1.5) for i in range(len(work))]
-        axes.bar(at, [found.get(pair, 0.0) for pair in work], width, label=runner)
-    axes.set_xticks(range(len(work)), [f"batch {b}\ncontext {c}" for b, c in work])
-    axes.set_ylabel("tokens/s")
+    width = 0.8 / len(series)
+    for j, (name, values) in enumerate(series.items()):
+        at = [i - 0.4 + width * (j + 0.5) for i in range(len(groups))]
+        drawn = axes.bar(at, values, width, label=name, color="lightgrey" if j == 0 else None)
+        axes.bar_label(drawn, labels.get(name, [""] * len(groups)), fontsize=8)
+    axes.set_xticks(range(len(groups)), groups, fontsize=8)
+    axes.set_ylabel(ylabel)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    with matplotlib.rc_context({"svg.hashsalt": "gptneo_fast"}):
+        figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
 def as_dicts(results: Sequence[Speed]) -> list[dict[str, Any]]:
