@@ -7,7 +7,7 @@ import torch
 
 import gptneo_fast
 from benchmarks.bench_cpu import keep
-from gptneo_fast.generation.captured.plan import Drawing
+from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import EagerStep, Runner
 from gptneo_fast.ops.sampling import COUNT, GREEDY, STATUS
 
@@ -44,7 +44,9 @@ def test_a_launched_step(benchmark, model):
 def test_a_replayed_token(benchmark, model):
     """The runner's loop where a replay costs nothing: looks, tokens handed over. A graph's launch comes on top."""
     runner = Runner(model, 1, 512)
-    drawing = Drawing(GREEDY, [1.0, 1.0, 0.0, 1.0], [0, 0, TOKENS], runner.flags, torch.zeros(1, dtype=torch.int64), False)
+    drawing = SamplingParams(
+        GREEDY, [1.0, 1.0, 0.0, 1.0], [0, 0, TOKENS], runner.flags, torch.zeros(1, dtype=torch.int64), False
+    )
     runner.steps[GREEDY, False] = EagerStep(lambda: None)
     ids = torch.zeros(1, 1, dtype=torch.int64)
 

@@ -18,7 +18,7 @@ from benchmarks.peers import Compiled, Step, Transformers
 from benchmarks.stage import Case, LeftOut, Setting
 from benchmarks.timing import chain, per_call
 from gptneo_fast import GPTNeoConfig
-from gptneo_fast.generation.captured.plan import Drawing
+from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import BUCKETS, Runner
 from gptneo_fast.ops.sampling import GREEDY, PLACE, TOKEN
 
@@ -53,7 +53,7 @@ class Ours:
         self.runner = runner = Runner(self.model, rows, context)
         for tensor in (*runner.cache.keys, *runner.cache.values):
             tensor.normal_()
-        greedy = Drawing(GREEDY, [1.0, 1.0, 0.0, 1.0], [0, 0, context], runner.flags, runner.seeds, penalty=False)
+        greedy = SamplingParams(GREEDY, [1.0, 1.0, 0.0, 1.0], [0, 0, context], runner.flags, runner.seeds, penalty=False)
         captured = runner.step_for(greedy)
         runner.counts.copy_(torch.tensor(greedy.counts))
         runner.state.zero_()

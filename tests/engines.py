@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import gptneo_fast
-from gptneo_fast.generation.captured import mixin
+from gptneo_fast.generation import captured as captured_path
+from gptneo_fast.generation.captured import strategy
 
 CONFIG = dict(
     vocab_size=211, hidden_size=32, num_heads=2, num_layers=2, attention_layers=["global", "local"], window_size=8,
@@ -20,13 +21,17 @@ def model():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.3 + (p.dim() == 1))
     yield model
-    mixin._drop(model)
+    model.idle_runners.drop(model.device)
+
+
+def on_device(monkeypatch):
+    """Generation takes the captured path wherever the options allow it, as on a CUDA device."""
+    monkeypatch.setattr(captured_path, "why_not", lambda model, request: strategy.why_not_on_device(request))
 
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Generation takes the captured path wherever the options allow it, as on a CUDA device."""
-    monkeypatch.setattr(mixin.EngineMixin, "_why_stepwise", mixin.EngineMixin._wishes)
+    on_device(monkeypatch)
 
 
 def ragged(B=3, P=11, vocabulary=211):
@@ -42,7 +47,7 @@ def both(model, monkeypatch, **options):
     stepwise = model.generate(**options)
     assert model.last_generation.path == "stepwise"
     with monkeypatch.context() as patch:
-        patch.setattr(mixin.EngineMixin, "_why_stepwise", mixin.EngineMixin._wishes)
+        on_device(patch)
         fast = model.generate(**options)
         assert model.last_generation.path == "captured"
     return stepwise, fast

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from engines import CONFIG, both, captured, model, ragged, repeating  # noqa: F401 (fixtures)
+from engines import CONFIG, both, captured, model, on_device, ragged, repeating  # noqa: F401 (fixtures)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptneo_fast
-from gptneo_fast.generation import captured as engine
-from gptneo_fast.generation.captured import mixin, runner, speculation
+from gptneo_fast.generation import Generation
+from gptneo_fast.generation.captured import runner, speculation
 from gptneo_fast.ops import backends, ops
 
 
@@ -19,7 +19,7 @@ def test_a_looked_up_draft_changes_no_token(model, monkeypatch, n, new):
     ids = repeating(model)
     plain = model.generate(ids, max_new_tokens=new)
     assert torch.equal(*(both(model, monkeypatch, input_ids=ids, max_new_tokens=new, prompt_lookup_num_tokens=n)))
-    monkeypatch.setattr(mixin.EngineMixin, "_why_stepwise", mixin.EngineMixin._wishes)
+    on_device(monkeypatch)
     assert torch.equal(model.generate(ids, max_new_tokens=new, prompt_lookup_num_tokens=n), plain)
 
 
@@ -59,7 +59,7 @@ def test_left_padding_and_used_memory_do_not_disturb_drafts(model, captured):
 
 def test_drafts_that_the_host_must_check_say_so(model, captured):
     model.generate(repeating(model), max_new_tokens=3, prompt_lookup_num_tokens=3, repetition_penalty=1.2)
-    assert model.last_generation == engine.Generation("stepwise", "repetition_penalty with drafts runs on the host")
+    assert model.last_generation == Generation("stepwise", "repetition_penalty with drafts runs on the host")
 
 
 def test_a_drafting_step_never_waits_for_the_device(monkeypatch):

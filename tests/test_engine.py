@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import gptneo_fast
 from gptneo_fast.demo import FOLDER
 from gptneo_fast.errors import InputError, NonFiniteLogitsError, OutOfMemoryError
-from gptneo_fast.generation import captured as engine, text
-from gptneo_fast.generation.captured import memory, mixin, runner
+from gptneo_fast.generation import Generation, captured as captured_path, text
+from gptneo_fast.generation.captured import memory, runner, strategy
+from gptneo_fast.generation.generate import prompt_of, request_of, settle
 from gptneo_fast.ops import backends, ops
 from gptneo_fast.ops.sampling import FINISHED, STATUS
 
@@ -49,7 +50,7 @@ def test_a_rows_text_depends_neither_on_its_mates_nor_on_how_often_the_host_look
     first = model.generate(batch["input_ids"][:1], **options)
     assert torch.equal(texts[:1], first)
     for replays in (1, 3, 100):
-        monkeypatch.setattr(mixin, "_REPLAYS", replays)
+        monkeypatch.setattr(strategy, "_REPLAYS", replays)
         assert torch.equal(model.generate(**batch, **options), texts)
     assert not torch.equal(model.generate(**batch, **options | {"seed": 5}), texts)
     same = model.generate(batch["input_ids"][:1].expand(4, -1), **options)
@@ -90,15 +91,14 @@ def test_streams_give_every_token_and_leave_nothing_behind(model, captured):
     assert seen == [*whole[0].tolist(), "end"]
 
 
-def prompt_and_request(model, **options):
-    resolved = model._resolve(None, options)
-    prompt = model._prompt(ragged(1)["input_ids"], None, None, resolved)
-    return prompt, model._request(prompt, resolved)
+def request(model, **options):
+    settled = settle(model, None, options)
+    return request_of(model, prompt_of(model, ragged(1)["input_ids"], None, None, settled), settled)
 
 
 def test_interleaved_generations_use_memory_of_their_own_and_hand_it_back(model, captured):
     whole = model.generate(ragged(1)["input_ids"], max_new_tokens=30)[0, 11:].tolist()
-    steps = [model._captured(*prompt_and_request(model, max_new_tokens=30), None, 4) for _ in range(2)]
+    steps = [captured_path.captured(model, request(model, max_new_tokens=30)) for _ in range(2)]
     texts = [[], []]
     for _ in range(30):
         for found, step in zip(texts, steps, strict=True):
@@ -176,7 +176,7 @@ def test_memory_goes_with_the_model(model, captured):
 def test_a_row_that_breaks_ends_with_an_error_and_the_others_go_on(model, captured):
     batch = ragged()
     whole = model.generate(**batch, max_new_tokens=12)
-    mixin._drop(model)
+    model.idle_runners.drop(model.device)
     step, calls = type(model).step, 0
 
     def breaks(*args, **keywords):
@@ -266,7 +266,7 @@ def test_a_step_never_waits_for_the_device(monkeypatch):
 
 
 def test_the_public_names():
-    assert engine.Generation("captured", "x").path == "captured"
+    assert Generation("captured", "x").path == "captured"
 
 
 def test_interpreted_kernels_generate_what_the_reference_does(model, captured):

@@ -14,17 +14,13 @@ REPO = ROOT.parent
 
 # From the ground up; a module may import from floors below its own, and from its own room.
 FLOORS = [
-    ["errors"],
-    ["files"],
-    ["device"],
-    ["config", "kernels"],
-    ["ops"],
+    ["errors", "demo"],
+    ["files", "device", "kernels"],
+    ["config", "ops", "checkpoint", "tokenizer"],
     ["network"],
-    ["checkpoint", "tokenizer"],
     ["generation"],
     ["models"],
-    ["demo", "flax"],
-    ["tools"],
+    ["flax", "tools"],
 ]
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -6,7 +6,7 @@ import torch
 import gptneo_fast
 from benchmarks import costs
 from benchmarks.counting import Launches, Traffic
-from gptneo_fast.generation.captured.plan import Drawing
+from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import Runner
 from gptneo_fast.ops.sampling import FINISHED, GREEDY, PLACE, STATUS
 
@@ -25,7 +25,7 @@ def stepper(B, context):
     for tensor in (*runner.cache.keys, *runner.cache.values):
         tensor.normal_()
     flags, seeds = torch.zeros(CONFIG.vocab_size, dtype=torch.uint8), torch.zeros(B, dtype=torch.int64)
-    step = runner.step_for(Drawing(GREEDY, [1.0, 1.0, 0.0, 1.0], [0, 0, COLUMNS], flags, seeds, penalty=False))
+    step = runner.step_for(SamplingParams(GREEDY, [1.0, 1.0, 0.0, 1.0], [0, 0, COLUMNS], flags, seeds, penalty=False))
     runner.lengths.fill_(context - 1)
     runner.state[STATUS], runner.state[PLACE] = 0, context - 1
     runner.counts[2] = COLUMNS

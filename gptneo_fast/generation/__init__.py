@@ -1,19 +1,22 @@
-"""Text generation: options, the distribution of the next token, the strategies, and strings in and out."""
+"""One batch of texts: options, the distribution of the next token, the strategies, and strings in and out."""
 
 from .config import GenerationConfig
+from .generate import Generation, GenerationMixin
 from .processors import LogitsProcessor, LogitsProcessorList
 from .stopping import StoppingCriteria, StoppingCriteriaList
 from .streamers import BaseStreamer, TextIteratorStreamer, TextStreamer
-from .text import TextGenerationMixin
+from .text import TextMixin
 
 __all__ = [
     "BaseStreamer",
+    "Generation",
     "GenerationConfig",
+    "GenerationMixin",
     "LogitsProcessor",
     "LogitsProcessorList",
     "StoppingCriteria",
     "StoppingCriteriaList",
-    "TextGenerationMixin",
     "TextIteratorStreamer",
+    "TextMixin",
     "TextStreamer",
 ]

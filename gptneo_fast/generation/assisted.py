@@ -9,16 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteLogitsError
+from ..errors import InputError, NonFiniteLogitsError
 from ..network.cache import SLACK
 from .processors import MinLength
-from .session import Prompt, Session
-from .stepwise import Record, Request, broken_message, sample
+from .request import LanguageModel, Prompt, Record, Request, broken_message
+from .session import Session
+from .stepwise import sample
 from .stopping import EndToken, MaxLength, StoppingCriteriaList, Unlikely
 
 
@@ -45,7 +45,7 @@ class PromptLookup(Drafter):
         nothing = ids[:, :0]
         if self.request.total <= T + 1:
             return nothing, None
-        most = min(options.prompt_lookup_num_tokens, SLACK)
+        most = min(options.prompt_lookup_num_tokens or 0, SLACK)
         for size in range(min(options.max_matching_ngram_size, T - 1), 0, -1):
             matches = (ids[0].unfold(0, size, 1) == ids[0, T - size :]).all(1).nonzero().flatten().tolist()
             for at in matches:
@@ -69,8 +69,8 @@ class PromptLookup(Drafter):
 class Assistant(Drafter):
     """A smaller model with the same tokenizer."""
 
-    def __init__(self, model: Any, prompt: Prompt, request: Request) -> None:
-        own = model.generation_config.resolved()
+    def __init__(self, model: LanguageModel, request: Request) -> None:
+        prompt, own = request.prompt, model.generation_config.resolved()
         self.request = request
         self.count = own.num_assistant_tokens
         self.schedule = own.num_assistant_tokens_schedule
@@ -107,17 +107,28 @@ class Assistant(Drafter):
             self.model.generation_config.num_assistant_tokens = self.count
 
 
-@torch.no_grad()
-def assisted(session: Session, ids: Tensor, request: Request, drafter: Drafter) -> Iterator[Tensor]:
+def assisted(model: LanguageModel, request: Request) -> Iterator[Tensor]:
     """New tokens [1, n] int64 of each round, until the text has ended.
 
-    Args:
-        session: of one row, which nothing was fed to. ids: int64 [1, T], the prompt.
-
     Raises:
+        InputError: several prompts, no cache, or an assistant of another vocabulary.
         NonFiniteLogitsError: the next token's logits were NaN or infinite.
     """
-    options = request.options
+    session, V = Session.of(model, request), model.config.vocab_size
+    if (rows := len(request.prompt.ids)) > 1 or session.cache is None:
+        raise InputError(f"drafts are for one text and need the cache; this call has {rows} rows")
+    if request.assistant is None:
+        return _verified(session, request, PromptLookup(request, V))
+    if (other := request.assistant.config.vocab_size) != V:
+        raise InputError(
+            f"assistant_model has a vocabulary of {other} tokens, this model one of {V}; they must share a tokenizer"
+        )
+    return _verified(session, request, Assistant(request.assistant, request))
+
+
+@torch.no_grad()
+def _verified(session: Session, request: Request, drafter: Drafter) -> Iterator[Tensor]:
+    options, ids = request.options, request.prompt.ids
     eos = torch.tensor(options.eos_ids, device=ids.device)
     while ids.shape[1] < request.total:
         T = ids.shape[1]

@@ -6,15 +6,16 @@ log-probability / n ** length_penalty (Wu et al. 2016, section 7, without covera
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteLogitsError
+from .config import Options
+from .request import LanguageModel, Request, broken_message
 from .session import Session
-from .stepwise import Request, broken_message
 
 _WORST = -1e9  # of a beam that does not exist
 
@@ -52,25 +53,18 @@ class Beams:
         )
 
 
-@dataclass
-class BeamResult:
-    """sequences int64 [N * num_return_sequences, T]; scores float32 [rows]; parents int32 [rows, new tokens]."""
-
-    sequences: Tensor
-    scores: Tensor
-    parents: Tensor
-
-
-@torch.no_grad()
-def beam_search(session: Session, ids: Tensor, request: Request) -> BeamResult:
-    """The best texts of each prompt.
-
-    Args:
-        session: of N * K rows. ids: int64 [N * K, P], every prompt K times.
+def beams(model: LanguageModel, request: Request) -> Iterator[Tensor]:
+    """The new tokens int64 [N * num_return_sequences, n] of the best texts, all at once; the record has their scores.
 
     Raises:
         NonFiniteLogitsError: after the other prompts have ended, names the rows whose logits were NaN or infinite.
     """
+    return _search(Session.of(model, request), request)
+
+
+@torch.no_grad()
+def _search(session: Session, request: Request) -> Iterator[Tensor]:
+    ids = request.prompt.ids  # [N * K, P], every prompt K times
     options, total, device = request.options, request.total, ids.device
     K, P = options.num_beams, ids.shape[1]
     N, length = len(ids) // K, P
@@ -119,7 +113,8 @@ def beam_search(session: Session, ids: Tensor, request: Request) -> BeamResult:
     parents = best.parents.flatten(0, 1)
     longest = int((parents >= 0).sum(1).max())
     broken.complain(best.ids.flatten(0, 1)[:, : max(P + longest, length)], options)
-    return BeamResult(best.ids.flatten(0, 1)[:, : P + longest], best.scores.flatten(), parents[:, :longest])
+    request.record.sequences_scores, request.record.beam_indices = best.scores.flatten(), parents[:, :longest]
+    yield best.ids.flatten(0, 1)[:, P : P + longest]
 
 
 class _Broken:
@@ -138,7 +133,7 @@ class _Broken:
             self.texts.setdefault(prompt, texts[prompt * K])
         return torch.where(finite[:, None], logits, 0.0)
 
-    def complain(self, sequences: Tensor, options: Any) -> None:
+    def complain(self, sequences: Tensor, options: Options) -> None:
         """Raise for the prompts that are broken; sequences [N * R, T] are the results."""
         if not self.texts:
             return
@@ -180,7 +175,7 @@ def _continue(running: Beams, scores: Tensor, kept: int, length: int, P: int, re
     return out
 
 
-def _can_improve(running: Beams, done: Beams, new: int, most: int, options: Any) -> Tensor:
+def _can_improve(running: Beams, done: Beams, new: int, most: int, options: Options) -> Tensor:
     """Boolean [N, 1]: whether the best running beam might still beat the worst finished one.
 
     Its score is taken at the present length, or at the greatest where longer texts count more and early_stopping is

@@ -1,4 +1,4 @@
-"""GenerationConfig: the options of `generate`, where each comes from, and which values they may have."""
+"""GenerationConfig: the options of `generate` and where each comes from; Options: all of them, settled."""
 
 from __future__ import annotations
 
@@ -16,22 +16,6 @@ from ..files.strict_json import read_object
 from .options import NOT_OFFERED, check_option, check_together
 
 NEW_TOKENS = 20  # where no length is given
-_DEFAULTS: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0} | {
-    "min_length": 0,
-    "use_cache": True,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "early_stopping": False,
-    "length_penalty": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "max_matching_ngram_size": 2,
-    "num_assistant_tokens": 20,
-    "num_assistant_tokens_schedule": "constant",
-    "assistant_confidence_threshold": 0.4,
-}
 OFF = {"top_k": 0}  # what does nothing, where the default does something
 
 
@@ -183,13 +167,13 @@ class GenerationConfig:
             values.pop("max_new_tokens", None)  # a length said in a call beats the other kind from a file
         return GenerationConfig(**values)
 
-    def resolved(self) -> Any:  # a GenerationConfig whose counts and rates are not None
+    def resolved(self) -> Options:
         """This config with the defaults where nothing is said.
 
         Raises:
             InputError: options that contradict each other.
         """
-        full = GenerationConfig(**(_DEFAULTS | self.to_dict()))
+        full = Options(**self.to_dict())
         if full.temperature == 0:
             full.do_sample = False
         check_together(full)
@@ -213,7 +197,32 @@ class GenerationConfig:
         return [self.stop_strings] if isinstance(self.stop_strings, str) else list(self.stop_strings or ())
 
 
-def total_length(options: GenerationConfig, prompt: int, limit: int) -> int:
+@dataclass(kw_only=True)
+class Options(GenerationConfig):
+    """A GenerationConfig in which all is said that a generation needs; the values here are the defaults."""
+
+    min_length: int = 0
+    early_stopping: bool | Literal["never"] = False
+    do_sample: bool = False
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    max_matching_ngram_size: int = 2
+    num_assistant_tokens: int = 20
+    num_assistant_tokens_schedule: str = "constant"
+    assistant_confidence_threshold: float = 0.4
+    use_cache: bool = True
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    length_penalty: float = 1.0
+
+
+def total_length(options: Options, prompt: int, limit: int) -> int:
     """Columns of prompt and continuation together.
 
     Raises:

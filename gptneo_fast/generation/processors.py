@@ -7,8 +7,8 @@ tokens have -inf.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from .config import Options
 
 NEVER = float("-inf")
 
@@ -215,10 +216,10 @@ class Context:
     starts: Tensor | None = None
     unconditional: Callable[[Tensor], Tensor] | None = None
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None
-    own: list[Any] = field(default_factory=list)  # the user's
+    own: Sequence[Callable[..., Any]] = ()  # the user's
 
 
-def processors_of(options: Any, about: Context) -> LogitsProcessorList:
+def processors_of(options: Options, about: Context) -> LogitsProcessorList:
     """The processors that resolved options ask for, and the user's last.
 
     Raises:

@@ -3,105 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CacheError, InputError
 from ..network.cache import KVCache
-
-
-@dataclass
-class Prompt:
-    """What a generation begins with; every tensor has B rows.
-
-    ids: int64 [B, P]. mask: int64 [B, P] or wider by the columns of `cache`, zero for padding; None for none.
-    """
-
-    ids: Tensor
-    mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    token_type_ids: Tensor | None = None
-    embeds: Tensor | None = None  # [B, P', C] in place of ids, which then may be [B, 0]
-    cache: KVCache | None = None
-    places: list[int] | None = None  # of the rows in the caller's list; None for 0 ... B - 1
-
-    def expand(self, times: int) -> Prompt:
-        """Every row `times` times."""
-        if times == 1:
-            return self
-        rows = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(times)
-
-        def wide(tensor: Tensor | None) -> Tensor | None:  # one row stands for all
-            return tensor if tensor is None else tensor.expand(len(self.ids), *tensor.shape[1:])[rows]
-
-        if self.cache is not None:
-            self.cache.reorder_cache(rows)
-        return Prompt(
-            self.ids[rows], wide(self.mask), wide(self.position_ids), wide(self.token_type_ids), wide(self.embeds), self.cache
-        )
-
-    def leftwards(self) -> Prompt:
-        """The same texts with the padding that stands behind them put before them, where a continuation can follow.
-
-        Raises:
-            InputError: some columns are in a cache, which cannot be moved.
-        """
-        if self.mask is None or bool((self.mask[:, -1] != 0).all()):
-            return self
-        if self.cache is not None:
-            raise InputError("a text padded on the right cannot continue past_key_values; pad it on the left")
-        T = self.mask.shape[1]
-        columns = torch.arange(T, device=self.mask.device)
-        behind = T - 1 - ((self.mask != 0) * columns).argmax(1)  # [B] columns of padding behind the last token
-        source = (columns - behind[:, None]) % T  # [B, T]
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or tensor.shape[1] != T:
-                return tensor
-            tensor = tensor.expand(len(source), *tensor.shape[1:])
-            return tensor.take_along_dim(source if tensor.dim() == 2 else source[..., None], 1)
-
-        ids, mask, embeds = moved(self.ids), moved(self.mask), moved(self.embeds)
-        assert ids is not None
-        return replace(
-            self,
-            ids=ids,
-            mask=mask,
-            position_ids=moved(self.position_ids),
-            token_type_ids=moved(self.token_type_ids),
-            embeds=embeds,
-        )
-
-    @property
-    def starts(self) -> Tensor | None:
-        """int64 [B], columns before the first token of each row."""
-        return None if self.mask is None else (self.mask != 0).int().argmax(1)
-
-
-def padding_of(ids: Tensor, mask: Tensor | None, options: Any) -> Tensor | None:
-    """The mask [B, T] of the prompts' padding, or None where there is none.
-
-    Raises:
-        InputError: another shape, or a row of nothing but padding.
-    """
-    if mask is None:
-        pad = options.pad_token_id
-        if pad is None or pad in options.eos_ids or not bool((ids == pad).any()):
-            return None
-        mask = ids != pad
-    if mask.dim() == 1:
-        mask = mask[None]
-    if mask.dim() != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
-        raise InputError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}; they must agree")
-    held = (mask != 0).to(ids.device)
-    if bool(held.all()) and held.shape[1] == ids.shape[1]:
-        return None
-    if empty := (~held.any(1)).nonzero().flatten().tolist():
-        raise InputError(f"row {empty[0]} of attention_mask is all padding; a prompt needs at least one token")
-    return held.long()
+from .request import LanguageModel, Prompt, Request
 
 
 class Session:
@@ -118,7 +26,7 @@ class Session:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         prompt: Prompt,
         total: int,
         *,
@@ -152,6 +60,15 @@ class Session:
         self.hides = prompt.mask is not None  # whether some column must be hidden at every call
         self.attentions: tuple[Tensor, ...] | None = None
         self.hidden_states: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def of(cls, model: LanguageModel, request: Request) -> Session:
+        """The session of a request, whose cache its record shows."""
+        o, record = request.options, request.record
+        trace = [name for name in ("attentions", "hidden_states") if getattr(record, name) is not None]
+        made = cls(model, request.prompt, request.total, use_cache=o.use_cache, chunk=o.prefill_chunk_size, trace=trace)
+        record.cache = made.cache
+        return made
 
     def feed(self, ids: Tensor, keep: int = 1) -> Tensor:
         """Logits [B, keep, V] of the last columns of ids [B, T], which begin with the ids of the calls before."""

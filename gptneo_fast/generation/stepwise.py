@@ -3,74 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NonFiniteLogitsError
-from .processors import LogitsProcessorList
+from ..errors import NonFiniteLogitsError
+from .request import LanguageModel, Request, broken_message
 from .session import Session
-from .stopping import EndToken, StoppingCriteriaList
 
 
-@dataclass
-class Record:
-    """What a call wants to see of each step; None for what it does not."""
-
-    scores: list[Tensor] | None = None  # float32 [B, V], processed
-    logits: list[Tensor] | None = None  # float32 [B, V], raw
-    attentions: list[Any] | None = None
-    hidden_states: list[Any] | None = None
-
-    def step(self, session: Session, logits: Tensor, scores: Tensor) -> None:
-        """Keep what is wanted of one step."""
-        pairs: tuple[tuple[list[Any] | None, Any], ...] = (
-            (self.scores, scores),
-            (self.logits, logits),
-            (self.attentions, session.attentions),
-            (self.hidden_states, session.hidden_states),
-        )
-        for kept, value in pairs:
-            if kept is not None:
-                kept.append(value)
-
-
-@dataclass
-class Request:
-    """One call of `generate`, resolved.
-
-    total: columns of prompt and continuation at most. options: a resolved GenerationConfig.
-    """
-
-    options: Any
-    total: int
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    generator: torch.Generator | None = None
-    record: Record = field(default_factory=Record)
-
-    @property
-    def may_end_early(self) -> bool:
-        """Whether a row can end by a token, so that finished rows need filling."""
-        return any(isinstance(c, EndToken) for c in self.criteria)
-
-    def draw(self, scores: Tensor) -> Tensor:
-        """Tokens [B] int64 from processed scores [B, V]: one multinomial over the softmax, or the likeliest.
-
-        Raises:
-            InputError: processors left a row without tokens.
-        """
-        if not self.options.do_sample:
-            return scores.argmax(-1)
-        try:
-            return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
-        except RuntimeError as error:
-            raise InputError(
-                f"no token can be drawn: processors left scores that are all -inf or not numbers in rows "
-                f"{(~scores.softmax(-1).isfinite().all(-1)).nonzero().flatten().tolist()}"
-            ) from error
+def stepwise(model: LanguageModel, request: Request) -> Iterator[Tensor]:
+    """New tokens [B, 1] int64 of each step; errors as of `sample`."""
+    return sample(Session.of(model, request), request.prompt.ids, request)
 
 
 @torch.no_grad()
@@ -107,11 +51,3 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
             break
     if broken:
         raise NonFiniteLogitsError(broken_message(list(broken), list(broken.values())), rows=sorted(broken), sequences=ids)
-
-
-def broken_message(rows: list[int], columns: list[int]) -> str:
-    """What to say of rows whose logits were not finite after so many columns."""
-    return (
-        f"logits of row {', '.join(map(str, rows))} were NaN or infinite after {', '.join(map(str, columns))} "
-        "tokens; try dtype=torch.float32, or remove_invalid_values=True to go on regardless"
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .config import Options
 
 
 class StoppingCriteria(ABC):
@@ -95,7 +96,9 @@ class Unlikely(StoppingCriteria):
         return bool(scores[-1].softmax(-1)[0, input_ids[0, -1]] < self.threshold)
 
 
-def criteria_of(options: Any, total: int, tokenizer: Any, own: Any, device: torch.device) -> StoppingCriteriaList:
+def criteria_of(
+    options: Options, total: int, tokenizer: Any, own: Sequence[Callable[..., Any]] | None, device: torch.device
+) -> StoppingCriteriaList:
     """The criteria that resolved options ask for, and the user's.
 
     Raises:

@@ -1,25 +1,27 @@
-"""TextGenerationMixin: strings in, strings out, whole or piece by piece."""
+"""TextMixin: strings in, strings out, whole or piece by piece."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, SetupError
-from .config import NEW_TOKENS
-from .mixin import GenerationMixin
-from .session import Prompt
+from .config import NEW_TOKENS, Options
+from .generate import complete, new_tokens, prompt_of, request_of, settle
+from .request import LanguageModel, Prompt
 
 _BATCH = 32  # prompts that run together
 
 
-class TextGenerationMixin(GenerationMixin):
+class TextMixin:
     """What GPTNeoForCausalLM offers to people who have text; it needs `tokenizer`."""
+
+    tokenizer: Any
 
     @overload
     def generate_text(self, prompts: str, **options: Any) -> str: ...
@@ -51,7 +53,8 @@ class TextGenerationMixin(GenerationMixin):
         """
         if not isinstance(prompts, (str, Iterable)):
             raise InputError(f"prompts is a {type(prompts).__name__}; give a string or strings")
-        resolved = self._resolve(None, options | {"return_dict_in_generate": False})
+        model = cast(LanguageModel, self)
+        resolved = settle(model, None, options | {"return_dict_in_generate": False})
         if resolved.num_return_sequences > 1:
             raise InputError(f"num_return_sequences={resolved.num_return_sequences}: repeat the prompt in the list instead")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -60,12 +63,14 @@ class TextGenerationMixin(GenerationMixin):
         out = [""] * len(rows)
         for batch in _bar([order[i : i + _BATCH] for i in range(0, len(order), _BATCH)], progress):
             longest = len(rows[batch[0]])
-            ids = torch.tensor([[resolved.pad_id or 0] * (longest - len(rows[i])) + rows[i] for i in batch], device=self.device)
-            mask = torch.tensor([[0] * (longest - len(rows[i])) + [1] * len(rows[i]) for i in batch], device=self.device)
-            prompt = self._prompt(ids, mask, None, resolved)
+            pad = [longest - len(rows[i]) for i in batch]
+            ids = torch.tensor([[resolved.pad_id or 0] * n + rows[i] for n, i in zip(pad, batch, strict=True)])
+            mask = torch.tensor([[0] * n + [1] * len(rows[i]) for n, i in zip(pad, batch, strict=True)])
+            prompt = prompt_of(model, ids.to(model.device), mask.to(model.device), None, resolved)
             prompt.places = batch
-            new = self._complete(prompt, resolved)[:, longest:].tolist()
-            for i, row in zip(batch, new, strict=True):
+            prompt = prompt.expand(resolved.num_beams)
+            found = complete(model, request_of(model, prompt, resolved))
+            for i, row in zip(batch, found.tolist(), strict=True):
                 out[i] = (texts[i] if return_full_text else "") + self._text(row, resolved)
         return out[0] if isinstance(prompts, str) else out
 
@@ -77,13 +82,12 @@ class TextGenerationMixin(GenerationMixin):
         The pieces joined are what `generate_text` returns. Arguments are checked at once, before the first piece is asked
         for; leaving the loop early frees everything.
         """
-        resolved = self._resolve(None, options)
+        model = cast(LanguageModel, self)
+        resolved = settle(model, None, options)
         if resolved.num_beams > 1 or resolved.num_return_sequences > 1:
             raise InputError("a stream follows one text as it grows: num_beams and num_return_sequences must be 1")
-        ids = torch.tensor([self._encode(prompt, resolved, truncate, allow_empty)], device=self.device)
-        beginning = Prompt(ids)
-        request = self._request(beginning, resolved)
-        steps, _ = self._steps(beginning, request, streamed=True)
+        ids = torch.tensor([self._encode(prompt, resolved, truncate, allow_empty)], device=model.device)
+        steps = new_tokens(model, request_of(model, Prompt(ids), resolved, streamed=True))
         return self._pieces(steps, resolved)
 
     async def astream(self, prompt: str, **options: Any) -> AsyncIterator[str]:
@@ -97,7 +101,7 @@ class TextGenerationMixin(GenerationMixin):
             if close is not None:
                 close()
 
-    def _pieces(self, steps: Iterator[Tensor], options: Any) -> Iterator[str]:
+    def _pieces(self, steps: Iterator[Tensor], options: Options) -> Iterator[str]:
         decoder = self.tokenizer.stream()
         held = ""  # text that a stop string may begin in
         for tokens in steps:
@@ -117,7 +121,7 @@ class TextGenerationMixin(GenerationMixin):
         if held := held + decoder.end():
             yield held
 
-    def _encode(self, text: str, options: Any, truncate: Literal["left"] | None, allow_empty: bool) -> list[int]:
+    def _encode(self, text: str, options: Options, truncate: Literal["left"] | None, allow_empty: bool) -> list[int]:
         """Token ids of one prompt that leave room for what is to be generated."""
         if self.tokenizer is None:
             raise SetupError(
@@ -131,14 +135,14 @@ class TextGenerationMixin(GenerationMixin):
                 raise InputError("the prompt is empty" + ("" if allow_empty else "; allow_empty=True begins a new text"))
             ids = [options.bos_token_id]
         if truncate == "left":
-            limit = self.config.max_position_embeddings
+            limit = cast(LanguageModel, self).config.max_position_embeddings
             room = limit - (NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens)
             if options.max_new_tokens is None and options.max_length is not None:
                 room = options.max_length - 1
             ids = ids[-max(1, min(room, limit)) :]
         return ids
 
-    def _text(self, ids: list[int], options: Any) -> str:
+    def _text(self, ids: list[int], options: Options) -> str:
         """Text of a continuation up to its end token or its stop string."""
         end = next((i for i, token in enumerate(ids) if token in options.eos_ids), len(ids))
         text: str = self.tokenizer.decode(ids[:end], skip_special_tokens=True)

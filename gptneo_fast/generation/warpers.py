@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import Options
 from .processors import NEVER, LogitsProcessor, LogitsProcessorList
 
 
@@ -125,7 +125,7 @@ def _entropy(scores: Tensor) -> Tensor:
     return -(log_p.clamp(min=torch.finfo(scores.dtype).min) * log_p.softmax(-1)).sum(-1)
 
 
-def warpers_of(options: Any) -> LogitsProcessorList:
+def warpers_of(options: Options) -> LogitsProcessorList:
     """The warpers that resolved options ask for; with beams they keep a token that does not end the text."""
     out, o = LogitsProcessorList(), options
     keep = max(1, len(o.eos_ids)) + 1 if o.num_beams > 1 else 1

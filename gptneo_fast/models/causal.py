@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
 from ..errors import warn_once
-from ..generation import GenerationConfig
-from ..generation.captured import EngineMixin
+from ..generation import GenerationConfig, GenerationMixin, TextMixin
 from ..network.cache import KVCache
 from ..network.inputs import check_inputs, check_labels, check_unknown, select_positions
 from ..network.masks import Rows, rows_of
@@ -89,7 +88,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel, Transformer):
         )
 
 
-class GPTNeoForCausalLM(GPTNeoPreTrainedModel, EngineMixin):
+class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
     """The language model, its head tied to the token embedding.
 
     Args:

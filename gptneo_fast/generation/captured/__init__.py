@@ -1,5 +1,6 @@
-"""The engine: generation whose steps, drawing of tokens included, run on the device without the host looking."""
+"""Generation whose steps, drawing of tokens included, run on the device without the host looking."""
 
-from .mixin import EngineMixin, Generation
+from .pool import Pool
+from .strategy import captured, why_not
 
-__all__ = ["EngineMixin", "Generation"]
+__all__ = ["Pool", "captured", "why_not"]

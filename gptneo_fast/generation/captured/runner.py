@@ -16,7 +16,7 @@ from ...errors import warn_once
 from ...network.cache import KVCache
 from ...network.masks import rows_of
 from ...ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
-from .plan import Drawing
+from .params import SamplingParams
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # rows that steps are captured for; a batch takes the next one
 AHEAD = 2  # looks that may be under way while the device goes on
@@ -84,7 +84,7 @@ def capture(step: Callable[[], None], device: torch.device) -> Any:
 
 
 @dataclass
-class Look:
+class Snapshot:
     """What the host will know once `event` has happened: columns up to `end`, and the state after them.
 
     tokens: where they travel with the look, int32 [columns].
@@ -123,29 +123,29 @@ class Runner:
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self.seen = torch.zeros(0, dtype=torch.uint8, device=device)  # [rows, V] once some request has a penalty
         self.steps: dict[Any, Any] = {}  # captured, by what sets them apart
-        self.key: Any = (rows, columns)  # which requests it can serve
+        self.key: tuple[object, ...] = ()  # which requests it can serve
         self.idle: Any = None  # on CUDA the event after which nobody uses this memory any more
 
     @torch.no_grad()
-    def run(self, ids: Tensor, mask: Tensor | None, drawing: Drawing, replays: int) -> Iterator[tuple[Tensor, ...]]:
+    def run(self, ids: Tensor, mask: Tensor | None, params: SamplingParams, replays: int) -> Iterator[tuple[Tensor, ...]]:
         """(new tokens int64 [B, n], status int64 [B], tokens drawn int64 [B]) on the host, until every row has finished.
 
         A row that has finished has nothing of its own in the columns after those drawn.
 
         Args:
             ids: int64 [B, P], B up to `rows`, padded on the left. mask: [B, P] or None for no padding.
-            drawing: how tokens are drawn.
+            params: how tokens are drawn.
             replays: steps between looks at the device.
         """
-        B, most = len(ids), drawing.counts[2]
+        B, most = len(ids), params.counts[2]
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        looks: deque[Look] = deque()
+        looks: deque[Snapshot] = deque()
         try:
             with on_stream(stream):
                 if stream is not None and self.idle is not None:
                     stream.wait_event(self.idle)
-                step = self.step_for(drawing)
-                self.begin(ids, mask, drawing)
+                step = self.step_for(params)
+                self.begin(ids, mask, params)
                 launched, known = 1, 0  # the first token comes of the prompt
                 looks.append(self._look(launched))
             while looks:
@@ -170,14 +170,14 @@ class Runner:
                 self.idle = torch.cuda.Event()
                 self.idle.record(stream)
 
-    def begin(self, ids: Tensor, mask: Tensor | None, drawing: Drawing) -> None:
+    def begin(self, ids: Tensor, mask: Tensor | None, params: SamplingParams) -> None:
         """Read the prompts into the cache, set the state, draw the first tokens."""
         B, P = ids.shape
-        self.rates.copy_(torch.tensor(drawing.rates))
-        self.counts.copy_(torch.tensor(drawing.counts))
-        self.flags.copy_(drawing.flags)
-        self.seeds[:B].copy_(drawing.seeds)
-        if drawing.penalty:
+        self.rates.copy_(torch.tensor(params.rates))
+        self.counts.copy_(torch.tensor(params.counts))
+        self.flags.copy_(params.flags)
+        self.seeds[:B].copy_(params.seeds)
+        if params.penalty:
             held = torch.ones_like(ids) if mask is None else (mask != 0).long()
             self.seen.zero_()
             self.seen[:B].scatter_add_(1, ids, held.to(self.seen.dtype)).clamp_(max=1)
@@ -193,12 +193,12 @@ class Runner:
         self.lengths[:B] = fresh.lengths - 1  # `sample` counts the newest token of a row, here the prompt's last
         whole = logits.new_zeros(self.rows, logits.shape[-1])
         whole[:B] = logits[:, -1]
-        self._draw(whole, drawing.method, drawing.penalty)
+        self._draw(whole, params.method, params.penalty)
         pinned = self.device.type == "cuda"
         self._host_out = torch.empty(self.out.shape, dtype=torch.int32, pin_memory=pinned)
         self._seen_columns = 0
 
-    def _look(self, end: int) -> Look:
+    def _look(self, end: int) -> Snapshot:
         """Send what is new on its way to the host."""
         cuda = self.device.type == "cuda"
         state = torch.empty(self.state.shape, dtype=self.state.dtype, pin_memory=cuda).copy_(self.state, non_blocking=cuda)
@@ -208,7 +208,7 @@ class Runner:
         if cuda:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
-        return Look(state, end, event)
+        return Snapshot(state, end, event)
 
     def draw_next(self, method: int, penalty: bool = False) -> None:
         """One step: run every row's newest token, draw the next one."""
@@ -221,10 +221,10 @@ class Runner:
             logits, self.rates, self.counts, self.flags, self.seeds, seen, self.state, self.out.t(), self.lengths, method
         )
 
-    def step_for(self, drawing: Drawing) -> Any:
+    def step_for(self, params: SamplingParams) -> Any:
         """The captured step for a way of drawing, captured now if it is the first of its kind."""
-        kind = (drawing.method, drawing.penalty)
-        if drawing.penalty and not len(self.seen):
+        kind = (params.method, params.penalty)
+        if params.penalty and not len(self.seen):
             self.seen = torch.zeros(self.rows, len(self.flags), dtype=torch.uint8, device=self.device)
         if kind not in self.steps:
 

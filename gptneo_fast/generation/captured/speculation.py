@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ...network.cache import SLACK
 from ...ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
-from ..session import Prompt
-from ..stepwise import Request
-from .plan import Drawing
-from .runner import AHEAD, Look, Runner, StepCache, capture, on_stream
+from ..request import Request
+from .params import SamplingParams
+from .runner import AHEAD, Runner, Snapshot, StepCache, capture, on_stream
 
 Guess = Callable[[], tuple[Tensor, Tensor]]  # int64 [n] tokens after the newest one, and how many of them are guesses
 
@@ -32,12 +31,12 @@ class Speculation:
         n: tokens of a draft.
         assistant: a runner of a smaller model to guess with, or None to look the guess up in the text.
         longest: tokens of the text's end to look for, where there is no assistant.
-        key: which requests it can serve.
     """
 
-    def __init__(self, runner: Runner, n: int, assistant: Runner | None = None, longest: int = 2, key: Any = None) -> None:
+    def __init__(self, runner: Runner, n: int, assistant: Runner | None = None, longest: int = 2) -> None:
         device, columns = runner.device, runner.columns
-        self.key, self.steps = key, dict[int, Any]()
+        self.steps = dict[int, Any]()
+        self.key: tuple[object, ...] = ()  # which requests it can serve
         self.runner, self.n, self.assistant, self.longest = runner, n, assistant, longest
         self.text = torch.zeros(columns + n + 1, dtype=torch.int64, device=device)
         self.length = torch.zeros(1, dtype=torch.int64, device=device)  # of the text, the newest token included
@@ -120,18 +119,18 @@ class Speculation:
         return torch.cat(tokens[:n]), torch.full_like(self.length, n)
 
     @torch.no_grad()
-    def run(self, ids: Tensor, mask: Tensor | None, drawing: Drawing, replays: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    def run(self, ids: Tensor, mask: Tensor | None, params: SamplingParams, replays: int = 1) -> Iterator[tuple[Tensor, ...]]:
         """As `Runner.run`, for one row; a look after every draft, which is as many tokens as `replays` may be."""
-        r, most = self.runner, drawing.counts[2]
+        r, most = self.runner, params.counts[2]
         stream = torch.cuda.current_stream(r.device) if r.device.type == "cuda" else None
         start = 0 if mask is None else int((mask[0] != 0).long().argmax())
-        looks: deque[Look] = deque()
+        looks: deque[Snapshot] = deque()
         with on_stream(stream):
-            step = self._step_for(drawing.method)
-            single = r.step_for(drawing)
+            step = self._step_for(params.method)
+            single = r.step_for(params)
             for each in (r, self.assistant):
                 if each is not None:
-                    each.begin(ids, mask, drawing)
+                    each.begin(ids, mask, params)
             P = ids.shape[1] - start
             self.text.zero_()
             self.text[:P].copy_(ids[0, start:])
@@ -180,34 +179,33 @@ class Speculation:
             self.steps[method] = capture(lambda: self.step(method), r.device)
         return self.steps[method]
 
-    def _look(self) -> Look:
+    def _look(self) -> Snapshot:
         r, cuda = self.runner, self.runner.device.type == "cuda"
         both = [torch.empty(t.shape, dtype=t.dtype, pin_memory=cuda).copy_(t, non_blocking=cuda) for t in (r.state, self.out)]
         event = None
         if cuda:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(r.device))
-        return Look(both[0], 0, event, both[1])
+        return Snapshot(both[0], 0, event, both[1])
 
 
-def draft_length(request: Request, assistant: Any) -> int:
+def draft_length(request: Request) -> int:
     """Tokens of a draft: what the options or the assistant's own say, and at most what a ring keeps apart."""
-    if assistant is None:
-        return min(int(request.options.prompt_lookup_num_tokens), SLACK)
-    return min(int(assistant.generation_config.resolved().num_assistant_tokens), SLACK)
+    if request.assistant is None:
+        return min(request.options.prompt_lookup_num_tokens or 0, SLACK)
+    return min(request.assistant.generation_config.resolved().num_assistant_tokens, SLACK)
 
 
-def why_not_drafts(prompt: Prompt, request: Request, assistant: Any) -> str | None:
+def why_not_drafts(request: Request) -> str | None:
     """Why drafts of this request are checked on the host, or None.
 
     An assistant's confidence threshold and schedule only say how long a draft is; on the device that is fixed.
     """
-    if len(prompt.ids) > 1:
+    assistant = request.assistant
+    if len(request.prompt.ids) > 1:
         return "drafts are for one text"
     if request.options.repetition_penalty != 1:
         return "repetition_penalty with drafts runs on the host"
-    if assistant is None:
-        return None
-    if request.total > assistant.config.max_position_embeddings:
-        return f"{request.total} tokens exceed the assistant's {assistant.config.max_position_embeddings} positions"
+    if assistant is not None and request.total > (limit := assistant.config.max_position_embeddings):
+        return f"{request.total} tokens exceed the assistant's {limit} positions"
     return None

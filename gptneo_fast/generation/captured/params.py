@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ops.sampling import ALL, END, FEW, FREE, GREEDY, KEEP, NOT_FIRST, SUPPRESSED
 from ..processors import MinLength, RepetitionPenalty, SuppressTokens
-from ..session import Prompt
-from ..stepwise import Request
+from ..request import Request
 from ..stopping import EndToken, MaxLength
 from ..warpers import MinP, Temperature, TopK, TopP
 
@@ -19,12 +17,11 @@ _ON_DEVICE = (MinLength, RepetitionPenalty, SuppressTokens, MinP, Temperature, T
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, odd
 
 
-def why_stepwise(prompt: Prompt, request: Request) -> str | None:
+def why_stepwise(request: Request) -> str | None:
     """Which of a request's wishes needs the host at every step, or None where the captured step does it all."""
-    options = request.options
-    for processor in request.processors:
-        if type(processor) not in _ON_DEVICE:
-            return f"{type(processor).__name__} runs on the host"
+    options, prompt = request.options, request.prompt
+    for processor in (*request.own, *(p for p in request.processors if type(p) not in _ON_DEVICE)):
+        return f"{type(processor).__name__} runs on the host"
     for criterion in request.criteria:
         if type(criterion) not in (MaxLength, EndToken):
             return f"{type(criterion).__name__} runs on the host"
@@ -47,7 +44,7 @@ def _left_padded(mask: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingParams:
     """How tokens are drawn: the arguments of the `sample` op that stay the same through a request, on the host.
 
     method: GREEDY, FREE, FEW or ALL. rates: of 4 numbers. counts: of 3. flags: uint8 [V]. seeds: int64 [B].
@@ -62,53 +59,30 @@ class Drawing:
     penalty: bool
 
     @classmethod
-    def of(cls, prompt: Prompt, request: Request, vocabulary: int) -> Drawing:
-        """The drawing that a request asks for; draws a seed from torch's generator where it names none."""
-        temperature, top_k, top_p, min_p, penalty, least = 1.0, 0, 1.0, 0.0, 1.0, 0
+    def of(cls, request: Request, vocabulary: int) -> SamplingParams:
+        """The parameters that a request's options ask for; draws a seed from torch's generator where they name none."""
+        o, P = request.options, request.prompt.ids.shape[1]
+        least = (o.min_length - P) if o.min_new_tokens is None else o.min_new_tokens
         flags = torch.zeros(vocabulary, dtype=torch.uint8)
-        P = prompt.ids.shape[1]
-        for p in request.processors:
-            match p:
-                case Temperature():
-                    temperature = p.temperature
-                case TopK():
-                    top_k = p.k if p.k < vocabulary else 0
-                case TopP():
-                    top_p = p.p
-                case MinP():
-                    min_p = p.p
-                case RepetitionPenalty():
-                    penalty = p.penalty
-                case MinLength():
-                    least = max(0, p.length - P)
-                case SuppressTokens():
-                    _mark(flags, p.ids, SUPPRESSED if p.length is None else NOT_FIRST)
-        for criterion in request.criteria:
-            if isinstance(criterion, EndToken):
-                _mark(flags, criterion.ids.tolist(), END)
-        if not request.options.do_sample:
-            method = GREEDY
-        elif 0 < top_k <= KEEP:
-            method = FEW
-        else:
-            method = ALL if top_k or top_p < 1 or min_p > 0 else FREE
-        seed = request.options.seed
+        for ids, bit in ((o.suppress_tokens, SUPPRESSED), (o.begin_suppress_tokens, NOT_FIRST), (o.eos_ids, END)):
+            flags[[i for i in ids or () if 0 <= i < vocabulary]] |= bit
+        method, temperature, top_k, top_p, min_p = GREEDY, 1.0, 0, 1.0, 0.0
+        if o.do_sample:
+            temperature, top_p, min_p = o.temperature, o.top_p, o.min_p or 0.0
+            top_k = o.top_k if o.top_k < vocabulary else 0
+            method = FEW if 0 < top_k <= KEEP else ALL if top_k or top_p < 1 or min_p > 0 else FREE
+        seed = o.seed
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ())) if request.options.do_sample else 0
-        places = range(len(prompt.ids)) if prompt.places is None else prompt.places
+            seed = int(torch.randint(2**63 - 1, ())) if o.do_sample else 0
+        places = range(len(request.prompt.ids)) if request.prompt.places is None else request.prompt.places
         return cls(
-            method,
-            [temperature, top_p, min_p, penalty],
-            [top_k, least, request.total - P],
-            flags,
-            torch.tensor([_seed_of(seed, place) for place in places]),
-            penalty != 1,
+            method=method,
+            rates=[temperature, top_p, min_p, o.repetition_penalty],
+            counts=[top_k, max(0, least), request.total - P],
+            flags=flags,
+            seeds=torch.tensor([_seed_of(seed, place) for place in places]),
+            penalty=o.repetition_penalty != 1,
         )
-
-
-def _mark(flags: Tensor, ids: Any, bit: int) -> None:
-    inside = [i for i in ids if 0 <= i < len(flags)]
-    flags[inside] |= bit
 
 
 def _seed_of(seed: int, place: int) -> int:
