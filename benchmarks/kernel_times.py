@@ -116,7 +116,7 @@ class Shapes:
     """The work of one model, its arguments random."""
 
     def __init__(self, setting: Setting, shape: str) -> None:
-        self.setting, self.config = setting, setting.config(shape)
+        self.setting, self.shape, self.config = setting, shape, setting.config(shape)
         self.C, self.F, self.eps = self.config.hidden_size, self.config.ffn_size, self.config.layer_norm_epsilon
         self.H, self.D, self.V = self.config.num_heads, self.config.head_dim, self.config.vocab_size
         self.prompt = setting.length(PREFILL)

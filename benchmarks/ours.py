@@ -84,6 +84,7 @@ class Decoding:
         batch: rows. context: keys that the last of `steps` steps sees.
     """
 
+    @torch.no_grad()
     def __init__(self, model: Any, batch: int, context: int, steps: int) -> None:
         self.context, self.steps, self.device = context, steps, model.device
         self.backend = model.backend.name
@@ -98,6 +99,7 @@ class Decoding:
         runner.lengths.fill_(context - steps)
         self.before = self.newest()
 
+    @torch.no_grad()
     def __call__(self) -> Tensor:
         """One token of each row, int64 [B]."""
         self.step.replay()

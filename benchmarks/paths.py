@@ -85,7 +85,12 @@ class Paths:
         found = gptneo_fast.verify(self.model, new_tokens=self.new)
         if not found.ok:
             raise AssertionError(str(found))
-        row = {"path": found.path, "error": found.error, "allowed": found.allowed, "error over budget": found.error / found.allowed}
+        row = {
+            "path": found.path,
+            "error": found.error,
+            "allowed": found.allowed,
+            "error over budget": found.error / found.allowed,
+        }
         return row | {"tokens": found.tokens, "first different": None if found.divergence is None else str(found.divergence)}
 
 

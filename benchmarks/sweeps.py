@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gptneo_fast.kernels import gemv, linear, skinny, tiles
 from torch import Tensor
 
 from benchmarks.counting import swapped
@@ -23,13 +24,12 @@ from benchmarks.kernel_times import Args, Shapes, Work, exact
 from benchmarks.stage import Case, LeftOut, Setting
 from benchmarks.timing import per_call, rotating
 from gptneo_fast import kernels
-from gptneo_fast.kernels import gemv, linear, skinny, tiles
 
 attention = importlib.import_module("gptneo_fast.kernels.decode_attention")  # the package's name for it is the launcher
 WORTH_IT = 0.98  # of the present tile's time: above it the present one stays
 
 
-class NotAsked(AssertionError):
+class NotAskedError(AssertionError):
     """No kernel has looked up the row that a candidate stood in."""
 
 
@@ -46,7 +46,8 @@ class Asked(dict[Any, Any]):
 
     def get(self, key: Any, default: Any = None) -> Any:
         """As a dict's."""
-        return self[key] if key in self else default
+        self.times += key == self.key
+        return super().get(key, default)
 
     def __call__(self, *shape: Any) -> Any:
         return self[self.key]
@@ -56,10 +57,11 @@ class Asked(dict[Any, Any]):
 class Sweep:
     """One row of a tile table and what else could stand there.
 
-    work: at which it is timed. owner, table: the module and its table's name. key: of the row. present, others: tiles.
+    shape, work: the model, and the op at which it is timed. owner, table: the module and its table's name. key: of the row. present, others: tiles.
     entry: of a tile, what stands in the table. library: of arguments, the same work by cuBLAS, where there is a choice.
     """
 
+    shape: str
     work: Work
     owner: Any
     table: str
@@ -72,14 +74,14 @@ class Sweep:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.owner.__name__.rpartition('.')[2]}.{self.table}: {self.work.name}"
+        return f"{self.shape} {self.owner.__name__.rpartition('.')[2]}.{self.table}: {self.work.name}"
 
     @contextlib.contextmanager
     def standing(self, tile: Any) -> Iterator[None]:
         """Within it, `tile` stands in the table.
 
         Raises:
-            NotAsked: on leaving, where no kernel has looked it up.
+            NotAskedError: on leaving, where no kernel has looked it up.
         """
         before = getattr(self.owner, self.table)
         table = Asked((before if isinstance(before, dict) else {}) | {self.key: self.entry(tile)}, self.key)
@@ -90,7 +92,7 @@ class Sweep:
         finally:
             _forget()
         if not table.times:
-            raise NotAsked(f"{self.name}: no kernel has looked up row {self.key}")
+            raise NotAskedError(f"{self.name}: no kernel has looked up row {self.key}")
 
     def row(self, tile: Any) -> str:
         """What can be pasted into the table."""
@@ -220,7 +222,7 @@ def _gemvs(shapes: Shapes) -> Iterator[Sweep]:
         others += [t._replace(warps=w) for w in (2, 4, 8)]
         others += [t._replace(rows=t.rows * 2, BK=t.BK // 2), t._replace(rows=max(1, t.rows // 2), BK=min(K, t.BK * 2))]
         others = [o for o in others if o != t and o.rows * K * o.ahead / (64 * o.warps) <= 96]  # registers of a thread
-        yield Sweep(work, gemv, "TILES", key, t, _first(shapes.setting, others, 8))
+        yield Sweep(shapes.shape, work, gemv, "TILES", key, t, _first(shapes.setting, others, 8))
 
 
 def _decode_attentions(shapes: Shapes) -> Iterator[Sweep]:
@@ -232,7 +234,7 @@ def _decode_attentions(shapes: Shapes) -> Iterator[Sweep]:
         others += [t._replace(warps=w) for w in (2, 8)]
         key = 1, shapes.D, 2, f"{kind} batch {batch}, context {context}"
         work = shapes.decode_attention(batch, context, kind)
-        yield Sweep(work, attention, "tile", key, t, _first(shapes.setting, [o for o in others if o != t], 11))
+        yield Sweep(shapes.shape, work, attention, "tile", key, t, _first(shapes.setting, [o for o in others if o != t], 11))
 
 
 def _skinnies(shapes: Shapes) -> Iterator[Sweep]:
@@ -242,7 +244,7 @@ def _skinnies(shapes: Shapes) -> Iterator[Sweep]:
         t = skinny.TILES.get(key, skinny.Tile(16, 4, 64, 1, 4, 3))
         others = [t._replace(splits=s) for s in (1, 2, 4, 8)] + [t._replace(stages=s) for s in (2, 3, 5)]
         others += [t._replace(SK=t.SK // 2, warps=t.warps // 2), t._replace(BM=32), t._replace(BK=128, stages=2)]
-        yield Sweep(work, skinny, "TILES", key, t, _first(shapes.setting, [o for o in others if o != t], 8))
+        yield Sweep(shapes.shape, work, skinny, "TILES", key, t, _first(shapes.setting, [o for o in others if o != t], 8))
 
 
 def _prompts(shapes: Shapes) -> Iterator[Sweep]:
@@ -255,20 +257,23 @@ def _prompts(shapes: Shapes) -> Iterator[Sweep]:
         t = tiles.linear(dtype, M, N, 132, norm=False)
         others = [tiles.Tile(*o) for o in _LINEAR]
         yield Sweep(
-            work, tiles, "_LINEAR", dtype.itemsize, t, _first(shapes.setting, [o for o in others if o != t], 8),
+            shapes.shape, work, tiles, "_LINEAR", dtype.itemsize, t, _first(shapes.setting, [o for o in others if o != t], 8),
             entry=lambda tile: (tile,), library=_LIBRARY[work.op],
         )  # fmt: skip
     for kind in shapes.layers:
-        t, key = tiles.attention(dtype, shapes.D), (dtype.itemsize, max(16, shapes.D))
-        others = [tiles.Tile(M, N, 0, w, s) for M, N, w, s in _ATTENTION]
-        yield Sweep(shapes.attention(kind), tiles, "_ATTENTION", key, t, _first(shapes.setting, [o for o in others if o != t], 7))
+        work, t, key = shapes.attention(kind), tiles.attention(dtype, shapes.D), (dtype.itemsize, max(16, shapes.D))
+        others = [o for M, N, w, s in _ATTENTION if (o := tiles.Tile(M, N, 0, w, s)) != t]
+        yield Sweep(shapes.shape, work, tiles, "_ATTENTION", key, t, _first(shapes.setting, others, 7))
 
 
 _LINEAR = [
     *((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4)),
     *((256, 128, 64, 8, 3), (64, 256, 64, 8, 4), (128, 128, 32, 4, 5), (64, 128, 64, 4, 4)),
 ]
-_ATTENTION = [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3), (128, 32, 4, 3), (64, 128, 4, 2)]
+_ATTENTION = [
+    *((128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 3)),
+    *((128, 32, 4, 3), (64, 128, 4, 2)),
+]
 
 
 def _qkv_by_library(

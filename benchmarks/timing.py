@@ -48,14 +48,14 @@ def rotating(make: Callable[[int], Sequence[Any]], moved: float, tiny: bool = Fa
     """
     wanted = 1 if tiny else min(MOST_SETS, max(2, math.ceil(ROTATING / max(moved, 1))))
     sets: list[Sequence[Any]] = []
-    held: dict[int, int] = {}  # storages, bytes
-    for i in range(wanted):
-        before = sum(held.values())
-        sets.append(make(i))
-        storages = (a.untyped_storage() for a in sets[-1] if isinstance(a, Tensor))
-        held |= {s._cdata: s.nbytes() for s in storages}
-        if 2 * sum(held.values()) - before > MOST_BYTES:  # one more would not fit
-            break
+    seen: set[int] = set()  # storages
+    total = newest = 0
+    while len(sets) < wanted and total + newest <= MOST_BYTES:  # the next one holds as much anew as the last
+        sets.append(make(len(sets)))
+        storages = {s._cdata: s.nbytes() for a in sets[-1] if isinstance(a, Tensor) for s in [a.untyped_storage()]}
+        newest = sum(nbytes for storage, nbytes in storages.items() if storage not in seen)
+        total += newest
+        seen |= storages.keys()
     return sets
 
 

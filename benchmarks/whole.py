@@ -155,7 +155,8 @@ def peer_cases(setting: Setting, shapes: list[str]) -> Iterator[Case]:
         for name in eager:
             for batch, context in setting.points[:3]:
                 yield _case(bench, "decode", name, batch, context, seconds=4)
-        for batch, context in setting.points if setting.mode == "full" else [(1, 128), (1, 2048)][: 1 + (setting.mode != "quick")]:
+        compiled = {"quick": setting.points[:1], "normal": [(1, 128), (1, 2048)], "full": setting.points}
+        for batch, context in compiled[setting.mode]:
             yield _case(bench, "decode", Compiled.name, batch, context, seconds=20)
         yield from _prompts(bench, eager)
         yield _close(bench)
