@@ -3,7 +3,7 @@
 # make test-slow  the long ones                      make clean  remove .venv and caches
 # make fuzz  a minute of damaged files against the loaders; fuzz-long SECONDS=3600
 # make test-flax  the Flax classes, with jax of the index
-# make gpu  correctness and speed on this machine's GPU in 9 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
+# make gpu  correctness and speed on this machine's GPU in 8 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
 # make sanitize  the extension under AddressSanitizer and UBSan
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
 # make results  measure anew what benchmarks/results/cpu.json holds, and the README's tables (make tables: these alone)
@@ -69,8 +69,8 @@ compile-report: $(VENV)/test.stamp
 	$(BIN)/python -W ignore -m benchmarks.compile_report
 
 gpu gpu-quick gpu-full:
-	$(PYTHON) -m pip install --no-deps --no-index --no-build-isolation -e .
-	OUT="$(OUT)" $(PYTHON) -m benchmarks.gpu --mode $(or $(patsubst gpu-%,%,$(filter-out gpu,$@)),normal)
+	since=$$(date +%s) && $(PYTHON) -m pip install --no-deps --no-index --no-build-isolation -e . && \
+	OUT="$(OUT)" $(PYTHON) -m benchmarks.gpu --mode $(or $(patsubst gpu-%,%,$(filter-out gpu,$@)),normal) --since $$since
 
 sanitize: $(VENV)/test.stamp
 	bash tests/sanitize.sh $(BIN)/python

@@ -11,7 +11,7 @@ from benchmarks.stage import LeftOut, Setting
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU; bench_cpu.py measures this machine")
 
 SETTING = Setting(mode="normal")
-CASES = [case for make in (whole.our_cases, whole.peer_cases) for case in make(SETTING)]
+CASES = [*whole.decode_cases(SETTING), *whole.our_cases(SETTING), *whole.peer_cases(SETTING, SETTING.shapes)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,4 +1,4 @@
-"""Stage 1: which card this is, and the ceilings that every ratio is taken against."""
+"""Which card this is, and the ceilings that every ratio is taken against."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.stage import Case, LeftOut, Setting
+from benchmarks.stage import Case, Setting
 from benchmarks.timing import per_call
 
 REPO = Path(__file__).parent.parent
@@ -117,8 +117,8 @@ def _tick_kernel(x_ptr, PDL: tl.constexpr):
 def node_gap(setting: Setting, pdl: bool) -> dict[str, Any]:
     """Seconds from one node of a captured graph to the next, for kernels of one program that depend on each other."""
     x = torch.zeros(1, dtype=torch.int32, device=setting.device)
-    if pdl and (setting.tiny or torch.cuda.get_device_capability(setting.device) < (9, 0)):
-        raise LeftOut("programmatic dependent launch needs a GPU of capability 9.0")
+    if pdl:
+        setting.need_early_launch()
     options = {"launch_pdl": True} if pdl else {}
     count = 10 if setting.tiny else 500
 

@@ -7,7 +7,9 @@ from typing import Any
 from benchmarks.costs import as_table
 
 OURS = "gptneo_fast"
-_MEASURED = (("ms", ".3g"), ("tokens/s", ",.0f"), ("share of floor", ".3g"), ("peak GB", ".3g"))
+_MEASURED = {"ms": ".3g", "device ms": ".3g", "floor ms": ".3g", "predicted ms": ".3g", "tokens/s": ",.0f"}
+_MEASURED |= {"share of floor": ".3g", "peak GB": ".3g"}
+_KERNEL = ("us", "floor us", "predicted us", "GB/s", "TFLOP/s", "bound", "share of floor", "error over budget", "torch us")
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -19,9 +21,14 @@ def summary(results: dict[str, Any]) -> str:
         parts.append("; ".join(f"{k} {v}" for k, v in card["machine"].items() if k != "case" and v is not None))
     rows = [[name, value, unit] for name, row in card.items() if name != "machine" for value, unit in [_measure(row)]]
     parts.append(as_table(["ceiling", "measured", "unit"], rows))
-    parts.append(_kernels(stages.get("kernels", {}).get("rows", [])))
-    parts.append(_models([*stages.get("ours", {}).get("rows", []), *stages.get("peers", {}).get("rows", [])]))
-    parts.append(_profiles(stages.get("profile", {}).get("rows", [])))
+
+    def rows_of(*names: str) -> list[dict[str, Any]]:
+        return [row for name in names for row in stages.get(name, {}).get("rows", [])]
+
+    parts.append(_models(rows_of("decode", "ours", "peers", "other peers")))
+    parts.append(_kernels(rows_of("kernels", "other kernels")))
+    parts.append(_profiles(rows_of("profile")))
+    parts.append(_sweeps(rows_of("sweeps")))
     if results["dry_run"]:
         parts.append("Dry run on tiny shapes without a GPU: these figures mean nothing.")
     return "\n\n".join(part for part in parts if part)
@@ -52,26 +59,35 @@ def _number(row: dict[str, Any], key: str, form: str = ".3g") -> str:
 
 
 def _kernels(rows: list[dict[str, Any]]) -> str:
-    header = ["kernel", "us", "GB/s", "TFLOP/s", "bound", "share of ceiling", "torch us", "times torch"]
-    cells = [[r["case"], *(_number(r, k) if k != "bound" else r[k] for k in header[1:])] for r in rows]
-    return as_table(header, cells) if cells else ""
+    cells = [[r["case"], *(_number(r, k) if k != "bound" else r[k] for k in _KERNEL), _number(r, "times torch")] for r in rows]
+    return as_table(["kernel", *_KERNEL, "times torch"], cells) if cells else ""
 
 
 def _models(rows: list[dict[str, Any]]) -> str:
     """Whole models; behind ours, its ratio to each peer at the same work."""
     rows = [r for r in rows if "runner" in r]
-    same = {}
-    for r in rows:
-        same.setdefault(_work(r), {})[r["runner"]] = r
-    header = ["model", "work", "runner", "ms", "tokens/s", "share of floor", "peak GB", "ours is faster by", "note"]
+    plain = {_work(r): r["ms"] for r in rows if r["runner"] == OURS and not r.get("early_launch")}
+    header = ["model", "work", "runner", *_MEASURED, "ours is faster by", "note"]
     cells = []
-    for work, runners in same.items():
-        ours = runners.get(OURS)
-        for name, r in runners.items():
-            ratio = f"{r['ms'] / ours['ms']:.2f}" if ours and name != OURS else "-"
-            measured = (_number(r, key, form) for key, form in _MEASURED)
-            cells.append([r["model"], work[1], name, *measured, ratio, r.get("wrong", "")])
+    for r in sorted(rows, key=lambda r: list(plain).index(_work(r)) if _work(r) in plain else len(plain)):
+        work, name = _work(r), r["runner"] + (", early launches" if r.get("early_launch") else "")
+        ratio = f"{r['ms'] / plain[work]:.2f}" if work in plain and name != OURS else "-"
+        measured = (_number(r, key, form) for key, form in _MEASURED.items())
+        note = "; ".join(str(r[k]) for k in ("path", "wrong") if r.get(k))
+        cells.append([r["model"], work[1], name, *measured, ratio, note])
     return as_table(header, cells) if cells else ""
+
+
+def _sweeps(rows: list[dict[str, Any]]) -> str:
+    """Present tile and best, cuBLAS where there is a choice, then the winners as rows to paste."""
+    if not rows:
+        return ""
+    header = ["tile", "now us", "best us", "cuBLAS us", "faster"]
+    times = ("now us", "best us", "library us")
+    cells = [[r["case"], *(_number(r, key) for key in times), r.get("faster", "-")] for r in rows]
+    winners = [f"{r['row']}  # {r['case']}: {r['now us']:.3g} -> {r['best us']:.3g} us" for r in rows if r["changes"]]
+    pasted = "\n".join(["```python", *winners, "```"]) if winners else "No tile is worth a change."
+    return f"{as_table(header, cells)}\n\n{pasted}"
 
 
 def _work(row: dict[str, Any]) -> tuple[str, str]:

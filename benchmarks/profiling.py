@@ -1,4 +1,4 @@
-"""Stage 5: what a decode step launches, how much of it the device works, and the slowest kernels."""
+"""What a decode step launches, how much of it the device works, and the slowest kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.ours import Ours
 from benchmarks.stage import Case, Setting
-from benchmarks.whole import Ours
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -36,13 +36,14 @@ def decode_profile(setting: Setting, shape: str) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
         wall = time.perf_counter() - began
+    proof = step.check()
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in record.events():
         if not cuda or event.device_type == torch.autograd.DeviceType.CUDA:
             kernels[event.name].append((event.device_time if cuda else event.self_cpu_time_total) / 1e6)
     busy = sum(map(sum, kernels.values()))
     slowest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:5]
-    return {
+    return proof | {
         "launches a token": sum(map(len, kernels.values())) / count,
         "us a token": wall / count * 1e6,
         "busy share": busy / wall,

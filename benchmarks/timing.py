@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ROTATING = 200e6  # bytes that successive calls go through, so that no cache answers
 MOST_SETS = 512
+MOST_BYTES = 8e9  # of memory, of all sets of arguments together
 
 
 class Clock:
@@ -37,9 +39,24 @@ class Timing:
     how: str
 
 
-def rotating(make: Callable[[], Any], bytes_of_one: float, tiny: bool = False) -> list[Any]:
-    """As many independent sets of arguments as it takes to exceed the caches; one where `tiny`."""
-    return [make() for _ in range(1 if tiny else min(MOST_SETS, max(2, math.ceil(ROTATING / max(bytes_of_one, 1)))))]
+def rotating(make: Callable[[int], Sequence[Any]], moved: float, tiny: bool = False) -> list[Sequence[Any]]:
+    """Independent sets of arguments, as many as it takes to exceed the caches and MOST_BYTES allow; one where `tiny`.
+
+    Args:
+        make: the arguments of a call by the number of their set; sets may share tensors.
+        moved: bytes that one call reads and writes, which may be few of those that it holds.
+    """
+    wanted = 1 if tiny else min(MOST_SETS, max(2, math.ceil(ROTATING / max(moved, 1))))
+    sets: list[Sequence[Any]] = []
+    seen: set[int] = set()  # storages
+    total = newest = 0
+    while len(sets) < wanted and total + newest <= MOST_BYTES:  # the next one holds as much anew as the last
+        sets.append(make(len(sets)))
+        storages = {s._cdata: s.nbytes() for a in sets[-1] if isinstance(a, Tensor) for s in [a.untyped_storage()]}
+        newest = sum(nbytes for storage, nbytes in storages.items() if storage not in seen)
+        total += newest
+        seen |= storages.keys()
+    return sets
 
 
 def per_call(calls: Sequence[Callable[[], Any]], device: torch.device, rounds: int = 9, graph: bool = True) -> Timing:
@@ -73,6 +90,17 @@ def captured(calls: Sequence[Callable[[], Any]]) -> Any:
         torch.cuda.synchronize()
         return None
     return graph
+
+
+def wall(call: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
+    """Median seconds from a call to the end of its work on the device: what a caller waits."""
+    times = []
+    for _ in range(1 if device.type != "cuda" else rounds + 1):
+        began = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:] or times)  # the first one compiles
 
 
 def _events(run: Callable[[], Any], rounds: int) -> float:

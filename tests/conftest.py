@@ -48,7 +48,7 @@ def _quick_interpreter():
     if "triton.runtime.interpreter" not in sys.modules:  # nothing that was collected has kernels
         yield
         return
-    from interpreting import quick_calls
+    from benchmarks.interpreted import quick_calls
 
     with quick_calls():
         yield

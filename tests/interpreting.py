@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from gptneo_fast.kernels import launch
@@ -113,31 +112,3 @@ def bfloat16(monkeypatch):
         patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
         patch.setattr(launch, "INTERPRETED_DTYPES", launch.DTYPES)
         yield
-
-
-@contextmanager
-def quick_calls():
-    """Interpreted functions that call others, at a fraction of the cost, which is the greater part of a test's time.
-
-    The interpreter redirects triton's language anew for every call within a kernel; once for each launch is enough.
-    """
-    patch_lang = interpreter._patch_lang
-    done: set[tuple[int, ...]] = set()
-
-    class Scope(interpreter._LangPatchScope):
-        def restore(self):
-            super().restore()
-            done.clear()  # the launch is over
-
-    def patch_once(fn):
-        languages = tuple(sorted({id(m) for m in fn.__globals__.values() if m in (tl, tl.core)}))
-        if languages in done:
-            return interpreter._LangPatchScope()
-        scope = Scope()
-        scope._changes = patch_lang(fn)._changes
-        done.add(languages)
-        return scope
-
-    interpreter._patch_lang = patch_once
-    yield
-    interpreter._patch_lang = patch_lang

@@ -6,6 +6,7 @@ err by twice what plain torch in the same dtype errs plus one rounding of the ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,13 @@ class Sample:
 
 
 def over_budget(name: str, function: Callable[..., Any], sample: Sample) -> str | None:
-    """What `function` gets wrong on a sample beyond its budget, or None.
+    """What `function` gets wrong on a sample beyond its budget, or None. Arguments as those of `share_of_budget`."""
+    share, fault = share_of_budget(name, function, sample)
+    return fault if share > 1 else None
+
+
+def share_of_budget(name: str, function: Callable[..., Any], sample: Sample) -> tuple[float, str]:
+    """(the largest error of `function` as a share of what it may be, a sentence about it); infinite where no error can be told.
 
     Args:
         name: of the op. function: an implementation of it.
@@ -60,18 +67,22 @@ def over_budget(name: str, function: Callable[..., Any], sample: Sample) -> str 
     plain = getattr(reference, name)
     got, normal = sample.run(function), sample.run(plain)
     exact = sample.to(torch.float64).run(plain)
+    worst = 0.0, f"{name}, {sample.name}: no error"
     for i, (g, n, e) in enumerate(zip(got, normal, exact, strict=True)):
         if g.dtype != n.dtype or g.shape != n.shape:
-            return f"{name}, {sample.name}: result {i} is {g.dtype} {list(g.shape)}, expected {n.dtype} {list(n.shape)}"
+            what = f"result {i} is {g.dtype} {list(g.shape)}, expected {n.dtype} {list(n.shape)}"
+            return math.inf, f"{name}, {sample.name}: {what}"
         if not g.isfinite().all():
-            return f"{name}, {sample.name}: result {i} is not finite everywhere"
+            return math.inf, f"{name}, {sample.name}: result {i} is not finite everywhere"
         error, usual = (g.double() - e).abs(), (n.double() - e).abs()
         rounding = (e.to(g.dtype).double() - e).abs()
         for kind, factor in (("max", 2.0), ("mean", 1.5)):
             had, may = (getattr(t, kind)().item() for t in (error, usual + rounding))
-            if had > factor * may and had > 0:
-                return f"{name}, {sample.name}: {kind} error {had:.3g} of result {i} exceeds {factor} x {may:.3g}"
-    return None
+            share = had / (factor * may) if may else math.inf if had else 0.0
+            if share > worst[0]:
+                what = f"{kind} error {had:.3g} of result {i} {'exceeds' if share > 1 else 'keeps to'} {factor} x {may:.3g}"
+                worst = share, f"{name}, {sample.name}: {what}"
+    return worst
 
 
 def _random(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
