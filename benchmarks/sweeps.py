@@ -58,7 +58,8 @@ class Sweep:
     """One row of a tile table and what else could stand there.
 
     shape, work: the model, and the op at which it is timed. owner, table: the module and its table's name. key: of the row.
-    present, others: tiles. entry: of a tile, what stands in the table. library: of arguments, the same work by cuBLAS, where there is a choice.
+    present, others: tiles. entry: of a tile, what stands in the table.
+    library: of arguments, the same work by cuBLAS, where there is a choice.
     """
 
     shape: str
