@@ -58,6 +58,15 @@ INLINE Floats load(const BFloat16* p) {
   return reinterpret_cast<const Floats&>(words);
 }
 
+// The last `count` numbers of a row, fewer than the lanes, and `pad` in the others.
+template <typename T>
+INLINE Floats load_end(const T* p, int64_t count, T pad = {}) {
+  T part[kLanes];
+  std::fill_n(part, kLanes, pad);
+  std::memcpy(part, p, count * sizeof(T));
+  return load(part);
+}
+
 // Pairwise, which errs less than one after the other.
 INLINE float sum(Floats v) {
   float part[kLanes];
@@ -67,7 +76,8 @@ INLINE float sum(Floats v) {
   return part[0];
 }
 
-// out[r * stride] = dot(w, x + r * K) for R rows of x. Several chains of additions hide the latency of each.
+// out[r * stride] = dot(w, x + r * K) for R rows of x. Several chains of additions hide the latency of each. The
+// end of a row goes into the lanes as well: added to their sum product by product it would err more.
 template <int R, typename T>
 INLINE void dot(const T* w, const float* x, int64_t K, float* out, int64_t stride) {
   constexpr int kChains = R >= 4 ? 1 : 4 / R;
@@ -78,12 +88,18 @@ INLINE void dot(const T* w, const float* x, int64_t K, float* out, int64_t strid
       const Floats weight = load(w + k + c * kLanes);
       UNROLL for (int r = 0; r < R; r++) acc[r][c] += weight * load(x + r * K + k + c * kLanes);
     }
+  for (; k + kLanes <= K; k += kLanes) {
+    const Floats weight = load(w + k);
+    UNROLL for (int r = 0; r < R; r++) acc[r][0] += weight * load(x + r * K + k);
+  }
+  if (k < K) {
+    const Floats weight = load_end(w + k, K - k);
+    UNROLL for (int r = 0; r < R; r++) acc[r][0] += weight * load_end(x + r * K + k, K - k);
+  }
   for (int r = 0; r < R; r++) {
     Floats total = acc[r][0];
     for (int c = 1; c < kChains; c++) total += acc[r][c];
-    float value = sum(total);
-    for (int64_t j = k; j < K; j++) value += widen(w[j]) * x[r * K + j];
-    out[r * stride] = value;
+    out[r * stride] = sum(total);
   }
 }
 
@@ -125,14 +141,11 @@ const T* data(const std::optional<Tensor>& t) {
 template <int power>
 INLINE float moment(const float* x, int64_t K, float shift) {
   Floats total = {};
-  int64_t k = 0;
-  for (; k + kLanes <= K; k += kLanes) {
-    const Floats d = load(x + k) - shift;
+  for (int64_t k = 0; k < K; k += kLanes) {
+    const Floats d = (k + kLanes <= K ? load(x + k) : load_end(x + k, K - k, shift)) - shift;
     total += power == 1 ? d : d * d;
   }
-  float value = sum(total);
-  for (; k < K; k++) value += power == 1 ? x[k] - shift : (x[k] - shift) * (x[k] - shift);
-  return value;
+  return sum(total);
 }
 
 template <typename T>
