@@ -203,13 +203,13 @@ class GPTNeoConfig:
                 f"{source.name!r} holds no config.json ({source.holdings()}); a GPT-Neo checkpoint is config.json, weights "
                 "(model.safetensors or pytorch_model.bin) and a tokenizer (tokenizer.json, or vocab.json and merges.txt)"
             )
-        return cls.from_json_file(path, **({"name_or_path": source.name} | overrides))
+        with source.reading():
+            return cls.from_json_file(path, **({"name_or_path": source.name} | overrides))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> GPTNeoConfig:
         """The configuration of a folder or hub id; options are `Source`'s (revision, token, ...) or fields to override."""
-        about = {f.name for f in dataclasses.fields(Source)} - {"name", "folder"}
-        source = Source.of(name_or_path, **{k: options.pop(k) for k in list(options) if k in about})
+        source = Source.of(name_or_path, **{k: options.pop(k) for k in Source.OPTIONS if k in options})
         return cls.from_source(source, **options)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

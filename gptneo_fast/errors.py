@@ -36,6 +36,10 @@ class TokenizerError(GPTNeoFastError, ValueError):
     """Tokenizer files that cannot be read."""
 
 
+class NoTokenizerError(TokenizerError):
+    """A checkpoint that has no tokenizer."""
+
+
 class InputError(GPTNeoFastError, ValueError):
     """An argument of a call is out of range or of the wrong kind."""
 

@@ -37,9 +37,9 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "hub" in item.keywords and not config.getoption("--hub"):
+        if item.get_closest_marker("hub") and not config.getoption("--hub"):
             item.add_marker(pytest.mark.skip(reason="needs the network and real weights: run with --hub"))
-        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+        if item.get_closest_marker("slow") and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="minutes long: run with -m slow"))
 
 

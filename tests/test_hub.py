@@ -1,22 +1,28 @@
 """Checkpoints from a hub: a server on loopback that speaks its protocol, and huggingface_hub's own cache."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL
-from hub_server import COMMIT, Hub, Repository, files_of
+from hub_server import COMMIT, Hub, Repository, etag_of, files_of
 
 import gptneo_fast
-from gptneo_fast.errors import CheckpointError, GPTNeoFastError, InputError, ModelNotFoundError, SetupError
-from gptneo_fast.files.hub import Source, download
+from gptneo_fast.errors import CheckpointError, GPTNeoFastError, InputError, ModelNotFoundError, SetupError, TokenizerError
+from gptneo_fast.files import repository
+from gptneo_fast.files.hub import Source
 
 NAME = "someone/small-neo"
 Causal = gptneo_fast.GPTNeoForCausalLM
@@ -183,6 +189,34 @@ def test_5_a_hub_that_refuses_is_passed_on_with_advice_and_never_shows_the_token
     assert "SECRET" not in "".join(traceback.format_exception(error))
 
 
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(401, "RepoNotFound"), (403, "GatedRepo"), (403, ""), (404, "RepoNotFound"), (408, ""), (429, ""), (500, "")],
+)
+def test_5_a_hub_that_refuses_does_not_fail_what_the_cache_holds_whole(hub, published, checkpoint, tmp_path, status, error):
+    load()
+    published.status, published.error = status, error
+    model = load()
+    assert same(model, checkpoint) and model.tokenizer is not None
+    (snapshot(tmp_path) / "model.safetensors").unlink()
+    refused(CheckpointError, "holds no weights", "hub" if error else f"status {status}", f"hf download {NAME}")
+
+
+def test_5_a_hub_that_refuses_from_the_second_file_on(hub, published, checkpoint, monkeypatch, tmp_path):
+    answer = hub.answer
+
+    def tired(request, body):
+        published.status = 429 if "/main/" not in request.path else 200
+        answer(request, body)
+
+    load()
+    shutil.rmtree(snapshot(tmp_path).parent.parent / ".no_exist")  # as huggingface_hub leaves it: it asked for what is there
+    monkeypatch.setattr(hub, "answer", tired)
+    assert same(load(), checkpoint)
+    (snapshot(tmp_path) / "config.json").unlink()
+    refused(GPTNeoFastError, "holds no config.json", "status 429")
+
+
 def test_5_an_unknown_revision_is_named(hub, published):
     refused(ModelNotFoundError, "has no revision 'v9'", revision="v9")
 
@@ -237,13 +271,13 @@ def test_5_a_server_that_names_a_path_where_a_hash_belongs(hub, published, monke
 
 
 def test_a_hub_that_falls_silent_between_two_files(hub, published, monkeypatch):
-    fetch = download.fetch
+    fetch = repository.Repository.fetch
 
     def last(*arguments):
         hub.close()
         return fetch(*arguments)
 
-    monkeypatch.setattr("gptneo_fast.files.hub.source.fetch", last)
+    monkeypatch.setattr(repository.Repository, "fetch", last)
     from huggingface_hub import file_download
 
     monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.1)
@@ -289,17 +323,23 @@ def test_the_size_is_said_before_a_large_download_and_not_for_a_small_one(hub, p
     load()
     assert "fetching" not in capfd.readouterr().err
     shutil.rmtree(tmp_path / "cache")
-    monkeypatch.setattr(download, "LARGE", 10_000)
+    monkeypatch.setattr(repository, "LARGE", 10_000)
     size = len(published.files["model.safetensors"])
-    seen = []
-    monkeypatch.setattr(download, "_fetch_blob", lambda *a: seen.append(capfd.readouterr().err))
+    seen = {}
+    fetch = repository.Repository.fetch
+
+    def heard(self, file, force=False):
+        seen[file.path] = capfd.readouterr().err
+        return fetch(self, file, force)
+
+    monkeypatch.setattr(repository.Repository, "fetch", heard)
     load()
-    (said, *_) = seen
+    said = seen["model.safetensors"]
     assert f"fetching {size / 1e9:.2f} GB of {NAME} at commit {COMMIT[:8]} (model.safetensors) into {tmp_path}/cache" in said
 
 
 def test_33_a_disk_without_room_is_told_before_the_download(hub, published, monkeypatch, tmp_path):
-    monkeypatch.setattr(download, "LARGE", 10_000)
+    monkeypatch.setattr(repository, "LARGE", 10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     refused(SetupError, "needs 0.00 GB", f"in {tmp_path}/cache", "0.00 GB free", "set HF_HOME or pass cache_dir")
     assert not hub.requests("GET", "model.safetensors")
@@ -309,11 +349,7 @@ def test_33_a_disk_without_room_is_told_before_the_download(hub, published, monk
     ("number", "words"),
     [(28, "the disk of the cache"), (122, "the disk of the cache"), (13, "cannot be written to"), (30, "cannot be")],
 )
-@pytest.mark.parametrize("large", [False, True])
-def test_33_a_full_or_read_only_cache_names_its_path_and_the_setting(
-    hub, published, monkeypatch, tmp_path, number, words, large
-):
-    monkeypatch.setattr(download, "LARGE", 10_000 if large else 1 << 60)
+def test_33_a_full_or_read_only_cache_names_its_path_and_the_setting(hub, published, monkeypatch, tmp_path, number, words):
     import huggingface_hub.file_download
 
     def fail(*_, **__):
@@ -345,87 +381,253 @@ def blobs(tmp_path):
 
 
 @pytest.fixture
-def large(hub, tmp_path, monkeypatch):
-    """A repository with 8 MB of weights, of which any megabyte counts as large."""
+def large(hub, tmp_path):
+    """A repository with 8 MB of weights."""
     folder = tmp_path / "made"
     Causal(gptneo_fast.GPTNeoConfig(**SMALL).replace(hidden_size=128, vocab_size=9000)).save_pretrained(folder)
     hub.repositories[NAME] = Repository(files_of(folder))
-    monkeypatch.setattr(download, "LARGE", 1 << 20)
     return hub.repositories[NAME]
 
 
-def test_a_download_that_breaks_off_is_resumed_within_the_process(hub, large, tmp_path):
-    large.cut = {"model.safetensors": [3_000_000, 1_000_000]}
+def left(tmp_path):
+    """What stands in the cache and is neither a blob with the hash that it is named for, nor a link to one, nor a note."""
+    files = [p for p in (tmp_path / "cache").rglob("*") if not p.is_dir() and ".locks" not in p.parts and "refs" not in p.parts]
+    kept = [p for p in files if not p.is_symlink() and ".no_exist" not in p.parts]
+    return [p for p in kept if p.parent.name != "blobs" or p.name != etag_of(p.read_bytes())]
+
+
+def flipped(data):
+    return data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+
+
+def page(data):
+    return b"<html>Please log in</html>".ljust(len(data))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("damage", [flipped, page, lambda data: data[:-4], lambda data: data + b"more"], ids=str)
+def test_a_file_that_arrives_damaged_is_not_kept_and_the_next_one_is(hub, published, checkpoint, tmp_path, name, damage):
+    published.sent[name] = damage(published.files[name])
+    refused(GPTNeoFastError, repr(name), NAME, hub.address)
+    assert not left(tmp_path) and not (snapshot(tmp_path) / name).exists()
+    published.sent.clear()
+    assert same(load(), checkpoint) and load().tokenizer is not None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_large_file_that_lies_elsewhere_is_held_to_what_the_hub_says_and_its_host_gets_no_token(hub, large, tmp_path):
+    large.elsewhere = True
+    large.sent["model.safetensors"] = flipped(large.files["model.safetensors"])
+    refused(CheckpointError, "'model.safetensors'", "arrived damaged", token="hf_SECRET")
+    large.sent.clear()
+    assert same(Causal.from_pretrained(NAME, token="hf_SECRET"), tmp_path / "made")
+    tokens = {path.split("/")[1] == "elsewhere": token for _, path, token in hub.log}
+    assert tokens == {True: None, False: "Bearer hf_SECRET"}
+
+
+def test_damage_that_leaves_the_size_is_told_as_such(hub, large, tmp_path, name):
+    large.sent[name] = flipped(large.files[name])
+    size, etag = len(large.files[name]), etag_of(large.files[name])
+    refused(
+        CheckpointError, f"'{name}' of '{NAME}' arrived damaged: its {size} bytes", f"the hash {etag}", "nothing of it is kept"
+    )
+
+
+def test_a_hub_that_does_not_tell_the_size_changes_nothing(hub, published, checkpoint, monkeypatch, tmp_path):
+    send = BaseHTTPRequestHandler.send_header
+    monkeypatch.setattr(
+        BaseHTTPRequestHandler,
+        "send_header",
+        lambda s, k, v: None if k == "Content-Length" and s.command == "HEAD" else send(s, k, v),
+    )
+    published.sent["model.safetensors"] = published.files["model.safetensors"][:-4]
+    refused(CheckpointError, "arrived damaged")
+    published.sent.clear()
+    assert same(load(), checkpoint)
+
+
+def test_a_download_that_breaks_off_leaves_nothing(hub, large, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))  # between attempts
+    large.cut = {"model.safetensors": 50_000}
+    refused(SetupError, "model.safetensors", hub.address)
+    assert not left(tmp_path)
+    large.cut.clear()
     assert same(Causal.from_pretrained(NAME), tmp_path / "made")
-    ranges = [r for method, path, r, _ in hub.log if method == "GET" and path.endswith("model.safetensors")]
-    assert ranges == [None, "bytes=3000000-", "bytes=4000000-"]
 
 
-def test_a_download_is_resumed_where_an_earlier_process_left_off(hub, large, tmp_path):
-    data = large.files["model.safetensors"]
-    asked = download.look(NAME, "model.safetensors", "main", None)
+@pytest.mark.parametrize("dripping", ["HEAD", "GET", "body"])
+def test_a_hub_that_drips_is_given_up(hub, published, checkpoint, monkeypatch, tmp_path, dripping):
+    monkeypatch.setattr(repository, "ANSWER", 0.5)
+    monkeypatch.setattr(repository, "SILENCE", 0.5)
+    published.dripping = dripping
+    began = time.perf_counter()
+    refused(GPTNeoFastError, f"the hub {hub.address} fell silent for 0 seconds")
+    assert time.perf_counter() - began < 20 and not left(tmp_path)
+    published.dripping = ""
+    assert same(load(), checkpoint)
+    published.dripping = dripping
+    assert same(load(), checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "page"])
+def test_34_what_was_left_over_is_neither_followed_nor_opened_nor_believed(hub, published, checkpoint, tmp_path, kind):
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"mine")
     blobs(tmp_path).mkdir(parents=True)
-    (blobs(tmp_path) / f"{asked.etag}.gptneo_fast.part").write_bytes(data[:5_000_000])
-    assert same(Causal.from_pretrained(NAME), tmp_path / "made")
-    assert [r for m, p, r, _ in hub.log if m == "GET" and p.endswith("model.safetensors")] == ["bytes=5000000-"]
-    assert not list(blobs(tmp_path).glob("*.part"))
-
-
-@pytest.mark.parametrize("junk", ["damaged", "too long"])
-def test_34_a_damaged_part_of_an_earlier_attempt_does_not_stay(hub, large, tmp_path, junk):
-    data = large.files["model.safetensors"]
-    asked = download.look(NAME, "model.safetensors", "main", None)
-    blobs(tmp_path).mkdir(parents=True)
-    part = blobs(tmp_path) / f"{asked.etag}.gptneo_fast.part"
-    part.write_bytes(bytes(5_000_000) if junk == "damaged" else data + b"more")
-    if junk == "damaged":
-        with pytest.raises(SetupError, match="arrived damaged and was deleted; try again"):
-            Causal.from_pretrained(NAME)
-    assert same(Causal.from_pretrained(NAME), tmp_path / "made")
-    assert not part.exists()
+    snapshot(tmp_path).mkdir(parents=True)
+    for name in ("model.safetensors", "config.json"):
+        etag = etag_of(published.files[name])
+        for place in (blobs(tmp_path) / etag, blobs(tmp_path) / f"{etag}.incomplete", snapshot(tmp_path) / name):
+            if kind == "fifo" and place.parent != snapshot(tmp_path):
+                os.mkfifo(place)
+            elif kind == "page" and place.parent != snapshot(tmp_path):
+                place.write_bytes(b"<html>")
+            elif kind == "dangling" or (kind == "link" and place.parent != snapshot(tmp_path)):
+                place.symlink_to(outside if kind == "link" else tmp_path / "nowhere")
+    assert same(load(), checkpoint)
+    assert outside.read_bytes() == b"mine" and not (tmp_path / "nowhere").exists()
 
 
 LOADER = """
 import sys, hashlib
-from gptneo_fast.files.hub import Source, download
+from gptneo_fast.files.hub import Source
 from huggingface_hub import constants
-download.LARGE, constants.DOWNLOAD_CHUNK_SIZE = 1 << 20, 100_000
+constants.DOWNLOAD_CHUNK_SIZE = 100_000
 path = Source.of(sys.argv[1]).file("model.safetensors")
 print(hashlib.sha256(path.read_bytes()).hexdigest())
 """
 
 
-def start(hub, tmp_path):
+def start(hub, tmp_path, *command):
     env = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "cache")}
     env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "300", "HF_HUB_ETAG_TIMEOUT": "300"}  # on a machine as busy as it likes
-    return subprocess.Popen(
-        [sys.executable, "-c", LOADER, NAME], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = command or (sys.executable, "-c", LOADER, NAME)
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_34_two_processes_at_once_fetch_once_and_one_killed_leaves_its_part_to_the_other(hub, large, tmp_path):
-    import hashlib
-
+def test_34_two_processes_at_once_fetch_once_and_one_killed_does_not_hold_up_the_other(hub, large, tmp_path):
     data = large.files["model.safetensors"]
-    want = hashlib.sha256(data).hexdigest()
     large.held_at = 4 << 20
     first = start(hub, tmp_path)
     deadline = time.time() + 240
-    while not (parts := list((tmp_path / "cache").rglob("*.part"))) or parts[0].stat().st_size < 2 << 20:
+    while not any(p.stat().st_size >= 2 << 20 for p in blobs(tmp_path).rglob("*.incomplete")):
         assert time.time() < deadline and first.poll() is None, first.communicate()
         time.sleep(0.05)
     second = start(hub, tmp_path)
-    while len(hub.requests("HEAD", "model.safetensors")) < 2:  # it stands before the lock
+    while len(hub.requests("HEAD", "model.safetensors")) < 3:  # it stands before the lock, which the first has passed
         assert time.time() < deadline and second.poll() is None, second.communicate()
         time.sleep(0.05)
+    time.sleep(0.5)
+    assert len(hub.requests("GET", "model.safetensors")) == 1
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     large.gate.set()
     out, err = second.communicate(timeout=240)
-    assert out.strip() == want, err
-    ranges = [r for m, p, r, _ in hub.log if m == "GET" and p.endswith("model.safetensors")]
-    assert len(ranges) == 2 and ranges[0] is None and int(ranges[1].split("=")[1].split("-")[0]) >= 1 << 20
-    assert not list((tmp_path / "cache").rglob("*.part"))
+    assert out.strip() == etag_of(data), err
+    assert len(hub.requests("GET", "model.safetensors")) == 2
+
+
+def test_34_what_a_killed_process_left_is_cleared_away_once_it_is_old(hub, large, tmp_path):
+    for name, age in (("old", 2 * repository.STALE), ("new", 0)):
+        folder = blobs(tmp_path) / f".gptneo_fast-{name}"
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "part.incomplete").write_bytes(b"x")
+        for path in (*folder.rglob("*"), folder):
+            os.utime(path, (time.time() - age,) * 2)
+    Causal.from_pretrained(NAME)
+    assert [p.name for p in blobs(tmp_path).glob(".*")] == [".gptneo_fast-new"]
+
+
+def test_34_two_writers_where_locks_do_nothing_do_not_meet(hub, large, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils.WeakFileLock", lambda *_, **__: nullcontext())
+    large.held_at = 4 << 20
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(Source.of(NAME).file, "model.safetensors") for _ in range(2)]
+        deadline = time.time() + 60
+        while len(hub.requests("GET", "model.safetensors")) < 2:
+            assert time.time() < deadline
+            time.sleep(0.02)
+        large.gate.set()
+        assert all(f.result().read_bytes() == large.files["model.safetensors"] for f in found)
+    assert not left(tmp_path)
+
+
+def test_where_links_are_not_supported_the_file_itself_stands_in_the_snapshot(
+    hub, published, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda folder: False)
+    assert same(load(), checkpoint) and same(load(force_download=True), checkpoint)
+    assert not (snapshot(tmp_path) / "model.safetensors").is_symlink() and not list(blobs(tmp_path).iterdir())
+
+
+DAMAGES = {  # to a file of the cache, each seen when it is read
+    "model.safetensors": lambda data: data[:-4],
+    "tokenizer.json": lambda data: data[:-4],
+    "config.json": lambda data: data.replace(b"gpt_neo", b"gpt_nep"),
+    "generation_config.json": lambda data: data[:-4],
+}
+
+
+@pytest.fixture(params=DAMAGES)
+def spoiled(request, hub, published, tmp_path):
+    """A cache with one damaged file; its name, and the message."""
+    load()
+    path = snapshot(tmp_path) / request.param
+    path.resolve().write_bytes(DAMAGES[request.param](path.read_bytes()))
+    words = f"The cache's {request.param} is not what the hub sent: pass force_download=True, or run: hf download {NAME}"
+    return request.param, str(refused(GPTNeoFastError, path, words, cache_dir=str(tmp_path / "cache")))
+
+
+def test_a_damaged_cache_is_healed_by_force_download(spoiled, checkpoint):
+    assert same(load(force_download=True), checkpoint) and same(load(), checkpoint)
+
+
+@pytest.mark.parametrize("spoiled", ["model.safetensors"], indirect=True)
+def test_a_damaged_cache_is_healed_by_the_command_that_the_error_names(hub, spoiled, checkpoint, tmp_path):
+    program, *arguments = shlex.split(spoiled[1].split("or run: ")[1])
+    assert arguments[-1] == str(tmp_path / "cache")
+    process = start(hub, tmp_path, str(Path(sys.executable).parent / program), *arguments)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert same(load(), checkpoint)
+
+
+def test_a_damaged_cache_is_healed_by_deleting_the_file_and_fetching_it_again(spoiled, checkpoint, tmp_path):
+    (snapshot(tmp_path) / spoiled[0]).unlink()
+    assert same(load(), checkpoint)
+
+
+def test_a_fault_that_the_hub_sent_is_not_blamed_on_the_cache(hub, published):
+    published.files["model.safetensors"] = published.files["model.safetensors"][:-4]
+    assert "force_download" not in str(refused(CheckpointError, "4 fewer"))
+
+
+def test_force_download_fetches_every_file_that_is_needed_once(hub, published):
+    load()
+    first = sorted(p.split("/")[-1] for p in hub.requests("GET"))
+    hub.log.clear()
+    load(force_download=True)
+    assert sorted(p.split("/")[-1] for p in hub.requests("GET")) == first and len(set(first)) == len(first)
+    hub.log.clear()
+    gptneo_fast.GPT2Tokenizer.from_pretrained(NAME, force_download=True)
+    assert hub.requests("GET", "tokenizer.json")
+
+
+def test_force_download_is_not_taken_for_granted_without_the_hub(hub, published):
+    load()
+    refused(SetupError, "force_download=True", "local_files_only=True", local_files_only=True, force_download=True)
+    hub.close()
+    refused(SetupError, "force_download=True", "cannot be reached", force_download=True)
+
+
+def test_no_tokenizer_is_no_fault_and_a_broken_one_is_whatever_its_message_says(checkpoint, tmp_path):
+    folder = tmp_path / "looked for"
+    shutil.copytree(checkpoint, folder)
+    (folder / "tokenizer.json").write_text("{")
+    refused(TokenizerError, "looked for", name=folder)
+    for path in (*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("merges*")):
+        path.unlink()
+    assert gptneo_fast.load(folder, device="cpu").tokenizer is None
 
 
 def test_what_huggingface_hub_downloaded_itself_is_used(hub, published, checkpoint, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -118,17 +117,17 @@ class GenerationConfig:
         path = source.file("generation_config.json")
         if path is None:
             return cls.from_model_config(config)
-        values = read_object(path, ConfigError)
-        try:
-            return cls.of({k: v for k, v in values.items() if v is not None}, ignore_unknown=True)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path}: {error}") from error
+        with source.reading():
+            values = read_object(path, ConfigError)
+            try:
+                return cls.of({k: v for k, v in values.items() if v is not None}, ignore_unknown=True)
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> GenerationConfig:
         """The `generation_config.json` of a folder or hub id; options are Source's (revision, token, ...) or this class's."""
-        about = {f.name for f in dataclasses.fields(Source)} - {"name", "folder"}
-        source = Source.of(name_or_path, **{k: options.pop(k) for k in list(options) if k in about})
+        source = Source.of(name_or_path, **{k: options.pop(k) for k in Source.OPTIONS if k in options})
         return cls.from_source(source, GPTNeoConfig.from_source(source)).under(cls.of(options))
 
     @classmethod

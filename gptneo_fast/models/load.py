@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
 
 from ..config import GPTNeoConfig
 from ..device import as_device, as_dtype
-from ..errors import InputError, TokenizerError, nearest
+from ..errors import InputError, NoTokenizerError, nearest
 from ..files.hub import Source
 from ..tokenizer import GPT2Tokenizer
 from .causal import GPTNeoForCausalLM, GPTNeoModel
@@ -33,6 +34,7 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
     backend: str = "auto",
     from_flax: bool = False,
     **options: Any,
@@ -46,7 +48,7 @@ def load(
             elsewhere the checkpoint's own.
         device: None for CUDA where there is a device, else the CPU.
         revision: branch, tag or commit of the repository. token: of the hub. cache_dir: where downloads are kept.
-        local_files_only: use the cache and no network.
+        local_files_only: use the cache and no network. force_download: fetch again what the cache holds.
         backend: "auto", "triton" or "reference".
         from_flax: read `flax_model.msgpack`, which is read anyhow where no other weights are there; needs no jax.
         options: other keywords of `from_pretrained`: check_finite, allow_pickle, strict, subfolder, num_labels, ...
@@ -66,16 +68,14 @@ def load(
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        force_download=force_download,
         subfolder=options.pop("subfolder", ""),
     )
     model = TASKS[task].from_pretrained(
         source, dtype="auto" if wanted is None else wanted, device_map=place, backend=backend, from_flax=from_flax, **options
     )
-    try:
+    with suppress(NoTokenizerError):
         model.tokenizer = GPT2Tokenizer.from_pretrained(source)
-    except TokenizerError as error:
-        if "looked for" not in str(error):
-            raise
     return model
 
 

@@ -11,7 +11,7 @@ from ..generation import GenerationConfig
 from .load import load
 
 _DEFAULTS: dict[str, Any] = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}  # of transformers' pipeline
-_LOADING = ("dtype", "torch_dtype", "revision", "token", "cache_dir", "local_files_only", "backend")
+_LOADING = ("dtype", "torch_dtype", "revision", "token", "cache_dir", "local_files_only", "force_download", "backend")
 
 
 def pipeline(

@@ -182,6 +182,7 @@ class GPTNeoPreTrainedModel(nn.Module):
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         subfolder: str = "",
         use_safetensors: bool | None = None,
         allow_pickle: bool = True,
@@ -220,6 +221,7 @@ class GPTNeoPreTrainedModel(nn.Module):
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            force_download=force_download,
             subfolder=subfolder,
         )
         config = GPTNeoConfig.from_source(source, **overrides) if config is None else config.replace(**overrides)
@@ -228,7 +230,7 @@ class GPTNeoPreTrainedModel(nn.Module):
         with torch.device("meta"):
             model = cls(config, backend=backend)
         device = as_device(device_map)
-        with checkpoint.find(source, use_safetensors, allow_pickle, from_flax).open() as tensors:
+        with source.reading(), checkpoint.find(source, use_safetensors, allow_pickle, from_flax).open() as tensors:
             report = checkpoint.load_into(
                 model,
                 tensors,
@@ -290,7 +292,7 @@ def _screen(others: dict[str, Any], attn_implementation: str | None) -> dict[str
         )
     if asked := [k for k in _QUANTISED if others.get(k)]:
         raise InputError(f"{asked[0]} is not offered; use dtype=torch.bfloat16 or torch.float16")
-    for harmless in ("low_cpu_mem_usage", "trust_remote_code", "force_download", "proxies", *_QUANTISED):
+    for harmless in ("low_cpu_mem_usage", "trust_remote_code", "proxies", *_QUANTISED):
         others.pop(harmless, None)
     fields = {*GPTNeoConfig.__dataclass_fields__, *GPTNeoConfig.aliases, "num_labels"}
     options = inspect.signature(GPTNeoPreTrainedModel.from_pretrained).parameters

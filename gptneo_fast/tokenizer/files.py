@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from ..errors import InputError, TokenizerError
+from ..errors import InputError, NoTokenizerError, TokenizerError
 from ..files.hub import Source
 from ..files.strict_json import MAX_BYTES, read_object
 from .stream import ALPHABET
@@ -62,7 +62,7 @@ def read_parts(source: Source) -> Parts:
     vocab, merges = source.file("vocab.json"), source.file("merges.txt")
     if vocab is None or merges is None:
         there = f", and found only {(vocab or merges).name}" if vocab or merges else ""  # type: ignore[union-attr]
-        raise TokenizerError(
+        raise NoTokenizerError(
             f"{source.name!r} holds no tokenizer; looked for tokenizer.json, and for vocab.json with merges.txt{there}"
         )
     return _screened(Parts(read_object(vocab, TokenizerError), _read_merges(merges)), f"{vocab} with {merges.name}")

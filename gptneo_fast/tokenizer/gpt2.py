@@ -21,7 +21,7 @@ from .settings import read_settings
 from .special import NAMES
 
 _END = "<|endoftext|>"
-_IGNORED = {"use_fast", "trust_remote_code", "force_download", "proxies", "legacy", "verbose", "tokenizer_type", "backend"}
+_IGNORED = {"use_fast", "trust_remote_code", "proxies", "legacy", "verbose", "tokenizer_type", "backend"}
 
 
 class GPT2Tokenizer(Decoding, Padding):
@@ -134,20 +134,19 @@ class GPT2Tokenizer(Decoding, Padding):
 
         Args:
             options: the keywords of this class, which win over the files; and revision, token, cache_dir,
-                local_files_only, subfolder.
+                local_files_only, force_download, subfolder.
 
         Raises:
             TokenizerError: no tokenizer is there, or its files are broken or none of GPT-2's.
         """
-        about = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-        given = {k: options.pop(k) for k in about if k in options}
-        name = pretrained_model_name_or_path
-        source = name if isinstance(name, Source) else Source.of(name, **given)
-        parts = read_parts(source)
+        given = {k: options.pop(k) for k in Source.OPTIONS if k in options}
+        source = Source.of(pretrained_model_name_or_path, **given)
         extra = options.pop("extra_special_tokens", None) or options.pop("additional_special_tokens", None)
         if extra is not None:  # a list, or name -> token
             options |= extra if isinstance(extra, dict) else {"extra_special_tokens": extra}
-        return cls(parts, **({"name_or_path": source.name} | read_settings(source, parts, options)))
+        with source.reading():
+            parts = read_parts(source)
+            return cls(parts, **({"name_or_path": source.name} | read_settings(source, parts, options)))
 
     # Text to ids
 
