@@ -39,17 +39,17 @@ class WeightFile:
             kind = stat.S_IFMT(os.stat(path).st_mode)
             if kind != stat.S_IFREG:  # before opening: that of a FIFO or a device waits, or does something
                 raise CheckpointError(f"{path} is {_KINDS.get(kind, 'no regular file')}; weights are a regular file")
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             link = ", a symbolic link that leads nowhere" if path.is_symlink() else ""
             raise CheckpointError(f"{path}{link} cannot be read: {error.strerror}") from error
-        self._stat = os.fstat(self._descriptor)
+        self._stat = os.fstat(self.descriptor)
         self.size = self._stat.st_size  # bytes
 
     def read(self, start: int, count: int) -> bytes:
         """`count` bytes from `start` on, or as many as there are."""
         try:
-            return os.pread(self._descriptor, count, start)
+            return os.pread(self.descriptor, count, start)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
 
@@ -62,7 +62,7 @@ class WeightFile:
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(self._descriptor, [view[done:]], start + done)
+                count = os.preadv(self.descriptor, [view[done:]], start + done)
             except OSError as error:
                 raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
             if not count:
@@ -78,7 +78,7 @@ class WeightFile:
         Raises:
             CheckpointError: its size or time of change is another.
         """
-        now = os.fstat(self._descriptor)
+        now = os.fstat(self.descriptor)
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise CheckpointError(
                 f"{self.path} changed while it was read ({self.size} bytes then, {now.st_size} now); "
@@ -87,7 +87,7 @@ class WeightFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
 
 @dataclass(frozen=True)
