@@ -13,8 +13,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..files.strict_json import parse_object
-from .sniff import kind_of
-from .weight_file import Stored, WeightFile
+from .weight_file import Stored, WeightFile, kind_of
 
 MAX_HEADER = 16 << 20  # bytes; a GPT-Neo of 256 layers has a header of 1 MB
 _AGAIN = "delete it and fetch it again"
