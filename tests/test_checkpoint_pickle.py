@@ -248,6 +248,68 @@ def test_30_a_directory_that_claims_a_terabyte_is_not_read(folder):
     refused(folder, f"would have {2**40} bytes", kind=UnsafeCheckpointError)
 
 
+def test_members_with_sizes_of_64_bits_are_read_as_others(folder):
+    want = state(folder)
+    with zipfile.ZipFile(folder / PATH) as old:
+        members = [(name, old.read(name)) for name in old.namelist()]
+    with zipfile.ZipFile(folder / PATH, "w") as new:
+        for name, data in members:
+            with new.open(name, "w", force_zip64=True) as file:
+                file.write(data)
+    loaded = load(folder)
+    assert all(torch.equal(p, want[name]) for name, p in loaded.named_parameters())
+
+
+def directory(data):
+    """(byte of the first entry, byte of the end record) of an archive without zip64 records."""
+    end = data.rindex(b"PK\x05\x06")
+    return struct.unpack_from("<I", data, end + 16)[0], end
+
+
+@pytest.mark.parametrize("place", [5, 2**31, 2**32 - 2, "size"])
+def test_30_a_member_outside_the_file_or_where_no_member_begins_is_refused(folder, place):
+    rewrite(folder)
+    data = bytearray((folder / PATH).read_bytes())
+    first, _ = directory(data)
+    struct.pack_into("<I", data, first + 42, len(data) if place == "size" else place)
+    (folder / PATH).write_bytes(data)
+    refused(folder, "does not lie within", kind=UnsafeCheckpointError)
+
+
+def test_30_a_member_longer_than_the_file_is_refused(folder):
+    rewrite(folder)
+    data = bytearray((folder / PATH).read_bytes())
+    struct.pack_into("<II", data, directory(data)[0] + 20, len(data), len(data))
+    (folder / PATH).write_bytes(data)
+    refused(folder, f"of {len(data)} bytes does not lie within", kind=UnsafeCheckpointError)
+
+
+def test_30_a_directory_of_half_a_million_members_is_not_read(folder):
+    rewrite(folder)
+    data = (folder / PATH).read_bytes()
+    first, end = directory(data)
+    entries = data[first:end]
+    again = entries * (500_000 // entries.count(b"PK\x01\x02"))
+    record = bytearray(data[end:])
+    struct.pack_into("<HHI", record, 8, 65535, 65535, len(again))
+    (folder / PATH).write_bytes(data[:first] + again + record)
+    refused(folder, f"would have {len(again)} bytes, of at most {8 << 20}", kind=UnsafeCheckpointError)
+
+
+@pytest.mark.parametrize("change", [b"\xff\xfe", "version"], ids=["name", "version"])
+def test_30_a_directory_that_zipfile_cannot_read_is_told_as_damage(folder, change):
+    rewrite(folder)
+    data = bytearray((folder / PATH).read_bytes())
+    first, _ = directory(data)
+    if change == "version":
+        data[first + 6] = 99  # version needed to extract
+    else:
+        struct.pack_into("<H", data, first + 8, 0x800)  # its name is UTF-8, and then is not
+        data[first + 46 : first + 48] = change
+    (folder / PATH).write_bytes(data)
+    refused(folder, "damaged", "fetch it again")
+
+
 @pytest.mark.parametrize("cut", [1, 22, 100, 3000])
 def test_30_a_cut_archive_is_refused(folder, cut):
     data = (folder / PATH).read_bytes()

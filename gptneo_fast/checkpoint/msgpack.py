@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import CheckpointError, UnsafeCheckpointError
-from .sniff import kind_of
-from .weight_file import Stored, WeightFile
+from .weight_file import Stored, WeightFile, kind_of
 
 MAX_NODES, MAX_DEPTH, MAX_TEXT = 1 << 18, 16, 4096  # values in the tree, maps inside one another, bytes of a key
 _CHUNKED = "__msgpack_chunked_array__"
@@ -58,8 +57,6 @@ def stored_in(file: WeightFile) -> list[Stored]:
         CheckpointError: the file is something else, cut, or holds more than named arrays; names the tensor.
         UnsafeCheckpointError: nested deeper, or of more values, than any model has.
     """
-    if not file.size:
-        raise CheckpointError(f"{file.path} has 0 bytes: interrupted download? delete it and fetch it again")
     walker = _Walker(file)
     try:
         return walker.tree()

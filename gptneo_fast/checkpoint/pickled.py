@@ -17,8 +17,7 @@ import torch
 
 from ..errors import CheckpointError, UnsafeCheckpointError
 from .archive import Member, members
-from .sniff import kind_of
-from .weight_file import Stored, WeightFile
+from .weight_file import Stored, WeightFile, kind_of
 
 MAX_PICKLE = 16 << 20  # bytes; a GPT-Neo of 256 layers has 1 MB
 _CONVERT = "write it anew with torch.save(torch.load(path, weights_only=True), path) where you trust it, or use safetensors"
@@ -70,8 +69,6 @@ def stored_in(file: WeightFile) -> list[Stored]:
         CheckpointError: no zip archive of torch.save, a cut one, or one that holds more than named tensors.
         UnsafeCheckpointError: it would run code, or claims more bytes than it has.
     """
-    if not file.size:
-        raise CheckpointError(f"{file.path} has 0 bytes: interrupted download? delete it and fetch it again")
     if file.read(0, 4) != b"PK\x03\x04":
         what = kind_of(file) or "this is no zip archive of torch.save"
         raise CheckpointError(f"{file.path} cannot be read: {what}; a file of torch before 1.6: {_CONVERT}")

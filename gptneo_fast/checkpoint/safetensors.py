@@ -1,7 +1,8 @@
 """The header of a safetensors file, screened whole before any of its tensors is read.
 
 Eight bytes give the header's length; the header is a JSON object from name to dtype, shape and the place after the header;
-the tensors then cover the rest of the file, each byte once.
+the tensors then cover the rest of the file, each byte once. The library has the last word on that; what is checked here
+before are keys given twice, which it takes, and what its errors would not name.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import math
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..files.strict_json import parse_object
-from .sniff import kind_of
-from .weight_file import Stored, WeightFile
+from .weight_file import Stored, WeightFile, kind_of
 
 MAX_HEADER = 16 << 20  # bytes; a GPT-Neo of 256 layers has a header of 1 MB
 _AGAIN = "delete it and fetch it again"
@@ -62,62 +63,51 @@ def _screened(file: WeightFile) -> list[Stored]:
         )
     header = parse_object(file.read(8, length), f"the header of {file.path}", CheckpointError)
     header.pop("__metadata__", None)
-    begin = 8 + length
-    tensors = sorted((_tensor(file, begin, name, about) for name, about in header.items()), key=_place)
-    _cover(file, begin, tensors)
-    return tensors
-
-
-def _place(tensor: Stored) -> tuple[int, int]:
-    return tensor.start, tensor.numel
-
-
-def _end(tensor: Stored) -> int:
-    return tensor.start + tensor.numel * tensor.dtype.itemsize
+    tensors = [_tensor(file, 8 + length, name, about) for name, about in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.numel))
+    _check_length(file, 8 + length, tensors)
+    try:
+        with safe_open(file.path, "np"):  # maps the file, and touches its header alone
+            return tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file.path}: safetensors refuses its header, whose tensors lie one after the other without overlap or hole: "
+            f"{str(error)[:300]!r}; {_AGAIN}"
+        ) from error
 
 
 def _tensor(file: WeightFile, begin: int, name: str, about: Any) -> Stored:
-    """One entry of the header, right in itself."""
-
-    def fault(what: str) -> CheckpointError:
-        return CheckpointError(f"{file.path}: tensor {name[:200]!r} {what}")
-
+    """One entry of the header, which names its tensor where it cannot be right; the library's errors often do not."""
+    where = f"{file.path}: tensor {name[:200]!r}"
     if not isinstance(about, dict):
-        raise fault(f"is described by a {type(about).__name__}, not by an object with dtype, shape and data_offsets")
+        raise CheckpointError(f"{where} is described by a {type(about).__name__}, not by dtype, shape and data_offsets")
     kind, shape, place = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
-        raise fault(f"has dtype {repr(kind)[:40]}; known are {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(n) for n in shape):
-        raise fault(f"has shape {repr(shape)[:80]}; a shape is a list of at most 8 sizes")
-    if not isinstance(place, list) or len(place) != 2 or not all(_is_size(n) for n in place):
-        raise fault(f"has data_offsets {repr(place)[:80]}; they are two positions in the file")
-    first, last = place
-    expected = math.prod(shape) * dtype.itemsize
-    if last - first != expected:
-        raise fault(f"of shape {shape} and dtype {kind} needs {expected} bytes, its data_offsets {place} give {last - first}")
-    return Stored(name, dtype, tuple(shape), file, begin + first)
+        raise CheckpointError(f"{where} has dtype {repr(kind)[:40]}; known are {', '.join(DTYPES)}")
+    if not _sizes(shape, 8) or not _sizes(place, 2) or len(place) != 2:
+        raise CheckpointError(
+            f"{where} has shape {repr(shape)[:80]} and data_offsets {repr(place)[:80]}; a shape is a list of at most 8 sizes, "
+            "and they are two positions in the file"
+        )
+    has, needs = place[1] - place[0], math.prod(shape) * dtype.itemsize
+    if has != needs:
+        raise CheckpointError(f"{where} of shape {shape} and dtype {kind} needs {needs} bytes, its data_offsets {place} give {has}")
+    return Stored(name, dtype, tuple(shape), file, begin + place[0])
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+def _sizes(values: Any, most: int) -> bool:
+    return isinstance(values, list) and len(values) <= most and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
-def _cover(file: WeightFile, begin: int, tensors: list[Stored]) -> None:
-    """Refuse tensors that do not cover the bytes after the header, each byte once."""
-    at, before = begin, "the header"
-    for tensor in tensors:
-        if tensor.start < at:
-            raise CheckpointError(f"{file.path}: tensor {tensor.name[:200]!r} overlaps {before} by {at - tensor.start} bytes")
-        if tensor.start > at:
-            raise CheckpointError(
-                f"{file.path}: {tensor.start - at} bytes between {before} and tensor {tensor.name[:200]!r} belong to none"
-            )
-        at, before = _end(tensor), f"tensor {tensor.name[:200]!r}"
+def _check_length(file: WeightFile, begin: int, tensors: list[Stored]) -> None:
+    """Refuse a file that ends before its last tensor does, or after."""
+    at = max((tensor.start + tensor.numel * tensor.dtype.itemsize for tensor in tensors), default=begin)
     if at > file.size:
         raise CheckpointError(
             f"{file.path} is cut: its tensors need {at} bytes, it has {file.size} ({at - file.size} fewer): "
             f"interrupted download? {_AGAIN}"
         )
     if at < file.size:
-        raise CheckpointError(f"{file.path}: {file.size - at} bytes stand after {before}, the last; {_AGAIN}")
+        last = f"tensor {tensors[-1].name[:200]!r}, the last" if tensors else "the header"
+        raise CheckpointError(f"{file.path}: {file.size - at} bytes stand after {last}; {_AGAIN}")

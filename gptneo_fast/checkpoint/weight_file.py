@@ -1,4 +1,4 @@
-"""A weight file that is held open, and the place of a tensor in it."""
+"""A weight file that is held open, the place of a tensor in it, and what a file is that should be weights and is not."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ _KINDS = {
     stat.S_IFBLK: "a block device",
     stat.S_IFSOCK: "a socket",
 }
+_STARTS = {
+    b"version https://git-lfs": "a Git LFS pointer and not the file it points to: run git lfs pull",
+    b"PK\x03\x04": "a zip archive (torch.save writes these): name it pytorch_model.bin",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+    b"\x28\xb5\x2f\xfd": "a zstandard archive: unpack it",
+    b"\x89HDF": "an HDF5 file (TensorFlow's weights): convert it with transformers",
+    b"\x80\x02": "a pickle: only zip archives of torch.save are read",
+    b"\x80\x03": "a pickle: only zip archives of torch.save are read",
+    b"\x80\x04": "a pickle: only zip archives of torch.save are read",
+    b"\x80\x05": "a pickle: only zip archives of torch.save are read",
+    b"{": "JSON text: was a server's message saved as the file?",
+}
+_PAGE = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 
 
 class WeightFile:
@@ -39,17 +52,17 @@ class WeightFile:
             kind = stat.S_IFMT(os.stat(path).st_mode)
             if kind != stat.S_IFREG:  # before opening: that of a FIFO or a device waits, or does something
                 raise CheckpointError(f"{path} is {_KINDS.get(kind, 'no regular file')}; weights are a regular file")
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             link = ", a symbolic link that leads nowhere" if path.is_symlink() else ""
             raise CheckpointError(f"{path}{link} cannot be read: {error.strerror}") from error
-        self._stat = os.fstat(self._descriptor)
+        self._stat = os.fstat(self.descriptor)
         self.size = self._stat.st_size  # bytes
 
     def read(self, start: int, count: int) -> bytes:
         """`count` bytes from `start` on, or as many as there are."""
         try:
-            return os.pread(self._descriptor, count, start)
+            return os.pread(self.descriptor, count, start)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
 
@@ -62,7 +75,7 @@ class WeightFile:
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(self._descriptor, [view[done:]], start + done)
+                count = os.preadv(self.descriptor, [view[done:]], start + done)
             except OSError as error:
                 raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
             if not count:
@@ -78,7 +91,7 @@ class WeightFile:
         Raises:
             CheckpointError: its size or time of change is another.
         """
-        now = os.fstat(self._descriptor)
+        now = os.fstat(self.descriptor)
         if (now.st_size, now.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             raise CheckpointError(
                 f"{self.path} changed while it was read ({self.size} bytes then, {now.st_size} now); "
@@ -87,7 +100,7 @@ class WeightFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
 
 @dataclass(frozen=True)
@@ -134,3 +147,15 @@ class Stored:
         if self.strides is None or not self.numel:
             return self.numel
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+
+
+def kind_of(file: WeightFile) -> str | None:
+    """What the first bytes say that the file is, with the way out; None where they say nothing."""
+    begin = file.read(0, 512)
+    if not begin:
+        return "it has 0 bytes: interrupted download? delete it and fetch it again"
+    if begin.lstrip().lower().startswith(_PAGE):
+        return "this is an HTML page: a download was answered by a web page, perhaps one that asks to log in"
+    if len(begin) >= 64 and not any(begin):
+        return "it begins with zeros: interrupted download? delete it and fetch it again"
+    return next((f"this is {what}" for start, what in _STARTS.items() if begin.startswith(start)), None)
