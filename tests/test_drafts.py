@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from engines import CONFIG, both, captured, model, ragged, repeating  # noqa: F401 (fixtures)
+from engines import CONFIG, both, capture, captured, model, ragged, repeating  # noqa: F401 (fixtures)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptneo_fast
 from gptneo_fast import backends, engine, ops
-from gptneo_fast.engine import mixin, runner, speculation
+from gptneo_fast.engine import runner, speculation
 
 
 @pytest.mark.parametrize("new", [1, 5, 6, 40, 100])
@@ -18,7 +18,7 @@ def test_a_looked_up_draft_changes_no_token(model, monkeypatch, n, new):
     ids = repeating(model)
     plain = model.generate(ids, max_new_tokens=new)
     assert torch.equal(*(both(model, monkeypatch, input_ids=ids, max_new_tokens=new, prompt_lookup_num_tokens=n)))
-    monkeypatch.setattr(mixin.EngineMixin, "_why_stepwise", mixin.EngineMixin._wishes)
+    capture(monkeypatch)
     assert torch.equal(model.generate(ids, max_new_tokens=new, prompt_lookup_num_tokens=n), plain)
 
 
