@@ -7,8 +7,9 @@ import torch
 
 import gptneo_fast
 from benchmarks.bench_cpu import keep
+from gptneo_fast.generation.captured.capturing import EagerStep
 from gptneo_fast.generation.captured.params import SamplingParams
-from gptneo_fast.generation.captured.runner import EagerStep, Runner
+from gptneo_fast.generation.captured.runner import Runner
 from gptneo_fast.ops.sampling import COUNT, GREEDY, STATUS
 
 LAYERS, TOKENS = 24, 256
@@ -47,7 +48,7 @@ def test_a_replayed_token(benchmark, model):
     drawing = SamplingParams(
         GREEDY, [1.0, 1.0, 0.0, 1.0], [0, 0, TOKENS], runner.flags, torch.zeros(1, dtype=torch.int64), False
     )
-    runner.steps[GREEDY, False] = EagerStep(lambda: None)
+    runner.steps[GREEDY, False] = EagerStep(lambda: None, "what is left is measured")
     ids = torch.zeros(1, 1, dtype=torch.int64)
 
     def begin(*_):

@@ -1,11 +1,13 @@
 """A small model and the captured path without a GPU, for the tests of the engine."""
 
+import types
+
 import pytest
 import torch
 
 import gptneo_fast
 from gptneo_fast.generation import captured as captured_path
-from gptneo_fast.generation.captured import strategy
+from gptneo_fast.generation.captured import capturing, strategy
 
 CONFIG = dict(
     vocab_size=211, hidden_size=32, num_heads=2, num_layers=2, attention_layers=["global", "local"], window_size=8,
@@ -24,14 +26,16 @@ def model():
     model.idle_runners.drop(model.device)
 
 
-def on_device(monkeypatch):
-    """Generation takes the captured path wherever the options allow it, as on a CUDA device."""
+def capture(monkeypatch):
+    """Generation takes the captured path wherever the options allow it, as on a CUDA device; a call stands for the graph."""
     monkeypatch.setattr(captured_path, "why_not", lambda model, request: strategy.why_not_on_device(request))
+    monkeypatch.setattr(capturing, "capture", lambda step, _: capturing.CapturedStep(types.SimpleNamespace(replay=step), None))
 
 
 @pytest.fixture
 def captured(monkeypatch):
-    on_device(monkeypatch)
+    """The captured path for all of a test."""
+    capture(monkeypatch)
 
 
 def ragged(B=3, P=11, vocabulary=211):
@@ -47,7 +51,7 @@ def both(model, monkeypatch, **options):
     stepwise = model.generate(**options)
     assert model.last_generation.path == "stepwise"
     with monkeypatch.context() as patch:
-        on_device(patch)
+        capture(patch)
         fast = model.generate(**options)
         assert model.last_generation.path == "captured"
     return stepwise, fast

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from engines import CONFIG, both, captured, model, on_device, ragged, repeating  # noqa: F401 (fixtures)
+from engines import CONFIG, both, capture, captured, model, ragged, repeating  # noqa: F401 (fixtures)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptneo_fast
@@ -19,7 +19,7 @@ def test_a_looked_up_draft_changes_no_token(model, monkeypatch, n, new):
     ids = repeating(model)
     plain = model.generate(ids, max_new_tokens=new)
     assert torch.equal(*(both(model, monkeypatch, input_ids=ids, max_new_tokens=new, prompt_lookup_num_tokens=n)))
-    on_device(monkeypatch)
+    capture(monkeypatch)
     assert torch.equal(model.generate(ids, max_new_tokens=new, prompt_lookup_num_tokens=n), plain)
 
 

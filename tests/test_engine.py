@@ -5,18 +5,20 @@ import gc
 import pickle
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from engines import CONFIG, both, captured, model, ragged, repeating  # noqa: F401 (fixtures)
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptneo_fast
 from gptneo_fast.demo import FOLDER
 from gptneo_fast.errors import InputError, NonFiniteLogitsError, OutOfMemoryError
 from gptneo_fast.generation import Generation, captured as captured_path, text
-from gptneo_fast.generation.captured import memory, runner, strategy
-from gptneo_fast.generation.generate import prompt_of, request_of, settle
+from gptneo_fast.generation.captured import capturing, memory, runner, strategy
+from gptneo_fast.generation.generate import complete, prompt_of, request_of, settle
 from gptneo_fast.ops import backends, ops
 from gptneo_fast.ops.sampling import FINISHED, STATUS
 
@@ -219,13 +221,80 @@ def test_bad_requests_fail_before_anything_is_launched(model, captured):
     assert not model.idle_runners.runners
 
 
-def test_a_step_that_cannot_be_captured_is_launched_anew_with_one_warning():
-    calls = []
-    with pytest.warns(gptneo_fast.GPTNeoFastWarning, match="cannot be captured"):
-        step = runner.capture(lambda: calls.append(1), torch.device("cuda", 99))
-    calls.clear()
-    step.replay()
-    assert isinstance(step, runner.EagerStep) and calls == [1]
+def test_a_step_that_could_not_be_captured_is_said_so(model, monkeypatch, captured):
+    ids = repeating(model)
+    whole = model.generate(ids, max_new_tokens=20)
+    assert model.last_generation == Generation("captured", "every option runs on the device")
+    model.idle_runners.drop(model.device)
+    monkeypatch.setattr(capturing, "capture", lambda step, _: capturing.EagerStep(step, "RuntimeError: no"))
+    for options in ({}, {"prompt_lookup_num_tokens": 3}):
+        model.last_generation = None
+        assert torch.equal(model.generate(ids, max_new_tokens=20, **options), whole)
+        assert model.last_generation == Generation("launched", "the step could not be captured: RuntimeError: no")
+
+
+def test_what_will_be_captured_is_not_said_before_it_was(captured):
+    model = gptneo_fast.load(FOLDER, device="cpu")
+    pieces = model.stream("Once upon", max_new_tokens=3)
+    assert model.last_generation is None
+    next(pieces)
+    assert model.last_generation.path == "captured"
+
+
+def in_turn(generate):
+    """What `generate` gives under inference_mode, ordinarily, under no_grad, and under inference_mode again."""
+    found = []
+    for mode in (torch.inference_mode, nullcontext, torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(generate())
+    return found
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"repetition_penalty": 1.3}, {"prompt_lookup_num_tokens": 3}, {"no_repeat_ngram_size": 9}]
+)
+def test_memory_made_in_one_mode_serves_in_all(model, captured, options):
+    ids = repeating(model)
+    first, *others = in_turn(lambda: model.generate(ids, max_new_tokens=20, **options))
+    assert all(torch.equal(first, other) for other in others)
+    assert len(model.idle_runners.runners) == ("no_repeat_ngram_size" not in options)  # the same memory each time
+
+
+def test_a_text_begun_in_inference_mode_goes_on_outside_of_it(model, captured):
+    whole = model.generate(**ragged(1), max_new_tokens=20)[0, 11:].tolist()
+    with torch.inference_mode():
+        steps = captured_path.captured(model, request(model, max_new_tokens=20))
+        text = [next(steps).item()]
+    assert text + [step.item() for step in steps] == whole
+
+
+class Transfers(TorchDispatchMode):
+    """Counts the tensors that go to another device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.sent = device, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
+            self.sent += args[0].device.type != self.device and out.device.type == self.device
+        return out
+
+
+def test_tokens_go_to_the_device_once_however_many_there_are(model, captured, monkeypatch):
+    """A prompt on another device than the runner's copies on the host, as on a GPU."""
+    asked = request(model, max_new_tokens=30)
+    run, seen = runner.Runner.run, []
+    monkeypatch.setattr(runner.Runner, "run", lambda self, _, *rest: run(self, ids, *rest))
+    ids, asked.prompt.ids = asked.prompt.ids, asked.prompt.ids.to("meta")
+    for token in captured_path.captured(model, asked):
+        assert token.device.type == "cpu"
+        seen.append(token.item())
+    assert len(seen) == 30
+    with Transfers("meta") as transfers:
+        out = complete(model, asked)
+    assert transfers.sent == 1 and out.device.type == "meta" and out.shape == (1, 30)
 
 
 def test_a_request_that_cannot_fit_names_what_would(model):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,23 +23,11 @@ from .assisted import assisted
 from .beams import beams
 from .config import OFF, GenerationConfig, Options, total_length
 from .processors import Context, processors_of
-from .request import LanguageModel, Prompt, Record, Request, padding_of
+from .request import Generation, LanguageModel, Prompt, Record, Request, joined, padding_of
 from .session import Session
 from .stepwise import stepwise
 from .stopping import criteria_of
 from .warpers import warpers_of
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How a model generated last.
-
-    path: "captured" (steps run on the device, the host looks now and then) or "stepwise".
-    why: what asked for the path.
-    """
-
-    path: str
-    why: str
 
 
 class GenerationMixin:
@@ -256,7 +243,8 @@ def request_of(
 
 
 def new_tokens(model: LanguageModel, request: Request) -> Iterator[Tensor]:
-    """New tokens [rows, n] as they are found, by the strategy that the request asks for; `last_generation` tells which.
+    """New tokens [rows, n] as they are found, on the device or the host, by the strategy that the request asks for;
+    `last_generation` tells which.
 
     Raises:
         InputError: the strategy cannot serve the request.
@@ -268,8 +256,7 @@ def new_tokens(model: LanguageModel, request: Request) -> Iterator[Tensor]:
         return beams(model, request)
     why = captured.why_not(model, request)
     if why is None:
-        model.last_generation = Generation("captured", "every option runs on the device")
-        return captured.captured(model, request)
+        return captured.captured(model, request)  # says itself whether the steps could be captured
     model.last_generation = Generation("stepwise", why)
     return (assisted if request.drafts else stepwise)(model, request)
 
@@ -278,7 +265,7 @@ def complete(model: LanguageModel, request: Request, streamer: Any = None) -> Te
     """All new tokens int64 [rows, n] of a request, on its device; errors are those of its strategy."""
     steps = new_tokens(model, request)
     found = list(steps if streamer is None else _shown(request.prompt.ids, steps, streamer))
-    return torch.cat(found, 1).to(request.prompt.ids.device) if found else request.prompt.ids[:, :0]
+    return joined(request.prompt.ids[:, :0], found) if found else request.prompt.ids[:, :0]
 
 
 def _output(prompts: Tensor, new: Tensor, request: Request) -> Any:

@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from .session import Session
 
 
+@dataclass(frozen=True)
+class Generation:
+    """How a model generated last.
+
+    path: "captured" (steps are graphs on the device, the host looks now and then), "launched" (the same steps, which could
+        not be captured: their kernels are launched one by one), or "stepwise" (the host draws every token).
+    why: what asked for the path, or stood in the way of a capture.
+    """
+
+    path: str
+    why: str
+
+
 class LanguageModel(Protocol):
     """What generation asks of a GPTNeoForCausalLM."""
 
@@ -29,7 +42,7 @@ class LanguageModel(Protocol):
     tokenizer: Any
     transformer: Any
     idle_runners: Any  # captured.Pool
-    last_generation: Any
+    last_generation: Generation | None
 
     @property
     def device(self) -> torch.device: ...
@@ -220,3 +233,9 @@ def broken_message(rows: list[int], columns: list[int]) -> str:
         f"logits of row {', '.join(map(str, rows))} were NaN or infinite after {', '.join(map(str, columns))} "
         "tokens; try dtype=torch.float32, or remove_invalid_values=True to go on regardless"
     )
+
+
+def joined(ids: Tensor, new: Sequence[Tensor]) -> Tensor:
+    """Prompts [B, P] and the pieces [B, n] that follow them, which may be on the host: sent to the device together."""
+    tail = [torch.cat(list(new), 1).to(ids.device)] if new else []
+    return torch.cat([ids, *tail], 1)

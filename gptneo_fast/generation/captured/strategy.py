@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import NonFiniteLogitsError
-from ..request import LanguageModel, Request, broken_message
+from ..request import Generation, LanguageModel, Request, broken_message, joined
 from .params import SamplingParams, why_stepwise
 from .runner import BUCKETS, broken_rows
 from .speculation import why_not_drafts
@@ -33,10 +33,12 @@ def why_not_on_device(request: Request) -> str | None:
 
 
 def captured(model: LanguageModel, request: Request) -> Iterator[Tensor]:
-    """New tokens int64 [B, 1] of each step; raises for broken rows after the others have ended.
+    """New tokens int64 [B, 1] of each step, on the host: to send one to the device would mean to wait for the steps that are
+    queued there.
 
     Raises:
-        NonFiniteLogitsError: names the rows whose logits were NaN or infinite. OutOfMemoryError: see `check_memory`.
+        NonFiniteLogitsError: after the other rows have ended, names the rows whose logits were NaN or infinite.
+        OutOfMemoryError: see `check_memory`.
     """
     prompt = request.prompt
     B, P = prompt.ids.shape
@@ -47,14 +49,22 @@ def captured(model: LanguageModel, request: Request) -> Iterator[Tensor]:
     columns, broken, drawn = 0, [], torch.zeros(B, dtype=torch.int64)
     try:
         for tokens, status, drawn in runner.run(prompt.ids, prompt.mask, params, replays):
+            if not pieces:
+                model.last_generation = _generation(runner.why_launched)
             places = torch.arange(columns, columns + tokens.shape[1])
             columns += tokens.shape[1]
             broken = broken_rows(status)
-            piece = torch.where(places < drawn[:, None], tokens, request.options.pad_id or 0).to(prompt.ids.device)
+            piece = torch.where(places < drawn[:, None], tokens, request.options.pad_id or 0)
             pieces.append(piece)
             yield from piece.split(1, 1)
     finally:
         model.idle_runners.give_back(model, runner)
     if broken:
         message = broken_message(broken, [P + int(drawn[i]) for i in broken])
-        raise NonFiniteLogitsError(message, rows=broken, sequences=torch.cat([prompt.ids, *pieces], 1))
+        raise NonFiniteLogitsError(message, rows=broken, sequences=joined(prompt.ids, pieces))
+
+
+def _generation(why_launched: str | None) -> Generation:
+    if why_launched is None:
+        return Generation("captured", "every option runs on the device")
+    return Generation("launched", f"the step could not be captured: {why_launched}")
