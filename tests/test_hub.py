@@ -270,18 +270,23 @@ def test_5_a_server_that_names_a_path_where_a_hash_belongs(hub, published, monke
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_hub_that_falls_silent_between_two_files(hub, published, monkeypatch):
+@pytest.mark.parametrize("status", [None, 404, 429, 503])
+def test_a_hub_that_falls_silent_or_refuses_between_two_files(hub, published, monkeypatch, status):
     fetch = repository.Repository.fetch
 
     def last(*arguments):
-        hub.close()
+        if status:
+            published.status = status
+        else:
+            hub.close()
         return fetch(*arguments)
 
     monkeypatch.setattr(repository.Repository, "fetch", last)
     from huggingface_hub import file_download
 
     monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.1)
-    with pytest.raises(SetupError, match=r"could not be fetched|cannot be reached"):
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+    with pytest.raises((SetupError, ModelNotFoundError), match=r"could not be fetched|cannot be reached|status|neither"):
         Causal.from_pretrained(NAME)
 
 
@@ -404,8 +409,16 @@ def page(data):
     return b"<html>Please log in</html>".ljust(len(data))
 
 
+def shorter(data):
+    return data[:-4]
+
+
+def longer(data):
+    return data + b"more"
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-@pytest.mark.parametrize("damage", [flipped, page, lambda data: data[:-4], lambda data: data + b"more"], ids=str)
+@pytest.mark.parametrize("damage", [flipped, page, shorter, longer])
 def test_a_file_that_arrives_damaged_is_not_kept_and_the_next_one_is(hub, published, checkpoint, tmp_path, name, damage):
     published.sent[name] = damage(published.files[name])
     refused(GPTNeoFastError, repr(name), NAME, hub.address)
@@ -414,7 +427,6 @@ def test_a_file_that_arrives_damaged_is_not_kept_and_the_next_one_is(hub, publis
     assert same(load(), checkpoint) and load().tokenizer is not None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_large_file_that_lies_elsewhere_is_held_to_what_the_hub_says_and_its_host_gets_no_token(hub, large, tmp_path):
     large.elsewhere = True
     large.sent["model.safetensors"] = flipped(large.files["model.safetensors"])
@@ -425,6 +437,7 @@ def test_a_large_file_that_lies_elsewhere_is_held_to_what_the_hub_says_and_its_h
     assert tokens == {True: None, False: "Bearer hf_SECRET"}
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_damage_that_leaves_the_size_is_told_as_such(hub, large, tmp_path, name):
     large.sent[name] = flipped(large.files[name])
     size, etag = len(large.files[name]), etag_of(large.files[name])
@@ -561,10 +574,10 @@ def test_where_links_are_not_supported_the_file_itself_stands_in_the_snapshot(
 
 
 DAMAGES = {  # to a file of the cache, each seen when it is read
-    "model.safetensors": lambda data: data[:-4],
-    "tokenizer.json": lambda data: data[:-4],
+    "model.safetensors": shorter,
+    "tokenizer.json": shorter,
     "config.json": lambda data: data.replace(b"gpt_neo", b"gpt_nep"),
-    "generation_config.json": lambda data: data[:-4],
+    "generation_config.json": shorter,
 }
 
 

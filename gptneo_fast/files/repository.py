@@ -156,8 +156,9 @@ class Repository:
                 shutil.rmtree(left, ignore_errors=True)
         with _placing(blob) as new:
             with _deadline(SILENCE, lambda: _written(new.parent)):
+                nothing = new.parent / "cache"  # what the real one holds would be copied
                 part = hf_hub_download(
-                    self.name, file.path, revision=file.commit, token=self.token, local_dir=new.parent, force_download=True
+                    self.name, file.path, revision=file.commit, token=self.token, local_dir=new.parent, cache_dir=nothing
                 )
             if not intact(Path(part), file.etag):
                 raise CheckpointError(
