@@ -14,6 +14,7 @@ from ..errors import NonFiniteLogitsError
 from ..generation.loop import Request, broken_message
 from ..generation.session import Prompt
 from ..generation.text import TextGenerationMixin
+from ..model import parameters
 from .memory import check_memory
 from .plan import Drawing, why_stepwise
 from .runner import BUCKETS, Runner, broken_rows
@@ -118,7 +119,7 @@ _lock = threading.Lock()
 
 def _weights(model: Any) -> tuple[Any, ...]:
     """What captured steps have burnt in: addresses, shapes and dtypes of the parameters."""
-    return tuple((p.data_ptr(), tuple(p.shape), p.dtype) for p in model.parameters())
+    return tuple([(p.data_ptr(), p.shape, p.dtype) for p in parameters(model)])
 
 
 def _columns(model: Any, total: int) -> int:
