@@ -139,3 +139,8 @@ def multiprocessors(like: Tensor) -> int:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forget_devices() -> None:
+    """Ask torch again: for a process that changes what it answers."""
+    _multiprocessors.cache_clear()
