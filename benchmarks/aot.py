@@ -153,6 +153,8 @@ class Launchpad:
         from triton.runtime.driver import driver
         from triton.runtime.jit import JITFunction
 
+        from gptneo_fast.kernels import launch
+
         if triton.knobs.runtime.interpret:
             raise RuntimeError("interpreted kernels cannot be compiled: start a process without TRITON_INTERPRET")
         chip, major, minor = CHIPS[self.capability], *divmod(self.capability, 10)
@@ -170,6 +172,8 @@ class Launchpad:
         self._open.enter_context(swapped(driver, "_active", lambda _: _Driver(self.capability)))
         self._open.enter_context(swapped(JITFunction, "run", self._compiled))
         self._open.enter_context(_Functions())
+        launch.forget_devices()
+        self._open.callback(launch.forget_devices)
         return self
 
     def __exit__(self, *reason: Any) -> None:

@@ -27,16 +27,16 @@ def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: T
     launch.expect("kv_append", like=k, k_cache=(k_cache, (B, H, R, D)), v_cache=(v_cache, (B, H, R, D)), v=(v, (B, H, T, D)))
     launch.expect("kv_append", like=k, lengths=(lengths, (B,)), starts=(starts, (B,)))
     columns = min(T, R)  # older ones would be overwritten by newer ones of the same call
-    blocks = triton.cdiv(columns, _BLOCK_T)
+    blocks = launch.blocks(columns, _BLOCK_T)
     strides = (s for t in (k_cache, v_cache, k, v) for s in t.stride()[:3])
     launch.run(
         _kv_append_kernel, B * H * blocks, k_cache,
         k_cache, v_cache, k, v, lengths, lengths if starts is None else starts, *strides, H, T, R, T - columns, blocks,
-        D=D, STARTS=starts is not None, BLOCK_T=_BLOCK_T, BLOCK_D=triton.next_power_of_2(D), num_warps=4,
+        D=D, STARTS=starts is not None, BLOCK_T=_BLOCK_T, BLOCK_D=launch.power_of_2(D), num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T", "R", "first", "blocks", "lengths_ptr", "starts_ptr"])
 def _kv_append_kernel(
     k_cache_ptr, v_cache_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr,
     stride_kcb, stride_kch, stride_kcr, stride_vcb, stride_vch, stride_vcr,

@@ -59,7 +59,7 @@ def attention(
         raise InputError(f"attention: head dim {D} exceeds {tiles.MOST_HEAD_DIM}; use backend='reference'")
     y = launch.empty((B, T, H * D), q) if out is None else out
     tile = tiles.attention(q.dtype, D)
-    blocks = triton.cdiv(T, tile.M)
+    blocks = launch.blocks(T, tile.M)
     old_k, old_v, held = (k_cache, v_cache, lengths) if past else (k, v, q)
     launch.run(
         _attention_kernel, B * H * blocks, q,
@@ -67,12 +67,12 @@ def attention(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *old_k.stride()[:3], *old_v.stride()[:3],
         H, T, old_k.shape[2], blocks,
         D=D, WINDOW=window, STARTS=starts is not None, ENDS=ends is not None, PAST=past,
-        BLOCK_D=max(16, triton.next_power_of_2(D)), **tile.meta(),
+        BLOCK_D=max(16, launch.power_of_2(D)), **tile.meta,
     )  # fmt: skip
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T", "R", "blocks", "starts_ptr", "ends_ptr", "lengths_ptr"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, y_ptr, starts_ptr, ends_ptr, lengths_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,

@@ -94,7 +94,7 @@ def _merge(part_ptr, stat_ptr, splits, BT: tl.constexpr, BD: tl.constexpr, AT_ON
     return total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T", "R", "window", "tiles_t", "most", "lengths_ptr", "starts_ptr"])
 def attend(
     q_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, H, T, R, D, window, tiles_t, most,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh, stride_vr,
@@ -180,11 +180,11 @@ def decode_attention(
     R = k_cache.shape[2]
     t = tile(T, D, q.element_size())
     out = launch.empty((B, T, H * D), q)
-    tiles_t = triton.cdiv(T, t.BT)
+    tiles_t = launch.blocks(T, t.BT)
     tiles = B * H * tiles_t
     visible = min(R, window + min(T, t.BT) - 1) if window else R  # the most keys that a tile sees
-    splits = triton.cdiv(visible, t.BS * t.steps)
-    BD = triton.next_power_of_2(D) if t.BT == 1 else max(16, triton.next_power_of_2(D))
+    splits = launch.blocks(visible, t.BS * t.steps)
+    BD = launch.power_of_2(D) if t.BT == 1 else max(16, launch.power_of_2(D))
     parts, stats = (launch.empty((tiles * splits if splits > 1 else 0, t.BT, n), q, torch.float32) for n in (BD, 2))
     launch.run(
         attend, tiles * splits, q,

@@ -38,17 +38,19 @@ def embed(ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: Tensor, token_typ
     if wpe.shape[1] != C:
         raise InputError(f"embed: wpe has rows of {wpe.shape[1]}, expected {C}")
     positions, types = (x if x is None else x.expand(B, T) for x in (position_ids, token_type_ids))
-    BLOCK_C = min(_BLOCK_C, max(16, triton.next_power_of_2(C)))
+    BLOCK_C = min(_BLOCK_C, max(16, launch.power_of_2(C)))
     tables = (wte, wpe, wte.stride(0), wpe.stride(0))
     chosen = (ids, *ids.stride(), positions, *positions.stride())
     chosen += (ids, 0, 0) if types is None else (types, *types.stride())
-    programs = B * T * triton.cdiv(C, BLOCK_C)
+    programs = B * T * launch.blocks(C, BLOCK_C)
     meta = {"HAS_TYPES": types is not None, "BLOCK_C": BLOCK_C, "num_warps": max(1, BLOCK_C // 256)}
     launch.run(_embed_kernel, programs, wte, *tables, *chosen, out, T, C, **meta)
     return out
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize="T ids_ptr stride_ib stride_it positions_ptr stride_pb stride_pt types_ptr stride_tb stride_tt".split()
+)
 def _embed_kernel(
     wte_ptr, wpe_ptr, stride_wte, stride_wpe,
     ids_ptr, stride_ib, stride_it,

@@ -39,8 +39,8 @@ def multiply(
         weights: one [N, K], or q, k and v, of which the last two go to `cache`.
         norm: gamma and beta [K]. bias: [N]. residual: contiguous [M, N].
     """
-    if norm is not None and len(rows) > skinny.NORM_ROWS:
+    if norm is not None and rows.shape[0] > skinny.NORM_ROWS:
         rows, norm = norms.layer_norm(rows, *norm, eps), None
     weights = tuple(w.contiguous() for w in weights)  # as parameters are
-    run = gemv.run if len(rows) == 1 else skinny.run
+    run = gemv.run if rows.shape[0] == 1 else skinny.run
     run(kernel, rows, weights, out, norm=norm, eps=eps, bias=bias, residual=residual, gelu=gelu, cache=cache)

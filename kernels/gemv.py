@@ -52,7 +52,7 @@ def tile(kernel: str, K: int, itemsize: int) -> Tile:
     """The row of the table; other widths take the widest power of two that divides K, or a masked one."""
     if (found := TILES.get((kernel, K))) is None:
         divisor = min(K & -K, 1024)
-        BK = divisor if divisor >= 64 else min(triton.next_power_of_2(K), 1024)
+        BK = divisor if divisor >= 64 else min(launch.power_of_2(K), 1024)
         found = Tile(max(4, min(16, 1024 // BK)), BK, 1, 1, 4 if BK >= 512 else 1)
     if itemsize == 4:  # float32: the same bytes a tile
         found = found._replace(rows=found.rows // 2, granules=found.granules * 2)
@@ -135,7 +135,7 @@ def finish(
             tl.store(v_cache_ptr + at, acc.to(v_cache_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "zero", "R", "lengths_ptr", "starts_ptr"])
 def gemv(
     x_ptr, gamma_ptr, beta_ptr, w_ptr, wk_ptr, wv_ptr, bias_ptr, residual_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
     lengths_ptr, starts_ptr, K, N, programs, granules, zero, eps, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh,
@@ -271,7 +271,7 @@ def run(
     """
     N, K = weights[0].shape
     t = tile(kernel, K, x.element_size())
-    programs = triton.cdiv(N, t.rows * t.granules)
+    programs = launch.blocks(N, t.rows * t.granules)
     read = (x, *(norm or ()), *weights)
     packed = x.element_size() == 2 and all(y.storage_offset() % 2 == 0 for y in read) and K % 2 == 0
     gamma, beta = norm or (None, None)
@@ -279,7 +279,7 @@ def run(
     launch.run(
         gemv, programs * len(weights), x,
         x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), K, N, programs, t.granules, 0, eps,
-        *Cache.strides(cache), *Cache.sizes(cache)[1:], GELU=gelu, ROWS=t.rows, BK=t.BK, CHUNKS=triton.cdiv(K, t.BK),
+        *Cache.strides(cache), *Cache.sizes(cache)[1:], GELU=gelu, ROWS=t.rows, BK=t.BK, CHUNKS=launch.blocks(K, t.BK),
         AHEAD=t.ahead, PACKED=packed, EVEN_K=K % t.BK == 0, EVEN_N=N % (t.rows * t.granules) == 0,
         num_warps=t.warps, **launch.chained(kernel, x),
     )  # fmt: skip

@@ -5,8 +5,9 @@ Launchers call these through the module (`launch.run`), so that a test may count
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,8 +28,10 @@ def run(kernel: Any, programs: int, like: Tensor, *args: Any, **meta: Any) -> No
     """Run `kernel` on a 1-D grid, on the device of `like` and its current stream; never waits for it."""
     if programs == 0:
         return
-    other = like.is_cuda and like.device.index != torch.cuda.current_device()
-    with torch.cuda.device(like.device) if other else nullcontext():
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[(programs,)](*args, **meta)
+    else:
         kernel[(programs,)](*args, **meta)
 
 
@@ -113,6 +116,16 @@ def expect(op: str, *, like: Tensor, **tensors: tuple[Tensor | None, tuple[int, 
             raise InputError(f"{op}: {name} must be contiguous on {like.device}; it is on {x.device}, strides {x.stride()}")
 
 
+def blocks(n: int, size: int) -> int:
+    """How many blocks of `size` cover n. Triton's `cdiv` is written for kernels: called from the host it costs 10 us."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, for n from 1; see `blocks`."""
+    return 1 << (n - 1).bit_length()
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[..., C] as contiguous rows [M, C]; a copy only where x is not contiguous already."""
     return x.reshape(-1, x.shape[-1]).contiguous()
@@ -120,4 +133,14 @@ def as_rows(x: Tensor) -> Tensor:
 
 def multiprocessors(like: Tensor) -> int:
     """How many SMs share the programs of a grid; for tensors on no GPU, as many as an H100 has."""
-    return torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else _SMS_OF_NO_DEVICE
+    return _multiprocessors(like.device) if like.is_cuda else _SMS_OF_NO_DEVICE
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forget_devices() -> None:
+    """Ask torch again: for a process that changes what it answers."""
+    _multiprocessors.cache_clear()

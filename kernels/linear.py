@@ -49,19 +49,19 @@ def norm_linear(
     launch.expect("norm_linear", like=x, weight=(weight, (F, C)), bias=(bias, (F,)), out=(out, shape))
     rows = launch.as_rows(x)
     y = launch.empty(shape, x) if out is None else out
-    if len(rows) <= few.ROWS:
+    if rows.shape[0] <= few.ROWS:
         few.multiply(
-            "norm_linear", rows, (weight,), y.view(len(rows), F), norm=(norm_weight, norm_bias), eps=eps, bias=bias, gelu=gelu
+            "norm_linear", rows, (weight,), y.view(-1, F), norm=(norm_weight, norm_bias), eps=eps, bias=bias, gelu=gelu
         )
         return y
-    if len(rows) <= tiles.NORM_LINEAR_ROWS:
+    if rows.shape[0] <= tiles.NORM_LINEAR_ROWS:
         _multiply(rows, (weight,), (y,), bias=bias, gelu=gelu, norm=(norm_weight, norm_bias, eps))
         return y
     rows = norms.layer_norm(rows, norm_weight, norm_bias, eps)
     if launch.INTERPRETED:
         _multiply(rows, (weight,), (y,), bias=bias, gelu=gelu)
     else:
-        _multiply_by_library(rows, weight, bias, gelu, y.view(len(rows), F))
+        _multiply_by_library(rows, weight, bias, gelu, y.view(-1, F))
     return y
 
 
@@ -87,7 +87,7 @@ def norm_qkv(
     launch.expect("norm_qkv", like=x, **{name: (w, (wq.shape[0], C)) for name, w in (("wq", wq), ("wk", wk), ("wv", wv))})
     rows = launch.as_rows(x)
     q, k, v = (launch.empty((*x.shape[:-1], wq.shape[0]), x) for _ in range(3))
-    if len(rows) <= tiles.NORM_LINEAR_ROWS:
+    if rows.shape[0] <= tiles.NORM_LINEAR_ROWS:
         _multiply(rows, (wq, wk, wv), (q, k, v), norm=(norm_weight, norm_bias, eps))
     else:
         _multiply(norms.layer_norm(rows, norm_weight, norm_bias, eps), (wq, wk, wv), (q, k, v))
@@ -113,8 +113,8 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, out: T
     launch.expect("linear_add", like=x, residual=(residual, shape), out=(out, shape))
     rows = launch.as_rows(x)
     y = launch.empty(shape, x) if out is None else out
-    if len(rows) <= few.ROWS:
-        few.multiply("linear_add", rows, (weight,), y.view(len(rows), C), bias=bias, residual=launch.as_rows(residual))
+    if rows.shape[0] <= few.ROWS:
+        few.multiply("linear_add", rows, (weight,), y.view(-1, C), bias=bias, residual=launch.as_rows(residual))
     else:
         _multiply(rows, (weight,), (y,), bias=bias, residual=launch.as_rows(residual))
     return y
@@ -132,7 +132,7 @@ def _multiply(
     """Launch the kernel. rows: contiguous [M, K]; weights: one or three of [N, K]; results: as many, contiguous [M, N]."""
     (M, K), N = rows.shape, weights[0].shape[0]
     tile = tiles.linear(rows.dtype, M, N * len(weights), launch.multiprocessors(rows), norm is not None)
-    programs = triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N) * len(weights)
+    programs = launch.blocks(M, tile.M) * launch.blocks(N, tile.N) * len(weights)
     weights = tuple(w.contiguous() for w in weights)  # as parameters are
     w, y = (t if len(t) == 3 else t * 3 for t in (weights, results))
     gamma, beta, eps = norm or (rows, rows, 0.0)
@@ -141,7 +141,7 @@ def _multiply(
         _linear_kernel, programs, rows,
         rows, gamma, beta, *w, *others, *y, M, N, K, eps,
         WEIGHTS=len(weights), NORM=norm is not None, BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None,
-        EVEN_K=K % tile.K == 0, GROUP_M=_GROUP_M, **tile.meta(),
+        EVEN_K=K % tile.K == 0, GROUP_M=_GROUP_M, **tile.meta,
     )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _multiply_by_library(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool,
             torch.addmm(bias, rows, weight.t(), out=y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x_ptr, gamma_ptr, beta_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, residual_ptr, y0_ptr, y1_ptr, y2_ptr,
     M, N, K, eps,

@@ -29,9 +29,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor 
     launch.expect("layer_norm", like=x, weight=(weight, (C,)), bias=(bias, (C,)), out=(out, tuple(x.shape)))
     rows = launch.as_rows(x)
     y = launch.empty(tuple(x.shape), x) if out is None else out
-    BLOCK_C = max(16, triton.next_power_of_2(C))
+    BLOCK_C = max(16, launch.power_of_2(C))
     num_warps = min(16, max(1, BLOCK_C // _ELEMENTS_PER_WARP))
-    launch.run(_layer_norm_kernel, len(rows), x, rows, weight, bias, y, C, eps, BLOCK_C=BLOCK_C, num_warps=num_warps)
+    launch.run(_layer_norm_kernel, rows.shape[0], x, rows, weight, bias, y, C, eps, BLOCK_C=BLOCK_C, num_warps=num_warps)
     return y
 
 

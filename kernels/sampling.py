@@ -72,7 +72,7 @@ def _advance(
         tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "stride_ob", "stride_on", "lengths_ptr"])
 def sample_kernel(
     logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb,
     state_ptr, out_ptr, stride_ob, stride_on, lengths_ptr, value_ptr, id_ptr, B, V,
@@ -157,7 +157,7 @@ def _reach(score_ptr, V, largest, low, step, tied, last_tied, MASS: tl.constexpr
     return tl.sum(total, 1)  # [8]; counts are exact below 2^24
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "stride_ob", "stride_on", "lengths_ptr"])
 def sample_row_kernel(
     logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb,
     state_ptr, out_ptr, stride_ob, stride_on, lengths_ptr, score_ptr, B, V, SEEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -254,10 +254,10 @@ def sample(
         scores = launch.empty((B, V), logits, torch.float32)
         launch.run(sample_row_kernel, B, logits, *row, scores, B, V, SEEN=seen is not None, BLOCK=_SLICE, num_warps=16)
         return
-    splits, keep = triton.cdiv(V, _SLICE), _KEEP if method == 2 else 1
+    splits, keep = launch.blocks(V, _SLICE), _KEEP if method == 2 else 1
     values = launch.empty((B, splits, keep), logits, torch.float32)
     ids = launch.empty((B, splits, keep), logits, torch.int32)
     launch.run(
         sample_kernel, B * splits, logits, *row, values, ids, B, V, METHOD=method, SEEN=seen is not None, SPLITS=splits,
-        BLOCK=min(_SLICE, triton.next_power_of_2(V)), KEEP=keep, MERGE=triton.next_power_of_2(splits * keep), num_warps=8,
+        BLOCK=min(_SLICE, launch.power_of_2(V)), KEEP=keep, MERGE=launch.power_of_2(splits * keep), num_warps=8,
     )  # fmt: skip

@@ -62,7 +62,7 @@ def tile(kernel: str, M: int, N: int, K: int, itemsize: int, sms: int) -> Tile:
     for splits in range(1, 9):  # at least two steps each
         if steps % splits == 0 and (splits == 1 or steps >= 2 * splits):
             found = found._replace(splits=splits)
-            if triton.cdiv(N, found.BM) * splits >= sms:
+            if launch.blocks(N, found.BM) * splits >= sms:
                 break
     return found
 
@@ -98,7 +98,7 @@ def _prefetch(ptrs):
     tl.inline_asm_elementwise(asm, "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "T", "R", "lengths_ptr", "starts_ptr"])
 def skinny(
     x_ptr, gamma_ptr, beta_ptr, w_ptr, wk_ptr, wv_ptr, bias_ptr, residual_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
     lengths_ptr, starts_ptr, part_ptr, ticket_ptr, M, N, K, tiles_m, tiles_n, splits, share, eps, stride_kb, stride_kh,
@@ -181,10 +181,10 @@ def run(
     """Rows x [M, K] through `skinny`; out [M, N] may have a row stride. Arguments as those of `gemv.run`."""
     (M, K), (N, _) = x.shape, weights[0].shape
     t = tile(kernel, M, N * len(weights), K, x.element_size(), launch.multiprocessors(x))
-    NB = min(64, max(8, triton.next_power_of_2(M)))
-    tiles_m, tiles_n = triton.cdiv(M, NB), triton.cdiv(N, t.BM)
+    NB = min(64, max(8, launch.power_of_2(M)))
+    tiles_m, tiles_n = launch.blocks(M, NB), launch.blocks(N, t.BM)
     groups = tiles_m * tiles_n * len(weights)
-    share = triton.cdiv(K, t.splits * t.SK * t.BK) * t.SK * t.BK
+    share = launch.blocks(K, t.splits * t.SK * t.BK) * t.SK * t.BK
     parts = launch.empty((groups * t.splits * t.BM * NB if t.splits > 1 else 1,), x, torch.float32)
     gamma, beta = norm or (None, None)
     w = weights if len(weights) == 3 else (weights[0], None, None)

@@ -44,15 +44,15 @@ def norm_qkv_append(
         v_cache=v_cache,
     )  # fmt: skip
     rows = launch.as_rows(x)
-    if len(rows) > few.ROWS:
+    if rows.shape[0] > few.ROWS:
         q, k, v = linear.norm_qkv(x, norm_weight, norm_bias, wq, wk, wv, eps)
         k, v = (t.unflatten(-1, (k_cache.shape[1], k_cache.shape[3])).transpose(1, 2) for t in (k, v))
         append.kv_append(k_cache, v_cache, k, v, lengths, starts)
         return q
     q = launch.empty((*x.shape[:-1], wq.shape[0]), x)
     cache = Cache(k_cache, v_cache, lengths, starts, x.shape[1])
-    if len(rows):
-        out, norm = q.view(len(rows), -1), (norm_weight, norm_bias)
+    if rows.shape[0]:
+        out, norm = q.view(rows.shape[0], -1), (norm_weight, norm_bias)
         few.multiply("qkv", rows, (wq, wk, wv), out, norm=norm, eps=eps, cache=cache)
     return q
 
@@ -75,6 +75,6 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, e
     V = weight.shape[0]
     logits = launch.empty((*x.shape[:-1], V + -V % LOGITS_ALIGN), x, torch.float32)
     rows = launch.as_rows(x)
-    if len(rows):
-        few.multiply("lm_head", rows, (weight,), logits.view(len(rows), -1), norm=(norm_weight, norm_bias), eps=eps)
+    if rows.shape[0]:
+        few.multiply("lm_head", rows, (weight,), logits.view(rows.shape[0], -1), norm=(norm_weight, norm_bias), eps=eps)
     return logits.narrow(-1, 0, V)

@@ -7,9 +7,11 @@ as HGMMA wants. float32 multiplies on the plain cores (IEEE, no TF32), from regi
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 
 import torch
-import triton
+
+from . import launch
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    @cached_property
     def meta(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
         fields = asdict(self)
@@ -58,6 +61,7 @@ _ATTENTION = {
 MOST_HEAD_DIM = 256
 
 
+@cache
 def linear(dtype: torch.dtype, M: int, N: int, multiprocessors: int, norm: bool) -> Tile:
     """The tile for M rows and N columns (of all the weights that one launch multiplies with).
 
@@ -72,10 +76,10 @@ def linear(dtype: torch.dtype, M: int, N: int, multiprocessors: int, norm: bool)
 
 def _busiest(tile: Tile, M: int, N: int, multiprocessors: int) -> int:
     """Elements that the SM with the most tiles computes."""
-    tiles = triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N)
-    return triton.cdiv(tiles, multiprocessors) * tile.M * tile.N
+    tiles = launch.blocks(M, tile.M) * launch.blocks(N, tile.N)
+    return launch.blocks(tiles, multiprocessors) * tile.M * tile.N
 
 
 def attention(dtype: torch.dtype, D: int) -> Tile:
     """The tile for a head dim, which kernels pad to a power of two of 16 or more."""
-    return _ATTENTION[dtype.itemsize, max(16, triton.next_power_of_2(D))]
+    return _ATTENTION[dtype.itemsize, max(16, launch.power_of_2(D))]

@@ -1,5 +1,6 @@
 """Captures and streams with stand-ins for CUDA's: what is asked of them, in which order, and what a failure leaves behind."""
 
+import gc
 import types
 from contextlib import contextmanager, nullcontext
 
@@ -103,8 +104,9 @@ def new_warnings(monkeypatch):
 
 def test_a_step_runs_twice_before_it_is_captured_and_the_callers_stream_waits(card):
     calls = []
-    step = capturing.capture(lambda: calls.append((card.current.name, card.capturing)), DEVICE)
-    assert calls == [("aside", False), ("aside", False), ("aside", True)]
+    step = capturing.capture(lambda: calls.append((card.current.name, card.capturing, gc.isenabled())), DEVICE)
+    # a garbage collection in a capture might free another graph
+    assert calls == [("aside", False, True), ("aside", False, True), ("aside", True, False)] and gc.isenabled()
     assert card.log == [("wait", "aside", "default"), ("wait", "default", "aside")]
     assert isinstance(step, capturing.CapturedStep) and step.why_launched is None
     step.replay()
@@ -144,7 +146,8 @@ def test_a_capture_that_fails_leaves_everything_usable_and_says_why(card, what, 
     with pytest.warns(gptneo_fast.GPTNeoFastWarning, match=f"launched kernel by kernel: {why}"):
         found = capturing.capture(step, DEVICE)
     assert isinstance(found, capturing.EagerStep) and found.why_launched.startswith(why)
-    assert card.log[-1] == ("wait", "default", "aside")
+    assert card.log[-1] == ("wait", "default", "aside") and gc.isenabled()
+    assert len(capturing._broken) == card.breaks  # torch 2.11 goes on asking such a graph
     calls.clear()
     found.replay()
     assert calls == [1]

@@ -1,6 +1,7 @@
 """Drafts on the device change no token, whoever guesses."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import gptneo_fast
 from gptneo_fast.generation import Generation
 from gptneo_fast.generation.captured import runner, speculation
+from gptneo_fast.generation.generate import prompt_of, request_of, settle
 from gptneo_fast.ops import backends, ops
 
 
@@ -60,6 +62,15 @@ def test_left_padding_and_used_memory_do_not_disturb_drafts(model, captured):
 def test_drafts_that_the_host_must_check_say_so(model, captured):
     model.generate(repeating(model), max_new_tokens=3, prompt_lookup_num_tokens=3, repetition_penalty=1.2)
     assert model.last_generation == Generation("stepwise", "repetition_penalty with drafts runs on the host")
+
+
+def test_an_assistant_on_another_device_is_no_part_of_a_captured_step(model):
+    settled = settle(model, None, {"max_new_tokens": 3})
+    prompt = prompt_of(model, repeating(model), None, None, settled)
+    far = types.SimpleNamespace(device=torch.device("cuda", 1), config=model.config)
+    request = request_of(model, prompt, settled, assistant=far)
+    assert speculation.why_not_drafts(request) == "the assistant is on cuda:1 and the model on cpu"
+    assert speculation.why_not_drafts(request_of(model, prompt, settled, assistant=model)) is None
 
 
 def test_a_drafting_step_never_waits_for_the_device(monkeypatch):

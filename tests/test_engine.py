@@ -45,6 +45,14 @@ def test_options_mean_the_same_on_the_device(model, monkeypatch, options):
     assert torch.equal(stepwise, fast)
 
 
+def test_a_token_is_penalised_however_often_the_prompt_has_it(model, monkeypatch):
+    ids = torch.full((1, 259), 5)
+    ids[0, 256:] = torch.tensor([6, 7, 8])
+    with torch.no_grad():
+        model.transformer.wte.weight[5] *= 3  # likely, were it not for the penalty
+    assert torch.equal(*both(model, monkeypatch, input_ids=ids, max_new_tokens=20, repetition_penalty=5.0))
+
+
 def test_a_rows_text_depends_neither_on_its_mates_nor_on_how_often_the_host_looks(model, captured, monkeypatch):
     options = dict(do_sample=True, top_k=20, top_p=0.9, temperature=0.8, seed=4, max_new_tokens=50)
     batch = ragged()

@@ -31,7 +31,7 @@ def cache_bytes(config: GPTNeoConfig, batch: int, length: int, dtype: torch.dtyp
 @contextmanager
 def lasting() -> Iterator[None]:
     """What is made within it may be written to in any mode later, although the caller is in torch.inference_mode now."""
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # tracers know no such mode
         with torch.inference_mode(False), torch.no_grad():
             yield
     else:

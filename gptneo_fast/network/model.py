@@ -7,6 +7,7 @@ h = ln_f(h)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -56,7 +57,7 @@ class SelfAttention(nn.Module):
         return _add(op, y, self.out_proj, x, self.resid_dropout if self.training else 0.0), weights
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
+        return x.view(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
 
     def _step(self, qkv_args: tuple, starts: Tensor | None, cache: KVCache, op: ModuleType) -> Tensor:
         """A short step over a past: appends first, then reads everything from the slots. Returns [B, T, C]."""
@@ -215,8 +216,21 @@ class Transformer(nn.Module):
     def functions(self, x: Tensor) -> ModuleType:
         """The namespace that computes a call with these inputs."""
         weight = self.wte.weight
-        grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters(self)))
         return backends.choose(self.requested_backend, weight.device, weight.dtype, grad).functions
+
+
+def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """What `module.parameters()` gives, a shared one each time, without the names that make that slow: for every call."""
+    modules = [module]
+    while modules:
+        found = modules.pop()
+        for p in found._parameters.values():
+            if p is not None:
+                yield p
+        for m in found._modules.values():
+            if m is not None:
+                modules.append(m)
 
 
 def _add(op: ModuleType, x: Tensor, linear: nn.Linear, residual: Tensor, dropout: float) -> Tensor:

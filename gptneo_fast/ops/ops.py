@@ -35,8 +35,9 @@ def _launcher(name: str) -> Callable:
     plain = getattr(reference, name)
 
     def launch(*args: Any, **keywords: Any) -> Any:
-        if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
-            return plain(*args, **keywords)
+        for x in args:
+            if isinstance(x, Tensor) and x.dtype == torch.float64:
+                return plain(*args, **keywords)
         from .. import kernels
 
         return getattr(kernels, name)(*args, **keywords)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from typing import cast
 
 import torch
+from torch import nn
 
+from ...network.model import parameters
 from ..request import LanguageModel, Request
 from .memory import check_memory
 from .runner import BUCKETS, Runner
@@ -14,7 +17,7 @@ from .speculation import Speculation, draft_length
 _COLUMNS = 256  # memory is laid out for multiples of this many
 _KEPT = 4  # runners that a model keeps for later requests
 
-Weights = tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+Weights = tuple[tuple[int, torch.Size, torch.dtype], ...]
 
 
 class Pool:
@@ -81,4 +84,4 @@ class Pool:
 
 def weights_of(model: LanguageModel) -> Weights:
     """What captured steps have burnt in: addresses, shapes and dtypes of the parameters."""
-    return tuple((p.data_ptr(), tuple(p.shape), p.dtype) for p in model.parameters())
+    return tuple([(p.data_ptr(), p.shape, p.dtype) for p in parameters(cast(nn.Module, model))])

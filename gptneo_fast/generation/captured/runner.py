@@ -162,7 +162,7 @@ class Runner:
         if params.penalty:
             held = torch.ones_like(ids) if mask is None else (mask != 0).long()
             self.seen.zero_()
-            self.seen[:B].scatter_add_(1, ids, held.to(self.seen.dtype)).clamp_(max=1)
+            self.seen[:B].scatter_reduce_(1, ids, held.to(self.seen.dtype), "amax")  # a sum of 256 would be none
         fresh = self.cache.rows(B)
         positions = None if mask is None else ((mask != 0).long().cumsum(1) - 1).clamp(min=0)
         if positions is None:
