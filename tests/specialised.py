@@ -83,7 +83,7 @@ def main(shape, dtype):
             getattr(kernels, op)(*args)
     assert all("looked up, not compiled" in made.fault for made in pad.launches), pad.launches[0].fault
     assert not launch.INTERPRETED
-    rows = [json.loads(asked)[:2] + [len(found)] for asked, found in binaries.items()]
+    rows = [[*json.loads(asked)[:2], len(found)] for asked, found in binaries.items()]
     print(json.dumps({"launches": len(pad.launches), "binaries": rows}))
 
 
