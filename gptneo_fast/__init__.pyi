@@ -12,7 +12,7 @@ from .generation import (
     TextIteratorStreamer as TextIteratorStreamer,
     TextStreamer as TextStreamer,
 )
-from .models.causal import GPTNeoForCausalLM as GPTNeoForCausalLM, GPTNeoModel as GPTNeoModel
+from .models.causal import GPTNeoForCausalLM as GPTNeoForCausalLM
 from .models.classifiers import (
     GPTNeoForQuestionAnswering as GPTNeoForQuestionAnswering,
     GPTNeoForSequenceClassification as GPTNeoForSequenceClassification,
@@ -29,6 +29,7 @@ from .models.load import (
     load as load,
     set_seed as set_seed,
 )
+from .models.model import GPTNeoModel as GPTNeoModel
 from .models.pipelines import TextGenerationPipeline as TextGenerationPipeline, pipeline as pipeline
 from .models.pretrained import GPTNeoPreTrainedModel as GPTNeoPreTrainedModel
 from .network.cache import KVCache as KVCache, cache_bytes as cache_bytes

@@ -15,7 +15,7 @@ from gptneo_fast import kernels
 from gptneo_fast.generation.captured.strategy import _weights
 from gptneo_fast.kernels import launch
 from gptneo_fast.network.masks import Rows
-from gptneo_fast.network.model import parameters
+from gptneo_fast.network.modules import parameters
 
 REPO = Path(__file__).parent.parent
 

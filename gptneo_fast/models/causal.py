@@ -1,4 +1,4 @@
-"""GPTNeoModel and GPTNeoForCausalLM: arguments, outputs, losses and defaults of transformers 5.23."""
+"""GPTNeoForCausalLM: arguments, outputs, losses and defaults of transformers 5.23."""
 
 from __future__ import annotations
 
@@ -9,83 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
-from ..errors import warn_once
 from ..generation import GenerationConfig, GenerationMixin, TextMixin
 from ..network.cache import KVCache
-from ..network.inputs import check_inputs, check_labels, check_unknown, select_positions
-from ..network.masks import Rows, rows_of
-from ..network.model import Trace, Transformer
-from ..network.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from ..network.inputs import check_labels, check_unknown, select_positions
+from ..network.masks import Rows
+from ..network.outputs import CausalLMOutputWithPast
 from ..ops import backends
+from .model import GPTNeoModel
 from .pretrained import GPTNeoPreTrainedModel, returns_output
-
-
-class GPTNeoModel(GPTNeoPreTrainedModel, Transformer):
-    """The trunk: token ids to hidden states."""
-
-    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
-        super().__init__(config, backend=backend)
-        self.build(config, backend)
-        self.apply(self._init_weights)
-
-    @returns_output
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **unknown: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """Hidden states of T new tokens.
-
-        Args:
-            input_ids: integer [B, T] (or [T]), from 0 to V - 1; or give inputs_embeds.
-            past_key_values: what an earlier call returned; it is appended to.
-            attention_mask: [B, past + T], zero for padding; or [B, 1, T, past + T], boolean or additive. None: no padding.
-                Ranges (left and right padding) run on the fast path, holes and 4-D masks on the reference path.
-            token_type_ids: integer [B, T]; they index the token embedding.
-            position_ids: integer [B or 1, T]; None counts columns from the past length on, whatever the mask says.
-            inputs_embeds: [B, T, C] instead of input_ids.
-            use_cache: return a KVCache; None takes the configuration's.
-            output_attentions: return the weights [B, H, T, past + T] of each layer; runs on the reference path.
-            output_hidden_states: return L + 1 states [B, T, C], the last one after ln_f.
-            return_dict: False for a tuple.
-
-        Raises:
-            InputError: a shape, dtype, device or value out of range; more than max_position_embeddings positions.
-            CacheError: a cache of another batch size or one that cannot be continued.
-        """
-        check_unknown(unknown, type(self))
-        x, position_ids, token_type_ids = check_inputs(
-            self.config, self.device, input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
-        )
-        B, T = x.shape[:2]
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
-            warn_once("use_cache=True does not go with gradient checkpointing; no cache is kept")
-            use_cache, past_key_values = False, None
-        cache = past_key_values
-        if use_cache and cache is None:
-            cache = KVCache(self.config, B, dtype=self.dtype, device=x.device)
-        trace = Trace(
-            [] if (self.config.output_hidden_states if output_hidden_states is None else output_hidden_states) else None,
-            [] if (self.config.output_attentions if output_attentions is None else output_attentions) else None,
-        )
-        rows = rows_of(attention_mask, B, T, cache)
-        hidden = self.run(x, position_ids, token_type_ids, rows, cache, trace)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=cache,
-            hidden_states=None if trace.hidden_states is None else tuple(trace.hidden_states),
-            attentions=None if trace.attentions is None else tuple(trace.attentions),  # type: ignore[arg-type]
-        )
 
 
 class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):

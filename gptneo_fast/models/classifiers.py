@@ -13,7 +13,7 @@ from ..errors import InputError, warn_once
 from ..network.cache import KVCache
 from ..network.inputs import check_labels, check_unknown
 from ..network.outputs import QuestionAnsweringModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
-from .causal import GPTNeoModel
+from .model import GPTNeoModel
 from .pretrained import GPTNeoPreTrainedModel, returns_output
 
 

@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from ..errors import CheckpointError, InputError, UnknownOptionError, nearest
 from ..files.hub import Source
 from ..generation.config import GenerationConfig
 from ..network.cache import cache_bytes
-from ..network.model import Transformer
 from ..ops import backends
+
+if TYPE_CHECKING:
+    from .model import GPTNeoModel
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 _QUANTISED = ("load_in_8bit", "load_in_4bit", "quantization_config")
@@ -54,7 +56,7 @@ class GPTNeoPreTrainedModel(nn.Module):
         self.config = config
 
     @property
-    def base_model(self) -> Transformer:
+    def base_model(self) -> GPTNeoModel:
         """The trunk: self for GPTNeoModel, `self.transformer` for the others."""
         found: Any = getattr(self, self.base_model_prefix, self)
         return found

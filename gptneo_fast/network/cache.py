@@ -180,7 +180,6 @@ class KVCache:
             return 0
         return self._written - ring + self.config.window_size - 1
 
-    @lasting()
     def _grow(self, columns: int, exact: bool = False) -> None:
         for layer, most in enumerate(self._slots):
             old = self.keys[layer].shape[2]
@@ -190,7 +189,8 @@ class KVCache:
             slots = min(slots if exact else -(-slots // _GROWTH) * _GROWTH, most)
             for tensors in (self.keys, self.values):  # nothing has wrapped yet: slots are still token numbers
                 B, H, _, D = tensors[layer].shape
-                grown = tensors[layer].new_zeros(B, H, slots, D)
+                with lasting():
+                    grown = tensors[layer].new_zeros(B, H, slots, D)
                 if old:
                     grown[:, :, :old] = tensors[layer]
                 tensors[layer] = grown

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ...network.model import parameters
+from ...network.modules import parameters
 from ..request import LanguageModel, Request
 from .memory import check_memory
 from .runner import BUCKETS, Runner

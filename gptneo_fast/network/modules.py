@@ -1,9 +1,4 @@
-"""The network: embeddings, blocks, final norm. Modules hold the parameters under transformers' names; ops compute.
-
-h = wte[ids] + wpe[positions]
-per block:  h = h + out_proj(attention(ln_1(h)));  h = h + c_proj(gelu_new(c_fc(ln_2(h))))
-h = ln_f(h)
-"""
+"""The modules of a block. They hold the parameters under transformers' names; ops compute."""
 
 from __future__ import annotations
 
@@ -14,10 +9,9 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import GPTNeoConfig
-from ..ops import backends, reference
+from ..ops import reference
 from .cache import STEP, KVCache
 from .masks import Rows
 
@@ -148,76 +142,6 @@ class Trace:
 
     hidden_states: list[Tensor] | None = None
     attentions: list[Tensor | None] | None = None
-
-
-class Transformer(nn.Module):
-    """Token ids to the hidden states after the final norm. Arguments are taken as they are: callers check them."""
-
-    requested_backend: str  # as the caller named it; what it comes to depends on device, dtype and gradients
-
-    def build(self, config: GPTNeoConfig, backend: str) -> None:
-        """Make the modules; apart from `__init__`, which belongs to the class that this is mixed into."""
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.embed_dropout = config.embed_dropout
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.requested_backend = backend
-        self.gradient_checkpointing = False
-
-    def run(
-        self,
-        x: Tensor,
-        position_ids: Tensor,
-        token_type_ids: Tensor | None = None,
-        rows: Rows = Rows(),  # noqa: B008 (frozen)
-        cache: KVCache | None = None,
-        trace: Trace | None = None,
-        final_norm: bool = True,
-    ) -> Tensor:
-        """Hidden states [B, T, C] after ln_f, or with `final_norm=False` before it (the `lm_head` op has it inside).
-
-        Args:
-            x: ids [B, T] int64, or embeddings [B, T, C].
-            position_ids: [B or 1, T] int64. token_type_ids: [B, T] int64 or None.
-            rows: which columns are tokens.
-            cache: read, appended to and advanced by T columns.
-            trace: filled with what it has lists for.
-        """
-        op, T = self.functions(x), x.shape[1]
-        if cache is not None:
-            cache.reserve(T)
-        if x.is_floating_point():
-            x = x + self.wpe(position_ids)
-            x = x if token_type_ids is None else x + self.wte(token_type_ids)
-        else:
-            x = op.embed(x, position_ids, self.wte.weight, self.wpe.weight, token_type_ids)
-        x = F.dropout(x, self.embed_dropout, self.training)
-        trace = trace or Trace()
-        want_weights = trace.attentions is not None
-        for block in self.h:
-            if trace.hidden_states is not None:
-                trace.hidden_states.append(x)
-            if self.gradient_checkpointing and self.training:
-                x, weights = checkpoint(block, x, rows, None, op, want_weights, use_reentrant=False)
-            else:
-                x, weights = block(x, rows, cache, op, want_weights)
-            if trace.attentions is not None:
-                trace.attentions.append(weights)
-        if cache is not None:
-            cache.advance(T, rows.starts)
-        if not final_norm:
-            return x
-        x = op.layer_norm(x, self.ln_f.weight, self.ln_f.bias, self.ln_f.eps)
-        if trace.hidden_states is not None:
-            trace.hidden_states.append(x)
-        return x
-
-    def functions(self, x: Tensor) -> ModuleType:
-        """The namespace that computes a call with these inputs."""
-        weight = self.wte.weight
-        grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters(self)))
-        return backends.choose(self.requested_backend, weight.device, weight.dtype, grad).functions
 
 
 def parameters(module: nn.Module) -> Iterator[nn.Parameter]:

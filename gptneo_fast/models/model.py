@@ -1,0 +1,160 @@
+"""GPTNeoModel, the trunk that all five classes share.
+
+h = wte[ids] + wpe[positions]
+per block:  h = h + out_proj(attention(ln_1(h)));  h = h + c_proj(gelu_new(c_fc(ln_2(h))))
+h = ln_f(h)
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import GPTNeoConfig
+from ..errors import warn_once
+from ..network.cache import KVCache
+from ..network.inputs import check_inputs, check_unknown
+from ..network.masks import Rows, rows_of
+from ..network.modules import Block, Trace, parameters
+from ..network.outputs import BaseModelOutputWithPast
+from ..ops import backends
+from .pretrained import GPTNeoPreTrainedModel, returns_output
+
+
+class GPTNeoModel(GPTNeoPreTrainedModel):
+    """The trunk: token ids to hidden states.
+
+    Args:
+        config: shapes and constants.
+        backend: "auto", "triton" or "reference"; what it comes to depends on device, dtype and gradients.
+    """
+
+    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
+        super().__init__(config, backend=backend)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embed_dropout = config.embed_dropout
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.requested_backend = backend
+        self.gradient_checkpointing = False
+        self.apply(self._init_weights)
+
+    @returns_output
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **unknown: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Hidden states of T new tokens.
+
+        Args:
+            input_ids: integer [B, T] (or [T]), from 0 to V - 1; or give inputs_embeds.
+            past_key_values: what an earlier call returned; it is appended to.
+            attention_mask: [B, past + T], zero for padding; or [B, 1, T, past + T], boolean or additive. None: no padding.
+                Ranges (left and right padding) run on the fast path, holes and 4-D masks on the reference path.
+            token_type_ids: integer [B, T]; they index the token embedding.
+            position_ids: integer [B or 1, T]; None counts columns from the past length on, whatever the mask says.
+            inputs_embeds: [B, T, C] instead of input_ids.
+            use_cache: return a KVCache; None takes the configuration's.
+            output_attentions: return the weights [B, H, T, past + T] of each layer; runs on the reference path.
+            output_hidden_states: return L + 1 states [B, T, C], the last one after ln_f.
+            return_dict: False for a tuple.
+
+        Raises:
+            InputError: a shape, dtype, device or value out of range; more than max_position_embeddings positions.
+            CacheError: a cache of another batch size or one that cannot be continued.
+        """
+        check_unknown(unknown, type(self))
+        x, position_ids, token_type_ids = check_inputs(
+            self.config, self.device, input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
+        )
+        B, T = x.shape[:2]
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+            warn_once("use_cache=True does not go with gradient checkpointing; no cache is kept")
+            use_cache, past_key_values = False, None
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = KVCache(self.config, B, dtype=self.dtype, device=x.device)
+        trace = Trace(
+            [] if (self.config.output_hidden_states if output_hidden_states is None else output_hidden_states) else None,
+            [] if (self.config.output_attentions if output_attentions is None else output_attentions) else None,
+        )
+        rows = rows_of(attention_mask, B, T, cache)
+        hidden = self.run(x, position_ids, token_type_ids, rows, cache, trace)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=None if trace.hidden_states is None else tuple(trace.hidden_states),
+            attentions=None if trace.attentions is None else tuple(trace.attentions),  # type: ignore[arg-type]
+        )
+
+    def run(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        rows: Rows = Rows(),  # noqa: B008 (frozen)
+        cache: KVCache | None = None,
+        trace: Trace | None = None,
+        final_norm: bool = True,
+    ) -> Tensor:
+        """What `forward` computes of checked arguments: hidden states [B, T, C] after ln_f, or with `final_norm=False` before it
+        (the `lm_head` op has it inside).
+
+        Args:
+            x: ids [B, T] int64, or embeddings [B, T, C].
+            position_ids: [B or 1, T] int64. token_type_ids: [B, T] int64 or None.
+            rows: which columns are tokens.
+            cache: read, appended to and advanced by T columns.
+            trace: filled with what it has lists for.
+        """
+        op, T = self.functions(x), x.shape[1]
+        if cache is not None:
+            cache.reserve(T)
+        if x.is_floating_point():
+            x = x + self.wpe(position_ids)
+            x = x if token_type_ids is None else x + self.wte(token_type_ids)
+        else:
+            x = op.embed(x, position_ids, self.wte.weight, self.wpe.weight, token_type_ids)
+        x = F.dropout(x, self.embed_dropout, self.training)
+        trace = trace or Trace()
+        want_weights = trace.attentions is not None
+        for block in self.h:
+            if trace.hidden_states is not None:
+                trace.hidden_states.append(x)
+            if self.gradient_checkpointing and self.training:
+                x, weights = checkpoint(block, x, rows, None, op, want_weights, use_reentrant=False)
+            else:
+                x, weights = block(x, rows, cache, op, want_weights)
+            if trace.attentions is not None:
+                trace.attentions.append(weights)
+        if cache is not None:
+            cache.advance(T, rows.starts)
+        if not final_norm:
+            return x
+        x = op.layer_norm(x, self.ln_f.weight, self.ln_f.bias, self.ln_f.eps)
+        if trace.hidden_states is not None:
+            trace.hidden_states.append(x)
+        return x
+
+    def functions(self, x: Tensor) -> ModuleType:
+        """The namespace that computes a call with these inputs."""
+        weight = self.wte.weight
+        grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters(self)))
+        return backends.choose(self.requested_backend, weight.device, weight.dtype, grad).functions
