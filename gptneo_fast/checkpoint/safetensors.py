@@ -92,7 +92,9 @@ def _tensor(file: WeightFile, begin: int, name: str, about: Any) -> Stored:
         )
     has, needs = place[1] - place[0], math.prod(shape) * dtype.itemsize
     if has != needs:
-        raise CheckpointError(f"{where} of shape {shape} and dtype {kind} needs {needs} bytes, its data_offsets {place} give {has}")
+        raise CheckpointError(
+            f"{where} of shape {shape} and dtype {kind} needs {needs} bytes, its data_offsets {place} give {has}"
+        )
     return Stored(name, dtype, tuple(shape), file, begin + place[0])
 
 
