@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from .errors import ConfigError, nearest
+from .files import atomic
 from .files.hub import Source
 from .files.strict_json import read_object
 
@@ -213,10 +214,12 @@ class GPTNeoConfig:
         return cls.from_source(source, **options)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `config.json` into `folder`, which is made where it is missing."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(self.to_json_string(), encoding="utf-8")
+        """Write `config.json` into `folder`, which is made where it is missing.
+
+        Raises:
+            ConfigError: it cannot be written there; what was there still is.
+        """
+        atomic.write(folder, {"config.json": self.to_json_string()}, ConfigError)
 
 
 def _by_name(values: dict[str, Any]) -> dict[str, Any]:

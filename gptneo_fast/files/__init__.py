@@ -1,2 +1,1 @@
-"""What comes from outside, before anything trusts it: JSON read strictly, a folder or a hub repository, writing that is whole
-or not at all. Bytes and paths only; what they mean is for other rooms."""
+"""Bytes and paths, before anything trusts them: `strict_json`, `hub` (a folder or repository), `atomic` (saves, whole or not)."""

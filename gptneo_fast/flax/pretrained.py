@@ -13,7 +13,7 @@ from jax import Array
 
 from ..checkpoint import save
 from ..config import GPTNeoConfig
-from ..errors import CheckpointError, InputError
+from ..errors import InputError
 from ..generation.config import GenerationConfig
 from ..models import causal as heads
 from . import network, weights
@@ -246,10 +246,11 @@ class FlaxGPTNeoPreTrainedModel:
         Args:
             params: tree to write instead of the model's own.
             safe_serialization: write safetensors in torch's layout instead, for the torch classes and transformers 5.
+
+        Raises:
+            CheckpointError: the folder cannot be written to, or the disk is full; what was there still is.
         """
         folder = Path(save_directory)
-        if folder.is_file():
-            raise CheckpointError(f"{folder} is a file; give a folder")
         tree = weights.checked(self.params if params is None else params, self.config, self._causal)
         name = type(self).__name__.removeprefix("Flax")
         config = self.config.replace(architectures=[name], dtype=str(jax.tree_util.tree_leaves(tree)[0].dtype))

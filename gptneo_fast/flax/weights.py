@@ -17,9 +17,9 @@ from jax import Array
 
 from ..checkpoint.files import FLAX
 from ..checkpoint.msgpack import torch_name
-from ..checkpoint.saving import appearing
 from ..config import GPTNeoConfig
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
+from ..files.atomic import appearing, write_into
 
 Tree = dict[str, Any]
 _OURS = r"flax_model(-\d{5}-of-\d{5})?\.msgpack(\.index\.json)?"
@@ -102,7 +102,7 @@ def cast(params: Any, dtype: Any, mask: Any = None) -> Tree:
 
 
 def save_msgpack(tree: Tree, folder: Path, max_shard_size: int | str, texts: dict[str, str]) -> None:
-    """Write `flax_model.msgpack`, in shards with an index where it exceeds `max_shard_size`; files appear whole or not at all.
+    """Write `flax_model.msgpack`, in shards with an index where it exceeds `max_shard_size`; all files appear, or none.
 
     Args:
         texts: other files of the checkpoint, name -> contents.
@@ -119,7 +119,7 @@ def save_msgpack(tree: Tree, folder: Path, max_shard_size: int | str, texts: dic
         filename_pattern=FLAX.replace(".msgpack", "{suffix}.msgpack"),
         max_shard_size=max_shard_size,
     )
-    with appearing(folder, _OURS) as part:
+    with appearing(folder, CheckpointError, stale=_OURS) as part:
         for name, paths in plan.filename_to_tensors.items():
             shard = unflatten_dict({path: np.asarray(flat[path]) for path in paths}, sep="/")
             (part / name).write_bytes(serialization.msgpack_serialize(shard, in_place=True))
@@ -127,8 +127,7 @@ def save_msgpack(tree: Tree, folder: Path, max_shard_size: int | str, texts: dic
             texts = texts | {
                 f"{FLAX}.index.json": json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
             }
-        for name, text in texts.items():
-            (part / name).write_text(text, encoding="utf-8")
+        write_into(part, texts)
 
 
 def _unfrozen(tree: Any) -> Tree:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from ..config import GPTNeoConfig
 from ..errors import ConfigError, InputError, UnknownOptionError, nearest
+from ..files import atomic
 from ..files.hub import Source
 from ..files.strict_json import read_object
 from .options import NOT_OFFERED, check_option, check_together
@@ -143,10 +143,12 @@ class GenerationConfig:
         return values
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `generation_config.json` into `folder`, which is made where it is missing."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "generation_config.json").write_text(self.to_json_string(), encoding="utf-8")
+        """Write `generation_config.json` into `folder`, which is made where it is missing.
+
+        Raises:
+            ConfigError: it cannot be written there; what was there still is.
+        """
+        atomic.write(folder, {"generation_config.json": self.to_json_string()}, ConfigError)
 
     def to_dict(self) -> dict[str, Any]:
         """The options that are said."""

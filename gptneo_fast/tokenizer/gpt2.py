@@ -10,13 +10,13 @@ from tokenizers import AddedToken, Tokenizer
 
 from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest
 from ..files.hub import Source
+from . import saving
 from .arguments import checked_side, shape_of
 from .decode import Decoding
 from .encode import encode
 from .encoding import BatchEncoding
 from .files import Parts, build, given_parts, read_parts
 from .padding import Padding
-from .saving import save
 from .settings import read_settings
 from .special import NAMES
 
@@ -245,11 +245,12 @@ class GPT2Tokenizer(Decoding, Padding):
             TokenizerError: the folder cannot be written; what stands there is left as it is.
         """
         with self._lock:
-            return save(self, save_directory, bool(legacy_format))
+            return saving.save(self, save_directory, bool(legacy_format))
 
     def save_vocabulary(self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write vocab.json and merges.txt, which do not hold the added tokens; gives their paths."""
-        return tuple(self.backend_tokenizer.model.save(os.fspath(save_directory), filename_prefix))
+        with self._lock:
+            return saving.save_vocabulary(self, save_directory, filename_prefix)
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:

@@ -4,39 +4,50 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import TokenizerError
+from ..errors import InputError, TokenizerError
+from ..files import atomic
 
 
 def save(tokenizer: Any, save_directory: str | os.PathLike[str], legacy: bool) -> tuple[str, ...]:
-    """Write the files of `GPT2Tokenizer.save_pretrained`; they are complete before the first of them takes its name.
+    """Write the files of `GPT2Tokenizer.save_pretrained`, all of them or none; returns their paths.
 
     Raises:
-        TokenizerError: the folder is a file, or cannot be written.
+        TokenizerError: the folder is a file, or cannot be written; what was there still is.
     """
-    folder = Path(save_directory)
-    if folder.exists() and not folder.is_dir():
-        raise TokenizerError(f"{folder} is a file; give a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=folder) as scratch:
-            new = Path(scratch)
-            tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
-            _write(new / "tokenizer_config.json", _settings(tokenizer))
-            if legacy:
-                tokenizer.backend_tokenizer.model.save(scratch)
-                _write(new / "added_tokens.json", tokenizer.added_tokens_encoder)
-            names = sorted(path.name for path in new.iterdir())
-            for name in names:
-                os.replace(new / name, folder / name)
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error) is not Exception:  # the library raises bare Exception
-            raise
-        raise TokenizerError(f"the tokenizer cannot be written to {folder}: {error}") from error
-    return tuple(str(folder / name) for name in names)
+    whole = tokenizer.backend_tokenizer.to_str(pretty=True)
+    texts = {"tokenizer.json": whole, "tokenizer_config.json": _text(_settings(tokenizer))}
+    if legacy:
+        texts |= _vocabulary(whole) | {"added_tokens.json": _text(tokenizer.added_tokens_encoder)}
+    return _write(save_directory, dict(sorted(texts.items())))
+
+
+def save_vocabulary(tokenizer: Any, save_directory: str | os.PathLike[str], prefix: str | None) -> tuple[str, ...]:
+    """Write vocab.json and merges.txt, as `PREFIX-vocab.json` where there is one; returns their paths.
+
+    Raises:
+        TokenizerError: as `save`.
+        InputError: the prefix is that of a path.
+    """
+    if prefix and os.path.basename(prefix) != prefix:
+        raise InputError(f"filename_prefix {prefix!r} names a folder; give that as save_directory")
+    texts = _vocabulary(tokenizer.backend_tokenizer.to_str())
+    return _write(save_directory, {f"{prefix}-{name}" if prefix else name: text for name, text in texts.items()})
+
+
+def _write(folder: str | os.PathLike[str], texts: dict[str, str]) -> tuple[str, ...]:
+    atomic.write(folder, texts, TokenizerError)
+    return tuple(str(Path(folder) / name) for name in texts)
+
+
+def _vocabulary(tokenizer_json: str) -> dict[str, str]:
+    """The two files of GPT-2's release, byte for byte as `tokenizers` writes them."""
+    model = json.loads(tokenizer_json)["model"]
+    merges = ["#version: 0.2", *map(" ".join, model["merges"]), ""]
+    vocabulary = json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":"))
+    return {"vocab.json": vocabulary, "merges.txt": "\n".join(merges)}
 
 
 def _settings(tokenizer: Any) -> dict[str, Any]:
@@ -63,5 +74,5 @@ def _settings(tokenizer: Any) -> dict[str, Any]:
     return settings
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
