@@ -122,12 +122,12 @@ def sample_kernel(
         value = tl.load(value_ptr + base, mask=found >= 0, other=float("-inf"))
         if METHOD == FEW:
             top_p, min_p = tl.load(rates_ptr + 1).to(tl.float32), tl.load(rates_ptr + 2).to(tl.float32)
-            kept = first_k(ordered(value), found >= 0, top_k)
-            mass = tl.where(kept, tl.exp(value - tl.max(value)), 0.0)
+            chosen = first_k(ordered(value), found >= 0, top_k)
+            mass = tl.where(chosen, tl.exp(value - tl.max(value)), 0.0)
             if top_p < 1.0:
-                kept = kept & (ordered(value) >= nucleus(ordered(value), mass, top_p))
-            kept = kept & (mass >= min_p)
-            value = tl.where(kept, value + _noise(seed, found, drawn), float("-inf"))
+                chosen = chosen & (ordered(value) >= nucleus(ordered(value), mass, top_p))
+            chosen = chosen & (mass >= min_p)
+            value = tl.where(chosen, value + _noise(seed, found, drawn), float("-inf"))
         _, token = _likeliest(value, tl.where(found >= 0, found, 2147483647))
         _advance(
             row, token, tl.min(found) == -2, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B,
