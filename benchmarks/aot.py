@@ -283,3 +283,10 @@ def warps_per_sm(capability: int, registers: int, warps: int, shared: int) -> in
 def digest(binary: bytes) -> str:
     """A name for a binary."""
     return hashlib.sha256(binary).hexdigest()[:16]
+
+
+def versions() -> str:
+    """What compiles the kernels."""
+    import triton
+
+    return f"triton {triton.__version__}, torch {torch.__version__.partition('+')[0]}"

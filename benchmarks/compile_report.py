@@ -220,13 +220,6 @@ def table(found: Sequence[Row]) -> str:
     return as_table(HEADER, map(cells, found))
 
 
-def versions() -> str:
-    """What compiled the rows."""
-    import triton
-
-    return f"triton {triton.__version__}, torch {torch.__version__.partition('+')[0]}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print, write; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report", description=(__doc__ or "").partition("\n")[0])
@@ -246,10 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(dataclasses.asdict(r)) for r in found)  # a row a line, for readable diffs
-    head = json.dumps({"versions": versions(), "faults": faults})[:-1]
+    head = json.dumps({"versions": aot.versions(), "faults": faults})[:-1]
     (args.out / "compile_report.json").write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
     verdict = "\n".join(f"- over budget: {f}" for f in faults) or "Every row is within its budget."
-    title = f"# Compile report\n\n{versions()}. `python -m benchmarks.compile_report` writes this file."
+    title = f"# Compile report\n\n{aot.versions()}. `python -m benchmarks.compile_report` writes this file."
     (args.out / "compile_report.md").write_text(f"{title}\n\n{verdict}\n\n{re.sub(' +', ' ', table(found))}\n")
     print(table(found), verdict, sep="\n\n")
     return 1 if faults else 0

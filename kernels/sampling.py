@@ -11,11 +11,12 @@ from . import launch
 from .selection import first_k, nucleus, ordered
 
 _SLICE = 2048  # tokens of one program where a row is split
-_KEEP = 64  # candidates that a slice hands on in method FEW
+_KEEP = 64  # candidates that a slice hands on in methods FEW and ALL
 
 GREEDY = tl.constexpr(0)
 FREE = tl.constexpr(1)
 FEW = tl.constexpr(2)
+ALL = tl.constexpr(3)
 
 
 @triton.jit
@@ -54,16 +55,16 @@ def _scores(logits_ptr, seen_ptr, flags_ptr, rates_ptr, ids, inside, drawn, leas
 
 @triton.jit
 def _advance(
-    row, token, broken, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B, out_ptr, stride_ob, stride_on, lengths_ptr,
+    row, token, broken, drawn, limit, flags_ptr, seen_ptr, state_ptr, B, out_ptr, stride_ob, stride_on, lengths_ptr,
     SEEN: tl.constexpr,
 ):  # fmt: skip
-    """What the row's last program does: store the token, count it, tell whether the row has ended."""
+    """What the row's last program does: store the token, count it, tell whether the row has ended. seen_ptr: of the row."""
     if broken:
         tl.store(state_ptr + 3 * B + row, 3)
     else:
         tl.store(out_ptr + row * stride_ob + drawn * stride_on, token)
         if SEEN:
-            tl.store(seen_ptr + row * stride_sb + token, 1)
+            tl.store(seen_ptr + token, 1)
         ended = ((tl.load(flags_ptr + token) & 1) != 0) | (drawn + 1 >= limit)
         tl.store(state_ptr + row, token.to(tl.int64))
         tl.store(state_ptr + B + row, tl.load(state_ptr + B + row) + 1)
@@ -72,10 +73,118 @@ def _advance(
         tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + 1)
 
 
-@triton.jit(do_not_specialize=["B", "stride_ob", "stride_on", "lengths_ptr"])
+@triton.jit
+def _draw(value, ids, top_k, top_p, min_p, whole, left, seed, drawn):
+    """(the token drawn from the candidates, whether what is none of them can be drawn neither).
+
+    value, ids: scores and tokens, ids below 0 where there is none. whole: mass of the row, in units of the largest score's;
+    counts where top_k is 0. left: the largest score that is no candidate.
+    """
+    there, key, largest = ids >= 0, ordered(value), tl.max(value)
+    mass = tl.where(there, tl.exp(value - largest), 0.0)
+    above = there & (key > ordered(left))  # of those no token is missing
+    if top_k > 0:
+        kept = first_k(key, ids, there, top_k)
+        whole = tl.sum(tl.where(kept, mass, 0.0))
+        enough = tl.sum(above.to(tl.int32)) >= top_k
+    else:
+        kept = there
+        enough = (top_p < 1.0) & (tl.sum(tl.where(above, mass, 0.0)) >= top_p * whole)
+        enough = enough | (tl.exp(left - largest) < min_p)
+    if top_p < 1.0:
+        kept = kept & (key >= nucleus(key, tl.where(kept, mass, 0.0), top_p * whole))
+    kept = kept & (mass >= min_p)
+    value = tl.where(kept, value + _noise(seed, ids, drawn), float("-inf"))
+    _, token = _likeliest(value, tl.where(there, ids, 2147483647))
+    return token, enough | (left == float("-inf"))
+
+
+@triton.jit
+def _reach(
+    logits_ptr, seen_ptr, flags_ptr, rates_ptr, V, drawn, least, largest, low, step, tied, last_tied,
+    MASS: tl.constexpr, SEEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For the 7 thresholds low + step ... low + 7 step: how many scores reach each; with MASS, the mass above each.
+
+    With MASS, of the scores whose key is `tied` those after the id `last_tied`, and all with a lower key, count for nothing.
+    """
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros([8, BLOCK], tl.float32)
+    thresholds = low + step * tl.arange(0, 8)[:, None].to(tl.int64)  # of the row 0, nothing is asked
+    thresholds = tl.maximum(tl.minimum(thresholds, 2147483647), -2147483648).to(tl.int32)
+    for first in tl.range(0, V, BLOCK, num_stages=4):  # asked for early: a pass is as long as its loads
+        ids = first + offs
+        x, _ = _scores(logits_ptr, seen_ptr, flags_ptr, rates_ptr, ids, ids < V, drawn, least, False, SEEN)
+        key = ordered(x)
+        if MASS:
+            kept = (ids < V) & ((key > tied) | ((key == tied) & (ids <= last_tied)))
+            mass = tl.where(kept, tl.exp(x - largest), 0.0)
+            total += tl.where(key[None, :] > thresholds, mass[None, :], 0.0)
+        else:
+            total += ((key[None, :] >= thresholds) & (ids < V)[None, :]).to(tl.float32)
+    return tl.sum(total, 1)  # [8]; counts are exact below 2^24
+
+
+@triton.jit
+def _walk(
+    logits_ptr, seen_ptr, flags_ptr, rates_ptr, V, drawn, least, largest, top_k, top_p, min_p, seed,
+    SEEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The token drawn from all of a row. Thresholds are found 3 bits a pass over the row, which the cache holds."""
+    places, offs = tl.arange(0, 8), tl.arange(0, BLOCK)
+    tied = tl.full((), -2147483648, tl.int64)  # the key of rank top_k
+    last_tied = tl.full((), 2147483647, tl.int32)  # the last id of that key that is kept
+    if top_k > 0:
+        for bits in range(11):
+            step = tl.full((), 1, tl.int64) << (30 - 3 * bits)
+            reach = _reach(
+                logits_ptr, seen_ptr, flags_ptr, rates_ptr, V, drawn, least, largest, tied, step, tied, last_tied,
+                False, SEEN, BLOCK,
+            )  # fmt: skip
+            tied += step * tl.sum(((places > 0) & (reach >= top_k)).to(tl.int64))
+        above = 0
+        for first in range(0, V, BLOCK):
+            ids = first + offs
+            x, _ = _scores(logits_ptr, seen_ptr, flags_ptr, rates_ptr, ids, ids < V, drawn, least, False, SEEN)
+            above += tl.sum(((ordered(x) > tied) & (ids < V)).to(tl.int32))
+        room, last_tied = top_k - above, last_tied * 0 - 1
+        for first in range(0, V, BLOCK):
+            ids = first + offs
+            x, _ = _scores(logits_ptr, seen_ptr, flags_ptr, rates_ptr, ids, ids < V, drawn, least, False, SEEN)
+            same = ((ordered(x) == tied) & (ids < V)).to(tl.int32)
+            last_tied = tl.maximum(last_tied, tl.max(tl.where((same != 0) & (tl.cumsum(same) <= room), ids, -1)))
+            room -= tl.sum(same)
+    lowest = tl.full((), -2147483648, tl.int64)  # top_p keeps the keys from here on
+    if top_p < 1.0:
+        bound = 0.0
+        for bits in range(-1, 11):  # first, with thresholds that are all the lowest, the mass of the row
+            step = tl.full((), 1, tl.int64) << (30 - 3 * tl.maximum(bits, 0))
+            step = tl.where(bits < 0, 0, step)
+            reach = _reach(
+                logits_ptr, seen_ptr, flags_ptr, rates_ptr, V, drawn, least, largest, lowest - 1, step, tied, last_tied,
+                True, SEEN, BLOCK,
+            )  # fmt: skip
+            if bits < 0:
+                bound = top_p * tl.max(reach)
+            lowest += step * tl.sum(((places > 0) & (reach >= bound)).to(tl.int64))
+
+    best, token = float("-inf"), 2147483647
+    for first in range(0, V, BLOCK):
+        ids = first + offs
+        x, _ = _scores(logits_ptr, seen_ptr, flags_ptr, rates_ptr, ids, ids < V, drawn, least, False, SEEN)
+        key = ordered(x)
+        kept = (ids < V) & ((key > tied) | ((key == tied) & (ids <= last_tied))) & (key >= lowest)
+        kept = kept & (tl.exp(x - largest) >= min_p)
+        value, chosen = _likeliest(tl.where(kept, x + _noise(seed, ids, drawn), float("-inf")), ids)
+        token = tl.where(value > best, chosen, token)
+        best = tl.maximum(best, value)
+    return token
+
+
+@triton.jit(do_not_specialize=["stride_ob", "stride_on", "B"])  # which change with the batch
 def sample_kernel(
     logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb,
-    state_ptr, out_ptr, stride_ob, stride_on, lengths_ptr, value_ptr, id_ptr, B, V,
+    state_ptr, out_ptr, stride_ob, stride_on, lengths_ptr, value_ptr, id_ptr, slice_ptr, B, V,
     METHOD: tl.constexpr, SEEN: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
     MERGE: tl.constexpr,
 ):  # fmt: skip
@@ -87,22 +196,28 @@ def sample_kernel(
     drawn = tl.load(state_ptr + 2 * B + row).to(tl.int32)
     top_k, least, limit = tl.load(counts_ptr), tl.load(counts_ptr + 1), tl.load(counts_ptr + 2)
     seed = tl.load(seeds_ptr + row)
+    logits_ptr += row * stride_lb
+    seen_ptr += row * stride_sb
 
-    ids = part * BLOCK + tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)
+    ids = (offs // 32 * SPLITS + part) * 32 + offs % 32  # dealt out, for the likely ones have neighbouring ids
     inside = ids < V
-    x, broken = _scores(
-        logits_ptr + row * stride_lb, seen_ptr + row * stride_sb, flags_ptr, rates_ptr, ids, inside, drawn, least,
-        METHOD == GREEDY, SEEN,
-    )  # fmt: skip
+    x, broken = _scores(logits_ptr, seen_ptr, flags_ptr, rates_ptr, ids, inside, drawn, least, METHOD == GREEDY, SEEN)
     scratch = (row * SPLITS + part) * KEEP
-    if METHOD == FEW:
-        kept = first_k(ordered(x), inside, top_k)
+    if METHOD >= FEW:
+        kept = first_k(ordered(x), ids, inside, KEEP if METHOD == ALL else top_k)
         place = tl.cumsum(kept.to(tl.int32)) - 1
         tl.store(value_ptr + scratch + place, x, mask=kept)
         tl.store(id_ptr + scratch + place, ids, mask=kept)
         rest = tl.arange(0, KEEP)
         unused = rest >= tl.sum(kept.to(tl.int32))
         tl.store(id_ptr + scratch + rest, rest * 0 - 1, mask=unused)
+        if METHOD == ALL:
+            peak = tl.maximum(tl.max(x), -3e38)  # so that barred tokens have no mass where all are
+            of_slice = slice_ptr + (row * SPLITS + part) * 3
+            tl.store(of_slice, peak)
+            tl.store(of_slice + 1, tl.sum(tl.exp(x - peak)))
+            tl.store(of_slice + 2, tl.max(tl.where(kept, float("-inf"), x)))
     else:
         if METHOD == FREE:
             x = x + _noise(seed, ids, drawn)
@@ -120,113 +235,31 @@ def sample_kernel(
         base = row * SPLITS * KEEP + at
         found = tl.load(id_ptr + base, mask=at < SPLITS * KEEP, other=-1)
         value = tl.load(value_ptr + base, mask=found >= 0, other=float("-inf"))
-        if METHOD == FEW:
+        ruined = tl.min(found) == -2
+        if METHOD >= FEW:
             top_p, min_p = tl.load(rates_ptr + 1).to(tl.float32), tl.load(rates_ptr + 2).to(tl.float32)
-            kept = first_k(ordered(value), found >= 0, top_k)
-            mass = tl.where(kept, tl.exp(value - tl.max(value)), 0.0)
-            if top_p < 1.0:
-                kept = kept & (ordered(value) >= nucleus(ordered(value), mass, top_p))
-            kept = kept & (mass >= min_p)
-            value = tl.where(kept, value + _noise(seed, found, drawn), float("-inf"))
-        _, token = _likeliest(value, tl.where(found >= 0, found, 2147483647))
-        _advance(
-            row, token, tl.min(found) == -2, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B,
-            out_ptr, stride_ob, stride_on, lengths_ptr, SEEN,
-        )  # fmt: skip
-
-
-@triton.jit
-def _reach(score_ptr, V, largest, low, step, tied, last_tied, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """For the 7 thresholds low + step ... low + 7 step: how many scores reach each; with MASS, the mass above each.
-
-    With MASS, of the scores whose key is `tied` those after the id `last_tied`, and all with a lower key, count for nothing.
-    """
-    offs = tl.arange(0, BLOCK)
-    total = tl.zeros([8, BLOCK], tl.float32)
-    thresholds = low + step * tl.arange(0, 8)[:, None].to(tl.int64)  # of the row 0, nothing is asked
-    for first in range(0, V, BLOCK):
-        ids = first + offs
-        x = tl.load(score_ptr + ids, mask=ids < V, other=float("-inf"))
-        key = ordered(x)
-        if MASS:
-            kept = (ids < V) & ((key > tied) | ((key == tied) & (ids <= last_tied)))
-            mass = tl.where(kept, tl.exp(x - largest), 0.0)
-            total += tl.where(key[None, :] > thresholds, mass[None, :], 0.0)
+            whole, left = 0.0, tl.full((), float("-inf"), tl.float32)
+            if METHOD == ALL:
+                slices = tl.arange(0, MERGE // KEEP)
+                of_slices = slice_ptr + (row * SPLITS + slices) * 3
+                peaks = tl.load(of_slices, mask=slices < SPLITS, other=float("-inf"))
+                shares = tl.load(of_slices + 1, mask=slices < SPLITS, other=0.0)
+                left = tl.max(tl.load(of_slices + 2, mask=slices < SPLITS, other=float("-inf")))
+                largest = tl.max(peaks)
+                whole = tl.sum(shares * tl.exp(peaks - largest))
+            token, enough = _draw(value, found, top_k, top_p, min_p, whole, left, seed, drawn)
+            if METHOD == ALL:  # noqa: SIM102  (as one condition it would be none of the compiler's)
+                if (enough | ruined) == 0:
+                    token = _walk(
+                        logits_ptr, seen_ptr, flags_ptr, rates_ptr, V, drawn, least, largest, top_k, top_p, min_p, seed,
+                        SEEN, 512 if BLOCK > 512 else BLOCK,
+                    )  # fmt: skip
         else:
-            total += ((key[None, :] >= thresholds) & (ids < V)[None, :]).to(tl.float32)
-    return tl.sum(total, 1)  # [8]; counts are exact below 2^24
-
-
-@triton.jit(do_not_specialize=["B", "stride_ob", "stride_on", "lengths_ptr"])
-def sample_row_kernel(
-    logits_ptr, stride_lb, rates_ptr, counts_ptr, flags_ptr, seeds_ptr, seen_ptr, stride_sb,
-    state_ptr, out_ptr, stride_ob, stride_on, lengths_ptr, score_ptr, B, V, SEEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Programs [B]: any top_k, top_p and min_p. Thresholds are found 3 bits a pass over the row, which the cache holds."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(state_ptr + 3 * B + row) != 0:
-        return
-    drawn = tl.load(state_ptr + 2 * B + row).to(tl.int32)
-    top_k, least, limit = tl.load(counts_ptr), tl.load(counts_ptr + 1), tl.load(counts_ptr + 2)
-    top_p, min_p = tl.load(rates_ptr + 1).to(tl.float32), tl.load(rates_ptr + 2).to(tl.float32)
-    seed = tl.load(seeds_ptr + row)
-    score_ptr += row * V
-    offs = tl.arange(0, BLOCK)
-    largest, broken = float("-inf"), 0
-    for first in range(0, V, BLOCK):
-        ids = first + offs
-        x, bad = _scores(
-            logits_ptr + row * stride_lb, seen_ptr + row * stride_sb, flags_ptr, rates_ptr, ids, ids < V, drawn, least,
-            False, SEEN,
+            _, token = _likeliest(value, tl.where(found >= 0, found, 2147483647))
+        _advance(
+            row, token, ruined, drawn, limit, flags_ptr, seen_ptr, state_ptr, B, out_ptr, stride_ob, stride_on, lengths_ptr,
+            SEEN,
         )  # fmt: skip
-        tl.store(score_ptr + ids, x, mask=ids < V)
-        largest = tl.maximum(largest, tl.max(x))
-        broken = tl.maximum(broken, bad)
-    tl.debug_barrier()
-
-    places = tl.arange(0, 8)
-    tied = tl.full((), -2147483648, tl.int64)  # the key of rank top_k
-    last_tied = tl.full((), 2147483647, tl.int32)  # the last id of that key that is kept
-    if top_k > 0:
-        for bits in range(11):
-            step = tl.full((), 1, tl.int64) << (30 - 3 * bits)
-            reach = _reach(score_ptr, V, largest, tied, step, tied, last_tied, False, BLOCK)
-            tied += step * tl.sum(((places > 0) & (reach >= top_k)).to(tl.int64))
-        above = 0
-        for first in range(0, V, BLOCK):
-            ids = first + offs
-            key = ordered(tl.load(score_ptr + ids, mask=ids < V, other=float("-inf")))
-            above += tl.sum(((key > tied) & (ids < V)).to(tl.int32))
-        room, last_tied = top_k - above, last_tied * 0 - 1
-        for first in range(0, V, BLOCK):
-            ids = first + offs
-            key = ordered(tl.load(score_ptr + ids, mask=ids < V, other=float("-inf")))
-            same = ((key == tied) & (ids < V)).to(tl.int32)
-            last_tied = tl.maximum(last_tied, tl.max(tl.where((same != 0) & (tl.cumsum(same) <= room), ids, -1)))
-            room -= tl.sum(same)
-    lowest = tl.full((), -2147483648, tl.int64)  # top_p keeps the keys from here on
-    if top_p < 1.0:
-        whole = _reach(score_ptr, V, largest, lowest - 1, lowest * 0, tied, last_tied, True, BLOCK)
-        bound = top_p * tl.max(whole)
-        for bits in range(11):
-            step = tl.full((), 1, tl.int64) << (30 - 3 * bits)
-            reach = _reach(score_ptr, V, largest, lowest - 1, step, tied, last_tied, True, BLOCK)
-            lowest += step * tl.sum(((places > 0) & (reach >= bound)).to(tl.int64))
-
-    best, token = float("-inf"), 2147483647
-    for first in range(0, V, BLOCK):
-        ids = first + offs
-        x = tl.load(score_ptr + ids, mask=ids < V, other=float("-inf"))
-        key = ordered(x)
-        kept = (ids < V) & ((key > tied) | ((key == tied) & (ids <= last_tied))) & (key >= lowest)
-        kept = kept & (tl.exp(x - largest) >= min_p)
-        value, chosen = _likeliest(tl.where(kept, x + _noise(seed, ids, drawn), float("-inf")), ids)
-        token = tl.where(value > best, chosen, token)
-        best = tl.maximum(best, value)
-    _advance(
-        row, token, broken != 0, drawn, limit, flags_ptr, seen_ptr, stride_sb, state_ptr, B, out_ptr, stride_ob, stride_on,
-        lengths_ptr, SEEN,
-    )  # fmt: skip
 
 
 def sample(
@@ -243,21 +276,18 @@ def sample(
 ) -> None:
     """As `gptneo_fast.ops.sampling.sample`; rows of logits may have any stride. One launch.
 
-    Methods GREEDY, FREE and FEW split a row over programs; with ALL one program walks a row some thirty times.
+    With method ALL a slice hands on its 64 likeliest tokens and its mass. Where top_k, top_p and min_p may keep others, which
+    the row's last program sees, it walks the whole row, up to some twenty-six times.
     """
     B, V = logits.shape
-    row = (
-        logits, logits.stride(0), rates, counts, flags, seeds, flags if seen is None else seen,
-        0 if seen is None else seen.stride(0), state, out, *out.stride(), lengths,
-    )  # fmt: skip
-    if method == 3:
-        scores = launch.empty((B, V), logits, torch.float32)
-        launch.run(sample_row_kernel, B, logits, *row, scores, B, V, SEEN=seen is not None, BLOCK=_SLICE, num_warps=16)
-        return
-    splits, keep = launch.blocks(V, _SLICE), _KEEP if method == 2 else 1
+    splits, keep = -(-V // _SLICE), _KEEP if method >= 2 else 1
     values = launch.empty((B, splits, keep), logits, torch.float32)
     ids = launch.empty((B, splits, keep), logits, torch.int32)
+    slices = launch.empty((B, splits, 3), logits, torch.float32) if method == 3 else values
     launch.run(
-        sample_kernel, B * splits, logits, *row, values, ids, B, V, METHOD=method, SEEN=seen is not None, SPLITS=splits,
+        sample_kernel, B * splits, logits, logits, logits.stride(0), rates, counts, flags, seeds,
+        flags if seen is None else seen, 0 if seen is None else seen.stride(0), state, out, *out.stride(), lengths,
+        values, ids, slices, B, V, METHOD=method, SEEN=seen is not None, SPLITS=splits,
         BLOCK=min(_SLICE, launch.power_of_2(V)), KEEP=keep, MERGE=launch.power_of_2(splits * keep), num_warps=8,
+        maxnreg=128 if method >= 2 else None,  # two programs to an SM; without a limit ptxas saves registers and spills
     )  # fmt: skip
