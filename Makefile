@@ -5,6 +5,7 @@
 # make test-flax  the Flax classes, with jax of the index
 # make gpu  correctness and speed on this machine's GPU in 8 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
 # make sanitize  the extension under AddressSanitizer and UBSan
+# make budgets  the error budgets with every instruction set that this CPU has, with one thread and two
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
 # make results  measure anew what benchmarks/results/cpu.json holds, and the README's tables (make tables: these alone)
 # make compile-report  every kernel compiled for GPUs that need not be here: registers, spills, loads
@@ -14,7 +15,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow fuzz fuzz-long test-flax lint bench results tables compile-report gpu gpu-quick gpu-full install-matrix sanitize clean
+.PHONY: demo test test-slow fuzz fuzz-long test-flax lint bench results tables compile-report gpu gpu-quick gpu-full install-matrix budgets sanitize clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +75,9 @@ gpu gpu-quick gpu-full:
 
 sanitize: $(VENV)/test.stamp
 	bash tests/sanitize.sh $(BIN)/python
+
+budgets: $(VENV)/test.stamp
+	bash tests/budgets.sh $(BIN)/python
 
 install-matrix: $(VENV)/test.stamp
 	$(BIN)/python tests/install_matrix.py

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 import gptneo_fast
 from gptneo_fast import errors
 
-torch.set_num_threads(1)  # tests run side by side
+torch.set_num_threads(int(os.environ.get("GPTNEO_FAST_TEST_THREADS", "1")))  # one: tests run side by side
 SMALL = dict(
     vocab_size=97,
     hidden_size=32,
