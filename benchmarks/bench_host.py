@@ -1,18 +1,37 @@
-"""What a step costs the host, apart from the work: a model too small to compute anything, on one thread of a CPU."""
+"""What a step costs the host, apart from the work: a model too small to compute anything, on one thread of a CPU.
+
+python -m benchmarks.bench_host ROW   # launches of a layer on a card that does nothing, into results/host.json as ROW
+"""
 
 from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import gptneo_fast
 from benchmarks.bench_cpu import keep
+from benchmarks.counting import swapped
+from benchmarks.idle_card import idle_card
 from gptneo_fast.generation.captured.capturing import EagerStep
 from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import Runner
+from gptneo_fast.network.masks import Rows
+from gptneo_fast.ops import ops
 from gptneo_fast.ops.sampling import COUNT, GREEDY, STATUS
 
 LAYERS, TOKENS = 24, 256
+RESULTS = Path(__file__).parent / "results" / "host.json"
+PROMPT, PASSES = 130, 3000  # more rows than `few` and the kernel that normalises by itself take
 
 
 @pytest.fixture
@@ -65,3 +84,77 @@ def test_a_replayed_token(benchmark, model):
 
     benchmark.pedantic(tokens, rounds=9, warmup_rounds=1)
     keep(benchmark, "host cost of a replayed token, replay left out", "gptneo_fast", "fp32", 1, TOKENS)
+
+
+@contextlib.contextmanager
+def launched_from_the_cpu():
+    """An idle card on which the ops' kernels, not their references, compute on CPU tensors.
+
+    cuBLASLt's part of a layer is called on no rows: its dispatch counts, its work does not.
+    """
+    library = torch.library.Library("gptneo_fast", "IMPL")
+    for name in ops.NAMES:
+        library.impl(name, ops._append if name == "kv_append" else ops._launcher(name), "CPU", allow_override=True)
+
+    def on_no_rows(product):
+        return lambda bias, rows, weight, out, **how: product(bias, rows[:0], weight, out=out[:0], **how)
+
+    with contextlib.ExitStack() as stack:
+        for name in ("addmm", "_addmm_activation"):
+            stack.enter_context(swapped(torch, name, on_no_rows))
+        card = stack.enter_context(idle_card())
+        counters = torch.zeros(1 << 14, dtype=torch.int32)
+        stack.enter_context(mock.patch("gptneo_fast.kernels.tickets._zeros", return_value=counters))
+        yield card
+
+
+@torch.no_grad()
+def a_layer(past: int, T: int) -> dict[str, float]:
+    """Microseconds and launches of a layer, mean of a global and a local one, for T new tokens after `past`."""
+    config = gptneo_fast.GPTNeoConfig(
+        hidden_size=64, num_heads=1, num_layers=2, vocab_size=64, max_position_embeddings=512, window_size=256
+    )
+    model = gptneo_fast.GPTNeoForCausalLM(config).eval().bfloat16()
+    cache = gptneo_fast.KVCache(config, 1, dtype=torch.bfloat16, device="cpu", max_length=512)
+    if past:
+        cache.reserve(past)
+        cache.advance(past, None)
+    cache.reserve(T)
+    x, rows, blocks = torch.randn(1, T, 64).bfloat16(), Rows(), model.transformer.h
+
+    def layers():
+        y = x
+        for block in blocks:
+            y, _ = block(y, rows, cache, ops, False)
+
+    with launched_from_the_cpu() as card:
+        layers()
+        before = card.launches
+        layers()
+        launches, took = card.launches - before, []
+        for _ in range(PASSES):
+            begin = time.perf_counter()
+            layers()
+            took.append(time.perf_counter() - begin)
+    return {"us": round(min(took) / len(blocks) * 1e6), "launches": launches / len(blocks)}
+
+
+def main(row: str) -> None:
+    torch.set_num_threads(1)
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
+    found = {
+        "commit": commit,
+        "cpu": cpu.partition(": ")[2],
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "triton")},
+        "prefill_layer": a_layer(0, PROMPT),
+        "decode_layer": a_layer(100, 1),
+    }
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(kept | {row: found}, indent=1) + "\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
