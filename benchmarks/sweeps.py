@@ -58,7 +58,7 @@ class Sweep:
     """One row of a tile table and what else could stand there.
 
     shape, work: the model, and the op at which it is timed. owner, table: the module and its table's name. key: of the row.
-    present, others: tiles. entry: of a tile, what stands in the table.
+    present, others: tiles; where a rule chooses among several, tuples of them.
     library: of arguments, the same work by cuBLAS, where there is a choice.
     """
 
@@ -69,7 +69,6 @@ class Sweep:
     key: Any
     present: Any
     others: list[Any]
-    entry: Callable[[Any], Any] = lambda tile: tile
     library: Callable[..., Any] | None = None
 
     @property
@@ -85,7 +84,7 @@ class Sweep:
             NotAskedError: on leaving, where no kernel has looked it up.
         """
         before = getattr(self.owner, self.table)
-        table = Asked((before if isinstance(before, dict) else {}) | {self.key: self.entry(tile)}, self.key)
+        table = Asked((before if isinstance(before, dict) else {}) | {self.key: tile}, self.key)
         _forget()
         try:
             with swapped(self.owner, self.table, lambda _: table):
@@ -252,15 +251,10 @@ def _prompts(shapes: Shapes) -> Iterator[Sweep]:
     """Products of a prompt beside cuBLAS, and its attention."""
     dtype, M = shapes.setting.dtype, 136 if shapes.setting.tiny else shapes.prompt  # fewer rows go to other kernels
     for work in shapes.linears("norm_qkv", 1, M):
-        args = work.make(0)
-        weights = [a for a in args[1:] if isinstance(a, Tensor) and a.dim() == 2]
-        N = sum(len(w) for w in weights)
-        t = tiles.linear(dtype, M, N, 132, norm=False)
-        others = [tiles.Tile(*o) for o in _LINEAR]
-        yield Sweep(
-            shapes.shape, work, tiles, "_LINEAR", dtype.itemsize, t, _first(shapes.setting, [o for o in others if o != t], 8),
-            entry=lambda tile: (tile,), library=_LIBRARY[work.op],
-        )  # fmt: skip
+        t = tiles._LINEAR[dtype.itemsize]
+        others = [(tiles.Tile(*sizes),) for sizes in _LINEAR]
+        library = _LIBRARY[work.op]
+        yield Sweep(shapes.shape, work, tiles, "_LINEAR", dtype.itemsize, t, _first(shapes.setting, others, 9), library=library)
     for kind in shapes.layers:
         work, t, key = shapes.attention(kind), tiles.attention(dtype, shapes.D), (dtype.itemsize, max(16, shapes.D))
         others = [o for M, N, w, s in _ATTENTION if (o := tiles.Tile(M, N, 0, w, s)) != t]

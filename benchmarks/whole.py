@@ -69,7 +69,7 @@ class Bench:
         if early_launch:
             self.setting.need_early_launch()
         rows, held = self.setting.batch(batch), self.setting.length(context)
-        steps, warmup = (2, 1) if self.setting.tiny else (STEPS, WARMUP)
+        steps, warmup = (1, 1) if self.setting.tiny else (STEPS, WARMUP)
         step = self.runner(name).decoder(rows, held, steps + warmup, **early)
         seconds = chain(step, steps, self.setting.device, warmup)
         proof = step.check() if name == Ours.name else {}

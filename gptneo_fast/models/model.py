@@ -114,7 +114,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
         trace: Trace | None = None,
         final_norm: bool = True,
     ) -> Tensor:
-        """What `forward` computes of checked arguments: hidden states [B, T, C] after ln_f, or before it with `final_norm=False`
+        """What `forward` computes of checked arguments: hidden states [B, T, C] after ln_f; with `final_norm=False` before it
         (the `lm_head` op has it inside).
 
         Args:
