@@ -1,1 +1,1 @@
-"""Bytes and paths, before anything trusts them: `strict_json`, `hub` (a folder or repository), `atomic` (saves, whole or not)."""
+"""Bytes and paths, before anything trusts them: `strict_json`, `hub` (folder or repository), `atomic` (saves, whole or not)."""
