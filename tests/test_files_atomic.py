@@ -269,6 +269,9 @@ def test_a_link_is_replaced_and_not_written_through(tmp_path):
     folder.mkdir()
     (folder / "config.json").symlink_to(blob)
     (folder / "a").symlink_to("nowhere")
+    with failing(os, "replace", 2), pytest.raises(ConfigError):
+        atomic.write(folder, {"config.json": "{}", "a": "x"}, ConfigError)
+    assert all(p.is_symlink() for p in folder.iterdir()) and len(os.listdir(folder)) == 2
     atomic.write(folder, {"config.json": "{}", "a": "x"}, ConfigError)
     assert blob.read_text() == "shared" and contents(folder) == {"config.json": b"{}", "a": b"x"}
     assert not any(p.is_symlink() for p in folder.iterdir())

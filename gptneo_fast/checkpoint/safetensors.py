@@ -8,7 +8,7 @@ before are keys given twice, which it takes, and what its errors would not name.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,7 +98,7 @@ def _tensor(file: WeightFile, begin: int, name: str, about: Any) -> Stored:
     return Stored(name, dtype, tuple(shape), file, begin + place[0])
 
 
-def _sizes(values: Any, most: int) -> bool:
+def _sizes(values: Any, most: int) -> TypeGuard[list[int]]:
     return isinstance(values, list) and len(values) <= most and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 

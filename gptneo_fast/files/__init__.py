@@ -1,2 +1,1 @@
-"""What comes from outside, before anything trusts it: `strict_json`, `hub` (a folder or repository, with `repository`, its part
-of the cache), and `atomic`, saves that are whole or leave no trace."""
+"""Bytes and paths, before anything trusts them: `strict_json`, `hub` (folder or repository), `atomic` (saves, whole or not)."""

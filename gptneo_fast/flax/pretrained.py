@@ -250,7 +250,6 @@ class FlaxGPTNeoPreTrainedModel:
         Raises:
             CheckpointError: the folder cannot be written to, or the disk is full; what was there still is.
         """
-        folder = Path(save_directory)
         tree = weights.checked(self.params if params is None else params, self.config, self._causal)
         name = type(self).__name__.removeprefix("Flax")
         config = self.config.replace(architectures=[name], dtype=str(jax.tree_util.tree_leaves(tree)[0].dtype))
@@ -258,9 +257,9 @@ class FlaxGPTNeoPreTrainedModel:
         if self.generation_config is not None:
             texts["generation_config.json"] = self.generation_config.to_json_string()
         if safe_serialization:
-            save(weights.to_torch(tree), folder, max_shard_size, texts)
+            save(weights.to_torch(tree), Path(save_directory), max_shard_size, texts)
         else:
-            weights.save_msgpack(tree, folder, max_shard_size, texts)
+            weights.save_msgpack(tree, Path(save_directory), max_shard_size, texts)
 
 
 class FlaxGPTNeoModel(FlaxGPTNeoPreTrainedModel):

@@ -268,13 +268,11 @@ class GPTNeoPreTrainedModel(nn.Module):
         """Write config.json, generation_config.json and safetensors that gptneo_fast and transformers load.
 
         Raises:
-            CheckpointError: `safe_serialization=False`; pickles are read but not written.
+            CheckpointError: `safe_serialization=False`, as pickles are read but not written; or the folder cannot be written
+                to, and what was there still is.
         """
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False would write a pickle; safetensors are all that is written")
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise CheckpointError(f"{folder} is a file; give a folder")
         tensors = dict(state_dict if state_dict is not None else self.state_dict())
         if self.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
@@ -282,7 +280,7 @@ class GPTNeoPreTrainedModel(nn.Module):
         texts = {"config.json": config.to_json_string()}
         if isinstance(generation := getattr(self, "generation_config", None), GenerationConfig):
             texts["generation_config.json"] = generation.to_json_string()
-        checkpoint.save(tensors, folder, max_shard_size, texts)
+        checkpoint.save(tensors, Path(save_directory), max_shard_size, texts)
 
 
 def _screen(others: dict[str, Any], attn_implementation: str | None) -> dict[str, Any]:
