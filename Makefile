@@ -43,13 +43,13 @@ test-slow: $(VENV)/test.stamp
 
 test-flax: $(VENV)/test.stamp
 	$(BIN)/python -m pip install -q -e ".[flax]"
-	$(BIN)/python -m pytest -n auto -q tests/test_flax*.py tests/test_checkpoint_msgpack.py
+	$(BIN)/python -m pytest -n auto -q tests/flax tests/checkpoint/test_msgpack.py
 
 fuzz: $(VENV)/test.stamp
-	$(BIN)/python tests/fuzz_loaders.py --seconds 60
+	$(BIN)/python tests/support/fuzz_loaders.py --seconds 60
 
 fuzz-long: $(VENV)/test.stamp
-	$(BIN)/python tests/fuzz_loaders.py --seconds $(or $(SECONDS),3600)
+	$(BIN)/python tests/support/fuzz_loaders.py --seconds $(or $(SECONDS),3600)
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
@@ -67,20 +67,20 @@ tables: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.tables
 
 compile-report: $(VENV)/test.stamp
-	$(BIN)/python -W ignore -m benchmarks.compile_report
+	$(BIN)/python -W ignore -m benchmarks.static.compile_report
 
 gpu gpu-quick gpu-full:
 	since=$$(date +%s) && $(PYTHON) -m pip install --no-deps --no-index --no-build-isolation -e . && \
-	OUT="$(OUT)" $(PYTHON) -m benchmarks.gpu --mode $(or $(patsubst gpu-%,%,$(filter-out gpu,$@)),normal) --since $$since
+	OUT="$(OUT)" $(PYTHON) -m benchmarks.gpu.run --mode $(or $(patsubst gpu-%,%,$(filter-out gpu,$@)),normal) --since $$since
 
 sanitize: $(VENV)/test.stamp
-	bash tests/sanitize.sh $(BIN)/python
+	bash tests/support/sanitize.sh $(BIN)/python
 
 budgets: $(VENV)/test.stamp
-	bash tests/budgets.sh $(BIN)/python
+	bash tests/support/budgets.sh $(BIN)/python
 
 install-matrix: $(VENV)/test.stamp
-	$(BIN)/python tests/install_matrix.py
+	$(BIN)/python tests/support/install_matrix.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_table
+from benchmarks.gpu import table as gpu_table
 from gptneo_fast.tools.bench import bars
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 
 
 # (kernel, K) in 16 bits. Each leaves at most 3.1 % of 132 SMs idle in its last wave, spills nothing on sm_80 and sm_90, and
-# keeps 32 KB of weights or all there are in flight an SM (tests/test_kernels_decode_tiles.py). Not yet timed.
+# keeps 32 KB of weights or all there are in flight an SM (tests/kernels/test_kernels_decode_tiles.py). Not yet timed.
 TILES = {
     ("qkv", 768): Tile(2, 256, 3, 3, 2),
     ("qkv", 2048): Tile(4, 1024, 4, 2, 4),

@@ -1,4 +1,4 @@
-"""Fixtures: our models beside transformers' with the same weights, and small checkpoints on disk."""
+"""How the tests are set up, and small checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -14,21 +14,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported: they run on CPU tensors then
 
-import gptneo_fast
 from gptneo_fast import errors
+from tests.support.peers import peers
 
 torch.set_num_threads(int(os.environ.get("GPTNEO_FAST_TEST_THREADS", "1")))  # one: tests run side by side
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=32,
-    num_heads=4,
-    num_layers=3,
-    attention_types=[[["global", "local", "local"], 1]],
-    max_position_embeddings=640,
-    window_size=7,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 
 
 def pytest_addoption(parser):
@@ -48,7 +37,7 @@ def _quick_interpreter():
     if "triton.runtime.interpreter" not in sys.modules:  # nothing that was collected has kernels
         yield
         return
-    from benchmarks.interpreted import quick_calls
+    from benchmarks.gpu.interpreted import quick_calls
 
     with quick_calls():
         yield
@@ -59,24 +48,6 @@ def _fresh():
     """Every test is seeded, and sees each warning anew."""
     torch.manual_seed(0)
     errors._warned.clear()
-
-
-def peers(cls: str = "GPTNeoForCausalLM", scale: float = 4.0, dtype=torch.float32, **changes):
-    """(transformers' model on its eager path, ours with the same weights).
-
-    `scale` widens the fresh weights, so that attention is as peaked as in a trained model and not near uniform.
-    """
-    transformers = pytest.importorskip("transformers")
-    values = SMALL | changes
-    if "num_layers" in changes and "attention_types" not in changes:
-        values["attention_types"] = [[[("global", "local")[i % 2] for i in range(changes["num_layers"])], 1]]
-    theirs = getattr(transformers, cls)._from_config(transformers.GPTNeoConfig(**values), attn_implementation="eager")
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.copy_(torch.randn_like(p) * 0.02 * scale + (1 if p.dim() == 1 else 0))
-    ours = getattr(gptneo_fast, cls)(gptneo_fast.GPTNeoConfig(**values))
-    ours.load_state_dict(theirs.state_dict())
-    return theirs.to(dtype).eval(), ours.to(dtype).eval()
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,10 @@ import json
 import pickle
 
 import pytest
-from conftest import SMALL
 
 from gptneo_fast import AutoConfig, GPTNeoConfig
 from gptneo_fast.errors import ConfigError
+from tests.support.peers import SMALL
 
 transformers = pytest.importorskip("transformers")
 HUB_13B = {  # config.json of EleutherAI/gpt-neo-1.3B, as it stands on the hub

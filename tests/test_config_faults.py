@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from conftest import SMALL
 
 import gptneo_fast
 from gptneo_fast import GPTNeoConfig
 from gptneo_fast.config import LIMITS
 from gptneo_fast.errors import ConfigError
+from tests.support.peers import SMALL
 
 GOOD = json.loads(GPTNeoConfig(**SMALL).to_json_string())
 

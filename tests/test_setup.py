@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from append_calls import COMPILER, setup_py
 
 from gptneo_fast.ops import extension
+from tests.support.append_calls import COMPILER, setup_py
 
 REPO = Path(__file__).parent.parent
 

@@ -1,0 +1,1 @@
+"""pytest benchmarks on the CPU, and the peers measured there."""

@@ -1,0 +1,1 @@
+"""What is known without running: costs and floors, counted bytes, kernels compiled ahead of time."""

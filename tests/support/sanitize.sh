@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# tests/support/sanitize.sh PYTHON: the extension's tests with builds of it under AddressSanitizer and UBSan, in a copy of the
+# sources: the CPU side, then the CUDA side of kv_append run on the CPU in its place (cuda_on_host/). torch is not
+# instrumented, but its allocations are watched: a byte read or written past a tensor, or a vector off its alignment, ends
+# the run with a report.
+set -euo pipefail
+python=$(realpath -s "${1:-python3}")
+cd "$(dirname "$0")/../.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+git ls-files -co --exclude-standard | tar cf - --ignore-failed-read -T - 2> /dev/null | tar xf - -C "$work"
+cd "$work"
+ln -s ../kernels gptneo_fast/kernels
+export CXX="g++ -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" CUDA_HOME=/nowhere PYTHONPATH=$work
+"$python" setup.py -q build_ext --inplace > build.log || { cat build.log; exit 1; }
+grep -q "built for the CPU only" build.log || { cat build.log; exit 1; }
+torch=$("$python" -c 'import torch; print(torch.__path__[0])')
+$CXX -O1 -std=c++17 -fPIC -shared -Wno-psabi -DTORCH_TARGET_VERSION=0x020b000000000000 -DGPTNEO_FAST_CUDA \
+  -isystem "$torch/include" -I tests/support/cuda_on_host csrc/binding.cpp csrc/linear_cpu.cpp tests/support/cuda_on_host/kv_append_cpu.cpp \
+  -L "$torch/lib" -lc10 -ltorch_cpu -o cuda_on_host.so
+export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 # Python leaks at exit; torch defines some symbols twice
+# --capture=sys leaves the sanitizers' reports their stderr; the tests left out build libraries of their own.
+tests() { "$python" -m pytest -x -q --capture=sys -p no:cacheprovider -k "not sanitizers and not another_torch" "$@"; }
+tests tests/ops/test_extension.py tests/ops/test_cpu.py
+GPTNEO_FAST_TEST_LIBRARY=$work/cuda_on_host.so tests tests/ops/test_extension.py
