@@ -8,14 +8,16 @@
 # make budgets  the error budgets with every instruction set that this CPU has, with one thread and two
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
 # make results  measure anew what benchmarks/results/cpu.json holds, and the README's tables (make tables: these alone)
-# make compile-report  every kernel compiled for GPUs that need not be here: registers, spills, loads
+# make compile-report  every kernel compiled for GPUs that need not be here, with two tritons: registers, spills, loads
+# make compile-samples  every op sample compiled so (with -j2 in about 4 minutes)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST := $(VENV)/triton-3.6.0
 
-.PHONY: demo test test-slow fuzz fuzz-long test-flax lint bench results tables compile-report gpu gpu-quick gpu-full install-matrix budgets sanitize clean
+.PHONY: demo test test-slow fuzz fuzz-long test-flax lint bench results tables compile-report compile-samples compile-samples-newest compile-samples-oldest gpu gpu-quick gpu-full install-matrix budgets sanitize clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -66,8 +68,22 @@ results: $(VENV)/test.stamp
 tables: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.tables
 
-compile-report: $(VENV)/test.stamp
+# The oldest triton that is supported, beside the newest that .venv has: for compiling alone
+$(OLDEST)/stamp: $(VENV)/test.stamp
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(OLDEST) triton==$(patsubst triton-%,%,$(notdir $(OLDEST)))
+	@touch $@
+
+compile-report: $(OLDEST)/stamp
 	$(BIN)/python -W ignore -m benchmarks.static.compile_report
+	PYTHONPATH=$(OLDEST) $(BIN)/python -W ignore -m benchmarks.static.compile_report
+
+compile-samples: compile-samples-newest compile-samples-oldest
+
+compile-samples-newest: $(VENV)/test.stamp
+	$(BIN)/python -W ignore -m benchmarks.static.compile_samples
+
+compile-samples-oldest: $(OLDEST)/stamp
+	PYTHONPATH=$(OLDEST) $(BIN)/python -W ignore -m benchmarks.static.compile_samples
 
 gpu gpu-quick gpu-full:
 	since=$$(date +%s) && $(PYTHON) -m pip install --no-deps --no-index --no-build-isolation -e . && \

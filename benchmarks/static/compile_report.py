@@ -1,6 +1,6 @@
 """Every kernel as it is launched at the true shapes, compiled ahead of time: registers, spills, loads, tensor cores.
 
-    python -m benchmarks.static.compile_report                                       # all; writes benchmarks/results/
+    python -m benchmarks.static.compile_report              # all; its summary goes to benchmarks/results/
     python -m benchmarks.static.compile_report --model 125m --dtype bf16 --sm 90 --out /tmp/report
 
 A model of two layers, one global and one local, runs its prefill and its decode steps on tensors that do not exist, so that
@@ -27,7 +27,7 @@ from torch._subclasses import FakeTensorMode
 
 import gptneo_fast
 from benchmarks.models import DTYPES, SHAPES, config_of
-from benchmarks.static import aot
+from benchmarks.static import aot, compile_summary
 from benchmarks.static.costs import as_table
 from benchmarks.static.counting import swapped
 from benchmarks.static.ptx import loads_by_argument
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--sm", nargs="+", type=int, choices=aot.CHIPS, default=list(aot.CHIPS))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of compile_report.md and compile_report.json")
+    parser.add_argument("--out", type=Path, help="folder of the summary; without it a part of the report is only printed")
     args = parser.parse_args(argv)
     began, found = time.perf_counter(), []
     for shape in args.model:
@@ -239,13 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     faults = [
         f"{r.model} {r.dtype} sm_{r.sm} {r.op} {r.kernel} ({', '.join(r.launches)}): {f}" for r in found for f in r.faults()
     ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(dataclasses.asdict(r)) for r in found)  # a row a line, for readable diffs
-    head = json.dumps({"versions": aot.versions(), "faults": faults})[:-1]
-    (args.out / "compile_report.json").write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
-    verdict = "\n".join(f"- over budget: {f}" for f in faults) or "Every row is within its budget."
-    title = f"# Compile report\n\n{aot.versions()}. `python -m benchmarks.static.compile_report` writes this file."
-    (args.out / "compile_report.md").write_text(f"{title}\n\n{verdict}\n\n{re.sub(' +', ' ', table(found))}\n")
+    verdict = "\n".join(f"- over budget: {f}" for f in faults) or "Every kernel is within its budget."
+    every = (args.model, args.dtype, args.sm) == (list(SHAPES), list(DTYPES), list(aot.CHIPS))
+    if out := args.out or (RESULTS if every else None):
+        compile_summary.write(found, verdict, compile_summary.path(out))
     print(table(found), verdict, sep="\n\n")
     return 1 if faults else 0
 

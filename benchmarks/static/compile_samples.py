@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for op in args.op:
             found = launches(op, dtype, sm)
             binaries |= {aot.digest(launch.binary) for launch in found if launch.binary}
-            wrong = {(launch.kernel, fault(launch, sm)): launch for launch in found if fault(launch, sm)}
+            wrong = {(x.kernel, fault(x, sm)): x for x in reversed(found) if fault(x, sm)}  # the first of each
             faults += len(wrong)
             for (kernel, why), launch in wrong.items():
                 print(f"{dtype} sm_{sm} {launch.op}: {kernel} {launch.options} {why}")

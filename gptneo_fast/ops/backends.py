@@ -43,7 +43,9 @@ def check(backend: str) -> None:
     """
     if backend not in BACKENDS:
         raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if backend == "triton" and (reason := _why_no_kernels() or ("" if _interpreted() else _why_no_device())):
+    if backend == "triton" and (
+        reason := _why_no_kernels() or (_why_not_interpreted() if _interpreted() else _why_no_device())
+    ):
         raise SetupError(f"backend='triton': {reason}; {_INSTEAD}")
 
 
@@ -125,7 +127,7 @@ def report() -> dict[str, str]:
 @torch.compiler.assume_constant_result
 def why_not(device_type: str, index: int, dtype: str) -> str:
     """Why kernels cannot run on a device in a dtype, or nothing. Tracers see a constant."""
-    if reason := _why_no_kernels():
+    if reason := _why_no_kernels() or (_why_not_interpreted() if _interpreted() else ""):
         return reason
     if dtype == "float64":
         return "kernels compute in float32, float16 and bfloat16, not in float64"
@@ -178,6 +180,20 @@ def _pinned_triton() -> str:
     except PackageNotFoundError:
         stated = []
     return stated[0].partition(";")[0].strip() if stated else "triton>=3.6"
+
+
+def _why_not_interpreted() -> str:
+    """Why this interpreter cannot run the kernels, or nothing."""
+    import numpy as np
+    import triton
+
+    old, new = (tuple(map(int, version.split(".")[:2])) for version in (triton.__version__, np.__version__))
+    if old >= (3, 7) or new < (2, 4):
+        return ""
+    return (  # it counts loops by int() of arrays of one element, which that numpy refuses
+        f"the interpreter (TRITON_INTERPRET=1) of triton {triton.__version__} fails with numpy {np.__version__}; "
+        "pip install 'numpy<2.4' or 'triton>=3.7'"
+    )
 
 
 def _why_no_device() -> str:

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from benchmarks.static import aot
-from benchmarks.static.compile_report import Row
+from benchmarks.static import aot, compile_samples, compile_summary
+from benchmarks.static.compile_report import RESULTS, Row
 
 REPO = Path(__file__).parents[2]
 KERNELS = """
 import json, sys, torch, triton, triton.language as tl
 from torch._subclasses import FakeTensorMode
-from benchmarks import aot, card
-from benchmarks.ptx import loads_by_argument
+from benchmarks.gpu import card
+from benchmarks.static import aot
+from benchmarks.static.ptx import loads_by_argument
 
 @triton.jit
 def _copy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
@@ -77,6 +78,22 @@ for sm in (80, 90):
             "cores": machine.tensor_cores, "name": aot.digest(launch.binary)})
     seen[sm] = found
 print(json.dumps(seen))
+"""
+
+BROKEN = """
+import sys, triton, triton.language as tl
+from benchmarks.static import compile_samples
+from gptneo_fast import kernels
+
+@triton.jit
+def broken(x_ptr, BLOCK: tl.constexpr):
+    kept = tl.arange(0, 2 * BLOCK)
+    if tl.load(x_ptr) > 0:
+        kept = tl.arange(0, BLOCK)  # as the interpreter allows
+    tl.store(x_ptr, tl.sum(kept))
+
+kernels.layer_norm = lambda x, *_: broken[(1,)](x, BLOCK=16)
+sys.exit(compile_samples.main(["--op", "layer_norm", "--dtype", "fp16", "--sm", "80"]))
 """
 
 
@@ -187,15 +204,69 @@ def test_a_row_over_its_budget_says_why(changes, fault):
     assert found == [] if fault is None else fault in found[0]
 
 
-def test_the_kernels_of_125m_stay_within_their_budgets(tmp_path):
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Exit code, what was printed, and the summary of a part of the report."""
+    out = tmp_path_factory.mktemp("report")
+    done = run("-m", "benchmarks.static.compile_report", "--model", "125m", "--dtype", "bf16", "--sm", "90", "--out", str(out))
+    return done.returncode, done.stdout + done.stderr, compile_summary.path(out).read_text()
+
+
+def test_the_kernels_of_125m_stay_within_their_budgets(report):
     from gptneo_fast import kernels
     from gptneo_fast.ops import ops
 
-    done = run(
-        "-m", "benchmarks.static.compile_report", "--model", "125m", "--dtype", "bf16", "--sm", "90", "--out", str(tmp_path)
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    report = json.loads((tmp_path / "compile_report.json").read_text())
-    launched = {r["op"] for r in report["rows"]}
+    code, printed, summary = report
+    assert code == 0, printed[-6000:]
+    assert "Every kernel is within its budget." in summary
+    launched = {op for _, op, _, _ in compile_summary.cells(summary)}
     assert launched >= {name for name in ops.NAMES if hasattr(kernels, name)}, "an op of the model compiled no kernel"
-    assert (tmp_path / "compile_report.md").read_text().count("\n| 125m") == len(report["rows"])
+
+
+def test_the_committed_summary_is_what_the_kernels_compile_to(report):
+    committed = compile_summary.path(RESULTS)
+    if not committed.exists():
+        pytest.skip(f"no {committed.name} is committed: make compile-report")
+    was = {key: cell for key, cell in compile_summary.cells(committed.read_text()).items() if key[0] == "125m"}
+    now = compile_summary.cells(report[2])
+    assert now == {key: cell for key, cell in was.items() if key[3] == "bf16_90" and cell != "-"}, "run make compile-report"
+
+
+def test_a_summary_says_the_worst_of_each_kernel_and_is_read_again():
+    found = [
+        row(),
+        row(registers=96, tensor_cores="HMMA"),
+        row(sm=80, spills=8, weight_share=0.9, shared=1025),
+        row(op="embed", kernel="_embed_kernel", registers=22, shared=0, tensor_cores="", weight_share=None),
+        row(op="sample", kernel="sample_kernel", fault="CompilationError"),
+    ]
+    text = compile_summary.summary(found)
+    linear, embed, sample = (("125m", *names) for names in (
+        ("linear_add", "_linear_add_kernel"), ("embed", "_embed_kernel"), ("sample", "sample_kernel")
+    ))  # fmt: skip
+    assert compile_summary.cells(text) == {
+        (*linear, "bf16_90"): "96/1 HGMMA+HMMA", (*linear, "bf16_80"): "64/2 8 local 10% narrow HGMMA",
+        (*embed, "bf16_90"): "22/0", (*embed, "bf16_80"): "-",
+        (*sample, "bf16_90"): "does not compile", (*sample, "bf16_80"): "-",
+    }  # fmt: skip
+
+
+def test_sample_compiles_for_vocabularies_that_split_in_every_way():
+    done = run("-m", "benchmarks.static.compile_samples", "--op", "sample", "--dtype", "fp32", "--sm", "90")
+    assert done.returncode == 0 and "no faults" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_sample_that_does_not_compile_is_named(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text(BROKEN)
+    done = run(str(path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    first, last = (line for line in done.stdout.splitlines() if "fault" in line or "does not compile" in line)
+    assert first.startswith("fp16 sm_80 layer_norm, width 8: broken") and "but the then block redefines it" in first
+    assert "1 fault" in last
+
+
+def test_a_launch_that_does_not_fit_is_a_fault():
+    made = dict(op="", kernel="", grid=(1,), warps=4, binary=b"", ptx="", arguments=(), options={})
+    large = aot.Launch(**made, shared=200 * 1024)
+    assert compile_samples.fault(large, 90) == "" != compile_samples.fault(large, 80)

@@ -16,6 +16,7 @@ from gptneo_fast.generation.captured.pool import weights_of
 from gptneo_fast.kernels import launch
 from gptneo_fast.network.masks import Rows
 from gptneo_fast.network.modules import parameters
+from gptneo_fast.ops import backends
 
 REPO = Path(__file__).parents[2]
 
@@ -80,8 +81,8 @@ def test_the_walk_over_parameters_meets_each_and_sees_what_is_replaced(model):
 
 def test_one_trainable_parameter_anywhere_takes_plain_torch(model, monkeypatch):
     chosen = []
-    monkeypatch.setattr(gptneo_fast.backends, "choose", lambda *args: chosen.append(args[-1]) or gptneo_fast.backends.Choice)
-    monkeypatch.setattr(gptneo_fast.backends.Choice, "functions", None, raising=False)
+    monkeypatch.setattr(backends, "choose", lambda *args: chosen.append(args[-1]) or backends.Choice)
+    monkeypatch.setattr(backends.Choice, "functions", None, raising=False)
     x = torch.zeros(1, 1, 64)
     model.transformer.functions(x)
     model.transformer.h[1].mlp.c_proj.bias.requires_grad_(True)

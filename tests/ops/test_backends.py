@@ -81,6 +81,30 @@ def test_bfloat16_is_refused_where_kernels_are_interpreted():
         backends.choose("triton", CPU, torch.bfloat16)
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("of_triton", "of_numpy", "fails"),
+    [("3.6.0", "2.4.6", True), ("3.6.1+git5d1", "3.0.0rc1", True), ("3.6.0", "2.3.5", False), ("3.7.0", "2.4.0", False)],
+)
+def test_an_interpreter_that_this_numpy_breaks_is_told_at_once(monkeypatch, of_triton, of_numpy, fails):
+    import numpy as np
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", of_triton)
+    monkeypatch.setattr(np, "__version__", of_numpy)
+    if not fails:
+        backends.check("triton")
+        assert backends.choose("triton", CPU, torch.float32).name == "triton"
+        return
+    told = f"interpreter .* of triton {of_triton} fails with numpy {of_numpy}; pip install 'numpy<2.4' or 'triton>=3.7'"
+    for ask in (lambda: backends.check("triton"), lambda: backends.choose("triton", CPU, torch.float32)):
+        with pytest.raises(errors.SetupError, match=told.replace("+", r"\+")):
+            ask()
+    assert of_numpy in backends.report()["backend triton"]
+    monkeypatch.setattr(backends, "_interpreted", lambda: False)  # compiled kernels ask numpy nothing
+    assert "numpy" not in backends.why_not("cpu", 0, "float32")
+
+
 class Card:
     """A CUDA device that torch would describe so."""
 
