@@ -6,6 +6,11 @@ and ends; who draws the last ticket of its group sees the parts of all the other
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
+
 import torch
 import triton
 import triton.language as tl
@@ -15,34 +20,48 @@ from . import launch
 
 _COUNTERS = 1 << 14
 _of_stream: dict[tuple[int | None, int], Tensor] = {}  # (device, stream) -> counters of what is launched there
-_of_capture: dict[tuple[int | None, int], Tensor] = {}  # -> those of the graph that was captured there last
-_of_graphs: list[Tensor] = []  # those of graphs that were captured before; graphs know addresses only
+_making = Lock()
+_of_capture: ContextVar[Tensor | None] = ContextVar("of_capture", default=None)
+
+
+@contextmanager
+def of_capture(device: torch.device) -> Iterator[Tensor]:
+    """Within it all launches of this thread on `device` take the counters that it yields; enter it before a capture begins.
+
+    A captured graph knows their address only: whoever keeps the graph must keep them, and nobody else may use them.
+    """
+    counters = _zeros(_COUNTERS, device)
+    token = _of_capture.set(counters)
+    try:
+        yield counters
+    finally:
+        _of_capture.reset(token)
 
 
 def tickets(groups: int, device: torch.device) -> Tensor:
-    """Zeros, int32 [>= groups], which the kernels of this stream hand on from one to the next and leave at zero.
+    """Zeros, int32 [>= groups], which the kernels of a stream hand on from one to the next and leave at zero.
 
-    Kernels that may run at one time need counters of their own: there is one set for each device and stream, and a CUDA
-    graph keeps for itself the set that the calls before its capture warmed up with. A capture without such calls records
-    the making of one.
+    Kernels that may run at one time need counters of their own, so ask at every launch. A graph that was captured within
+    `of_capture` has a set for itself, and so has each device and stream that is launched on directly. In a capture that
+    somebody else made, every launch gets zeros that each replay makes anew.
     """
+    given = _of_capture.get()
+    if given is not None and groups <= _COUNTERS and given.device == device:
+        return given
+    if groups > _COUNTERS or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return _zeros(groups, device)
     stream = 0 if launch.INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index or 0)
     key = (device.index, stream)
-    if groups > _COUNTERS:
-        return torch.zeros(groups, dtype=torch.int32, device=device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        if key not in _of_capture:
-            _of_capture[key] = _of_stream.pop(key) if key in _of_stream else _zeros(device)
-        return _of_capture[key]
-    if key in _of_capture:
-        _of_graphs.append(_of_capture.pop(key))
     if key not in _of_stream:
-        _of_stream[key] = _zeros(device)
+        with _making:
+            if key not in _of_stream:
+                _of_stream[key] = _zeros(_COUNTERS, device)
     return _of_stream[key]
 
 
-def _zeros(device: torch.device) -> Tensor:
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+def _zeros(counters: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # they outlive the call
+        return torch.zeros(counters, dtype=torch.int32, device=device)
 
 
 @triton.jit

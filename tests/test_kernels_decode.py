@@ -226,28 +226,3 @@ def test_more_rows_than_few_go_to_the_kernels_of_prefill():
     with Traffic() as traffic:
         kernels.norm_qkv_append(x.view(13, 5, 16), bias, bias, weight, weight, weight, EPS, *cache, lengths)
     assert traffic.launches == ["_linear_kernel", "_kv_append_kernel"]
-
-
-def test_a_captured_graph_keeps_its_counters_to_itself(monkeypatch):
-    device, capturing = torch.device("cuda", 7), False
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(tickets, "_zeros", lambda device: torch.zeros(4, dtype=torch.int32))
-    for name in ("_of_stream", "_of_capture"):
-        monkeypatch.setattr(tickets, name, {})
-    monkeypatch.setattr(tickets, "_of_graphs", [])
-
-    def take():
-        return tickets.tickets(3, device)
-
-    warm = take()
-    assert take() is warm
-    capturing = True
-    assert take() is warm and take() is warm  # one set for all kernels of the graph
-    capturing = False
-    after = take()
-    assert after is not warm and any(kept is warm for kept in tickets._of_graphs)  # alive as long as the graph may run
-    capturing = True
-    assert take() is after
-    capturing = False
-    monkeypatch.setattr(tickets, "_of_stream", {})
-    assert take() is not after
