@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,16 @@ def cache_bytes(config: GPTNeoConfig, batch: int, length: int, dtype: torch.dtyp
     """Bytes that keys and values of `batch` rows of `length` tokens take, after `KVCache(..., max_length=length)`."""
     slots = sum(min(length, ring_slots(config, layer)) for layer in range(config.num_layers))
     return 2 * batch * slots * config.hidden_size * dtype.itemsize
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """What is made within it may be written to in any mode later, although the caller is in torch.inference_mode now."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # tracers know no such mode
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 class KVCache:
@@ -54,7 +67,8 @@ class KVCache:
         self._seen = 0  # columns
         self._written = 0  # the most columns ever written; crop does not lower it
         self._slots = [ring_slots(config, layer) for layer in range(config.num_layers)]
-        empty = torch.empty(batch_size, config.num_heads, 0, config.head_dim, dtype=dtype, device=device)
+        with lasting():
+            empty = torch.empty(batch_size, config.num_heads, 0, config.head_dim, dtype=dtype, device=device)
         self.keys: list[Tensor] = [empty] * config.num_layers
         self.values: list[Tensor] = [empty] * config.num_layers
         if max_length is not None:
@@ -131,12 +145,14 @@ class KVCache:
         self.lengths = torch.zeros_like(self.lengths)
         self.ragged = False
 
+    @lasting()
     def reorder_cache(self, rows: Tensor) -> None:
         """Keep these rows in this order, repeats allowed. rows: int64 [B']."""
         self.lengths = self.lengths.index_select(0, rows)
         self.keys = [t.index_select(0, rows) for t in self.keys]
         self.values = [t.index_select(0, rows) for t in self.values]
 
+    @lasting()
     def fork(self) -> KVCache:
         """An independent copy, to continue the same past in another way."""
         other = object.__new__(KVCache)
@@ -173,7 +189,8 @@ class KVCache:
             slots = min(slots if exact else -(-slots // _GROWTH) * _GROWTH, most)
             for tensors in (self.keys, self.values):  # nothing has wrapped yet: slots are still token numbers
                 B, H, _, D = tensors[layer].shape
-                grown = tensors[layer].new_zeros(B, H, slots, D)
+                with lasting():
+                    grown = tensors[layer].new_zeros(B, H, slots, D)
                 if old:
                     grown[:, :, :old] = tensors[layer]
                 tensors[layer] = grown

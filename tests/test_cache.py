@@ -237,3 +237,25 @@ def test_what_does_not_fit_is_refused_before_any_work():
     with pytest.raises(CacheError, match="never stored"):
         model(x[:, 20:21], past_key_values=cache, attention_mask=torch.ones(2, 21))
     assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("change", ["none", "fork", "reorder", "crop", "reset"])
+def test_a_cache_made_in_inference_mode_goes_on_outside_of_it(change):
+    """As transformers' DynamicCache does."""
+    model, x, whole = case(7)
+    at = {"crop": 5, "reset": 0}.get(change, 10)
+    with torch.inference_mode():
+        cache = model(x[:, :10], use_cache=True).past_key_values
+        if change == "fork":
+            cache = cache.fork()
+        elif change == "reorder":
+            cache.reorder_cache(torch.tensor([0, 1]))
+        elif change == "crop":
+            cache.crop(5)
+        elif change == "reset":
+            cache.reset()
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.no_grad):
+        with mode():
+            got = model(x[:, at : at + 2], past_key_values=cache).logits
+        torch.testing.assert_close(got, whole[:, at : at + 2], rtol=1e-10, atol=1e-10)
+        at += 2
