@@ -7,8 +7,9 @@ import torch
 
 import gptneo_fast
 from benchmarks.bench_cpu import keep
+from gptneo_fast.engine.capturing import EagerStep
 from gptneo_fast.engine.plan import Drawing
-from gptneo_fast.engine.runner import EagerStep, Runner
+from gptneo_fast.engine.runner import Runner
 from gptneo_fast.sampling import COUNT, GREEDY, STATUS
 
 LAYERS, TOKENS = 24, 256
@@ -45,7 +46,7 @@ def test_a_replayed_token(benchmark, model):
     """The runner's loop where a replay costs nothing: looks, tokens handed over. A graph's launch comes on top."""
     runner = Runner(model, 1, 512)
     drawing = Drawing(GREEDY, [1.0, 1.0, 0.0, 1.0], [0, 0, TOKENS], runner.flags, torch.zeros(1, dtype=torch.int64), False)
-    runner.steps[GREEDY, False] = EagerStep(lambda: None)
+    runner.steps[GREEDY, False] = EagerStep(lambda: None, "what is left is measured")
     ids = torch.zeros(1, 1, dtype=torch.int64)
 
     def begin(*_):

@@ -1,10 +1,12 @@
 """A small model and the captured path without a GPU, for the tests of the engine."""
 
+import types
+
 import pytest
 import torch
 
 import gptneo_fast
-from gptneo_fast.engine import mixin
+from gptneo_fast.engine import capturing, mixin
 
 CONFIG = dict(
     vocab_size=211, hidden_size=32, num_heads=2, num_layers=2, attention_layers=["global", "local"], window_size=8,
@@ -23,10 +25,16 @@ def model():
     mixin._drop(model)
 
 
+def capture(monkeypatch):
+    """Generation takes the captured path wherever the options allow it, as on a CUDA device; a call stands for the graph."""
+    monkeypatch.setattr(mixin.EngineMixin, "_why_stepwise", mixin.EngineMixin._wishes)
+    monkeypatch.setattr(capturing, "capture", lambda step, _: capturing.CapturedStep(types.SimpleNamespace(replay=step), None))
+
+
 @pytest.fixture
 def captured(monkeypatch):
-    """Generation takes the captured path wherever the options allow it, as on a CUDA device."""
-    monkeypatch.setattr(mixin.EngineMixin, "_why_stepwise", mixin.EngineMixin._wishes)
+    """The captured path for all of a test."""
+    capture(monkeypatch)
 
 
 def ragged(B=3, P=11, vocabulary=211):
@@ -42,7 +50,7 @@ def both(model, monkeypatch, **options):
     stepwise = model.generate(**options)
     assert model.last_generation.path == "stepwise"
     with monkeypatch.context() as patch:
-        patch.setattr(mixin.EngineMixin, "_why_stepwise", mixin.EngineMixin._wishes)
+        capture(patch)
         fast = model.generate(**options)
         assert model.last_generation.path == "captured"
     return stepwise, fast

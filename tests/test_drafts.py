@@ -1,15 +1,16 @@
 """Drafts on the device change no token, whoever guesses."""
 
 import copy
+import types
 
 import pytest
 import torch
-from engines import CONFIG, both, captured, model, ragged, repeating  # noqa: F401 (fixtures)
+from engines import CONFIG, both, capture, captured, model, ragged, repeating  # noqa: F401 (fixtures)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptneo_fast
 from gptneo_fast import backends, engine, ops
-from gptneo_fast.engine import mixin, runner, speculation
+from gptneo_fast.engine import runner, speculation
 
 
 @pytest.mark.parametrize("new", [1, 5, 6, 40, 100])
@@ -18,7 +19,7 @@ def test_a_looked_up_draft_changes_no_token(model, monkeypatch, n, new):
     ids = repeating(model)
     plain = model.generate(ids, max_new_tokens=new)
     assert torch.equal(*(both(model, monkeypatch, input_ids=ids, max_new_tokens=new, prompt_lookup_num_tokens=n)))
-    monkeypatch.setattr(mixin.EngineMixin, "_why_stepwise", mixin.EngineMixin._wishes)
+    capture(monkeypatch)
     assert torch.equal(model.generate(ids, max_new_tokens=new, prompt_lookup_num_tokens=n), plain)
 
 
@@ -59,6 +60,15 @@ def test_left_padding_and_used_memory_do_not_disturb_drafts(model, captured):
 def test_drafts_that_the_host_must_check_say_so(model, captured):
     model.generate(repeating(model), max_new_tokens=3, prompt_lookup_num_tokens=3, repetition_penalty=1.2)
     assert model.last_generation == engine.Generation("stepwise", "repetition_penalty with drafts runs on the host")
+
+
+def test_an_assistant_on_another_device_is_no_part_of_a_captured_step(model):
+    options = model._resolve(None, {"max_new_tokens": 3})
+    prompt = model._prompt(repeating(model), None, None, options)
+    request = model._request(prompt, options)
+    far = types.SimpleNamespace(device=torch.device("cuda", 1), config=model.config)
+    assert speculation.why_not_drafts(prompt, request, far) == "the assistant is on cuda:1 and the model on cpu"
+    assert speculation.why_not_drafts(prompt, request, model) is None
 
 
 def test_a_drafting_step_never_waits_for_the_device(monkeypatch):

@@ -5,16 +5,18 @@ import gc
 import pickle
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from engines import CONFIG, both, captured, model, ragged, repeating  # noqa: F401 (fixtures)
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptneo_fast
 from gptneo_fast import backends, engine, ops
 from gptneo_fast.demo import FOLDER
-from gptneo_fast.engine import memory, mixin, runner
+from gptneo_fast.engine import capturing, memory, mixin, runner
 from gptneo_fast.errors import InputError, NonFiniteLogitsError, OutOfMemoryError
 from gptneo_fast.generation import text
 from gptneo_fast.sampling import FINISHED, STATUS
@@ -40,6 +42,14 @@ def test_greedy_tokens_are_those_of_the_stepwise_path(model, monkeypatch, rows, 
 def test_options_mean_the_same_on_the_device(model, monkeypatch, options):
     stepwise, fast = both(model, monkeypatch, **ragged(), max_new_tokens=40, **options)
     assert torch.equal(stepwise, fast)
+
+
+def test_a_token_is_penalised_however_often_the_prompt_has_it(model, monkeypatch):
+    ids = torch.full((1, 259), 5)
+    ids[0, 256:] = torch.tensor([6, 7, 8])
+    with torch.no_grad():
+        model.transformer.wte.weight[5] *= 3  # likely, were it not for the penalty
+    assert torch.equal(*both(model, monkeypatch, input_ids=ids, max_new_tokens=20, repetition_penalty=5.0))
 
 
 def test_a_rows_text_depends_neither_on_its_mates_nor_on_how_often_the_host_looks(model, captured, monkeypatch):
@@ -219,13 +229,81 @@ def test_bad_requests_fail_before_anything_is_launched(model, captured):
     assert not model.idle_runners.runners
 
 
-def test_a_step_that_cannot_be_captured_is_launched_anew_with_one_warning():
-    calls = []
-    with pytest.warns(gptneo_fast.GPTNeoFastWarning, match="cannot be captured"):
-        step = runner.capture(lambda: calls.append(1), torch.device("cuda", 99))
-    calls.clear()
-    step.replay()
-    assert isinstance(step, runner.EagerStep) and calls == [1]
+def test_a_step_that_could_not_be_captured_is_said_so(model, monkeypatch, captured):
+    ids = repeating(model)
+    whole = model.generate(ids, max_new_tokens=20)
+    assert model.last_generation == engine.Generation("captured", "every option runs on the device")
+    mixin._drop(model)
+    monkeypatch.setattr(capturing, "capture", lambda step, _: capturing.EagerStep(step, "RuntimeError: no"))
+    for options in ({}, {"prompt_lookup_num_tokens": 3}):
+        model.last_generation = None
+        assert torch.equal(model.generate(ids, max_new_tokens=20, **options), whole)
+        assert model.last_generation == engine.Generation("launched", "the step could not be captured: RuntimeError: no")
+
+
+def test_what_will_be_captured_is_not_said_before_it_was(captured):
+    model = gptneo_fast.load(FOLDER, device="cpu")
+    pieces = model.stream("Once upon", max_new_tokens=3)
+    assert model.last_generation is None
+    next(pieces)
+    assert model.last_generation.path == "captured"
+
+
+def in_turn(generate):
+    """What `generate` gives under inference_mode, ordinarily, under no_grad, and under inference_mode again."""
+    found = []
+    for mode in (torch.inference_mode, nullcontext, torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(generate())
+    return found
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"repetition_penalty": 1.3}, {"prompt_lookup_num_tokens": 3}, {"no_repeat_ngram_size": 9}]
+)
+def test_memory_made_in_one_mode_serves_in_all(model, captured, options):
+    ids = repeating(model)
+    first, *others = in_turn(lambda: model.generate(ids, max_new_tokens=20, **options))
+    assert all(torch.equal(first, other) for other in others)
+    assert len(model.idle_runners.runners) == ("no_repeat_ngram_size" not in options)  # the same memory each time
+
+
+def test_a_text_begun_in_inference_mode_goes_on_outside_of_it(model, captured):
+    whole = model.generate(**ragged(1), max_new_tokens=20)[0, 11:].tolist()
+    with torch.inference_mode():
+        steps = model._captured(*prompt_and_request(model, max_new_tokens=20), None, 4)
+        text = [next(steps).item()]
+    assert text + [step.item() for step in steps] == whole
+
+
+class Transfers(TorchDispatchMode):
+    """Counts the tensors that go to another device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.sent = device, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
+            self.sent += args[0].device.type != self.device and out.device.type == self.device
+        return out
+
+
+def test_tokens_go_to_the_device_once_however_many_there_are(model, captured, monkeypatch):
+    """A prompt on another device than the runner's copies on the host, as on a GPU."""
+    prompt, request = prompt_and_request(model, max_new_tokens=30)
+    run, seen = runner.Runner.run, []
+    monkeypatch.setattr(runner.Runner, "run", lambda self, _, *rest: run(self, ids, *rest))
+    monkeypatch.setattr(model, "_request", lambda *_, **__: request)
+    ids, prompt.ids = prompt.ids, prompt.ids.to("meta")
+    for token in model._captured(prompt, request, None, 4):
+        assert token.device.type == "cpu"
+        seen.append(token.item())
+    assert len(seen) == 30
+    with Transfers("meta") as transfers:
+        out = model._complete(prompt, request.options)
+    assert transfers.sent == 1 and out.device.type == "meta" and out.shape == (1, 41)
 
 
 def test_a_request_that_cannot_fit_names_what_would(model):

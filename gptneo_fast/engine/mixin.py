@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteLogitsError
-from ..generation.loop import Request, broken_message
+from ..generation.loop import Request, broken_message, joined
 from ..generation.session import Prompt
 from ..generation.text import TextGenerationMixin
 from .memory import check_memory
@@ -28,8 +28,9 @@ _REPLAYS, _REPLAYS_STREAMED = 16, 4  # steps between looks at the device
 class Generation:
     """How a model generated last.
 
-    path: "captured" (steps run on the device, the host looks now and then) or "stepwise".
-    why: what asked for the path.
+    path: "captured" (steps are graphs on the device, the host looks now and then), "launched" (the same steps, which could
+        not be captured: their kernels are launched one by one), or "stepwise" (the host draws every token).
+    why: what asked for the path, or stood in the way of a capture.
     """
 
     path: str
@@ -58,8 +59,10 @@ class EngineMixin(TextGenerationMixin):
 
     def _fast_steps(self, prompt: Prompt, request: Request, assistant: Any, streamed: bool) -> Iterator[Tensor] | None:
         why = self._why_stepwise(prompt, request, assistant)
-        self.last_generation = Generation("captured" if why is None else "stepwise", why or "every option runs on the device")
-        return None if why else self._captured(prompt, request, assistant, _REPLAYS_STREAMED if streamed else _REPLAYS)
+        if why is not None:
+            self.last_generation = Generation("stepwise", why)
+            return None
+        return self._captured(prompt, request, assistant, _REPLAYS_STREAMED if streamed else _REPLAYS)
 
     def _why_stepwise(self, prompt: Prompt, request: Request, assistant: Any) -> str | None:
         models: list[Any] = [self, assistant]
@@ -78,7 +81,8 @@ class EngineMixin(TextGenerationMixin):
         return why
 
     def _captured(self, prompt: Prompt, request: Request, assistant: Any, replays: int) -> Iterator[Tensor]:
-        """New tokens [B, 1] int64 of each step; raises for broken rows after the others have ended."""
+        """New tokens [B, 1] int64 of each step, on the host: to send one to the device would mean to wait for the steps that
+        are queued there. Raises for broken rows after the others have ended."""
         model: Any = self
         drawing = Drawing.of(prompt, request, model.config.vocab_size)
         B, P = prompt.ids.shape
@@ -89,17 +93,25 @@ class EngineMixin(TextGenerationMixin):
         columns, broken, drawn = 0, [], torch.zeros(B, dtype=torch.int64)
         try:
             for tokens, status, drawn in runner.run(prompt.ids, prompt.mask, drawing, replays):
+                if not pieces:
+                    self.last_generation = _generation(runner.why_launched)
                 places = torch.arange(columns, columns + tokens.shape[1])
                 columns += tokens.shape[1]
                 broken = broken_rows(status)
-                piece = torch.where(places < drawn[:, None], tokens, pad).to(prompt.ids.device)
+                piece = torch.where(places < drawn[:, None], tokens, pad)
                 pieces.append(piece)
                 yield from piece.split(1, 1)
         finally:
             _give_back(model, runner)
         if broken:
             message = broken_message(broken, [P + int(drawn[i]) for i in broken])
-            raise NonFiniteLogitsError(message, rows=broken, sequences=torch.cat([prompt.ids, *pieces], 1))
+            raise NonFiniteLogitsError(message, rows=broken, sequences=joined(prompt.ids, pieces))
+
+
+def _generation(why_launched: str | None) -> Generation:
+    if why_launched is None:
+        return Generation("captured", "every option runs on the device")
+    return Generation("launched", f"the step could not be captured: {why_launched}")
 
 
 class Idle:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache import KVCache
-from ..errors import warn_once
+from ..cache import KVCache, lasting
 from ..masks import rows_of
 from ..sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
+from . import capturing
+from .capturing import Step, current_stream, event_of, on_stream
 from .plan import Drawing
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # rows that steps are captured for; a batch takes the next one
 AHEAD = 2  # looks that may be under way while the device goes on
-
-_capturing = threading.Lock()
 
 
 class StepCache:
@@ -54,51 +52,23 @@ def step_logits(model: Any, state: Tensor, cache: StepCache) -> Tensor:
     return logits
 
 
-class EagerStep:
-    """In place of a captured step where there is none: the same work, launched anew each time."""
-
-    def __init__(self, step: Callable[[], None]) -> None:
-        self.replay = step
-
-
-def capture(step: Callable[[], None], device: torch.device) -> Any:
-    """A CUDA graph of `step`, which must have no effect when called now; the eager step where it cannot be captured."""
-    if device.type != "cuda":
-        return EagerStep(step)
-    try:
-        with _capturing, torch.cuda.device(device):
-            aside = torch.cuda.Stream(device)
-            aside.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(aside):
-                step()  # compiles and allocates what the first call of a kernel does
-                step()
-                graph = torch.cuda.CUDAGraph()
-                # thread-local: what other threads do meanwhile neither breaks this capture nor is caught by it
-                with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                    step()
-            torch.cuda.current_stream(device).wait_stream(aside)
-            return graph
-    except Exception as error:
-        warn_once(f"the decode step cannot be captured and is launched kernel by kernel: {type(error).__name__}: {error}")
-        return EagerStep(step)
-
-
 @dataclass
 class Look:
     """What the host will know once `event` has happened: columns up to `end`, and the state after them.
 
-    tokens: where they travel with the look, int32 [columns].
+    state, tokens: on the host, where a later look may write over them once this one has been read.
     """
 
     state: Tensor
     end: int
     event: Any
-    tokens: Tensor | None = None
+    tokens: Tensor
 
-
-def on_stream(stream: Any) -> AbstractContextManager[Any]:
-    """Launches go to `stream` and its device, whatever the caller does between two pieces; None for no CUDA."""
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
+    def state_now(self) -> Tensor:
+        """Wait for the event; the state, a copy."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.state.clone()
 
 
 class Runner:
@@ -109,6 +79,7 @@ class Runner:
         rows: B. columns: of prompt and continuation at most.
     """
 
+    @lasting()
     def __init__(self, model: Any, rows: int, columns: int) -> None:
         self.model, self.rows, self.columns, self.device = model, rows, columns, model.device
         device, V = model.device, model.config.vocab_size
@@ -122,9 +93,26 @@ class Runner:
         self.flags = torch.zeros(V, dtype=torch.uint8, device=device)
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self.seen = torch.zeros(0, dtype=torch.uint8, device=device)  # [rows, V] once some request has a penalty
-        self.steps: dict[Any, Any] = {}  # captured, by what sets them apart
+        self._host_state = host_copies(self.state)
+        self._host_out = torch.empty(self.out.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._seen_columns = self._looks = 0
+        self.steps: dict[Any, Step] = {}  # by what sets them apart
+        self.why_launched: str | None = None  # why the steps of the last run were no graphs, if they were none
         self.key: Any = (rows, columns)  # which requests it can serve
         self.idle: Any = None  # on CUDA the event after which nobody uses this memory any more
+        self._home = current_stream(device)  # whose launches may be given this memory when it is freed
+
+    @contextmanager
+    def used_on(self, stream: Any) -> Iterator[None]:
+        """What is launched on `stream` within it comes after all earlier uses of this memory and before all later ones."""
+        if stream is not None and self.idle is not None:
+            stream.wait_event(self.idle)
+        try:
+            yield
+        finally:
+            self.idle = event_of(stream)
+            if stream is not None and stream != self._home:
+                self._home.wait_event(self.idle)
 
     @torch.no_grad()
     def run(self, ids: Tensor, mask: Tensor | None, drawing: Drawing, replays: int) -> Iterator[tuple[Tensor, ...]]:
@@ -138,13 +126,12 @@ class Runner:
             replays: steps between looks at the device.
         """
         B, most = len(ids), drawing.counts[2]
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        stream = current_stream(self.device)
         looks: deque[Look] = deque()
-        try:
+        with self.used_on(stream):
             with on_stream(stream):
-                if stream is not None and self.idle is not None:
-                    stream.wait_event(self.idle)
                 step = self.step_for(drawing)
+                self.why_launched = step.why_launched
                 self.begin(ids, mask, drawing)
                 launched, known = 1, 0  # the first token comes of the prompt
                 looks.append(self._look(launched))
@@ -157,18 +144,13 @@ class Runner:
                         launched += n
                         looks.append(self._look(launched))
                 look = looks.popleft()
-                if look.event is not None:
-                    look.event.synchronize()
-                status, drawn = look.state[STATUS, :B], look.state[COUNT, :B]
+                state = look.state_now()
+                status, drawn = state[STATUS, :B], state[COUNT, :B]
                 end = min(look.end, int(drawn.max()))  # past it every row has finished
-                yield self._host_out[known:end, :B].t().long(), status, drawn
+                yield look.tokens[known:end, :B].t().long(), status, drawn
                 known = end
                 if bool((status != 0).all()):
                     return
-        finally:
-            if stream is not None:
-                self.idle = torch.cuda.Event()
-                self.idle.record(stream)
 
     def begin(self, ids: Tensor, mask: Tensor | None, drawing: Drawing) -> None:
         """Read the prompts into the cache, set the state, draw the first tokens."""
@@ -180,7 +162,7 @@ class Runner:
         if drawing.penalty:
             held = torch.ones_like(ids) if mask is None else (mask != 0).long()
             self.seen.zero_()
-            self.seen[:B].scatter_add_(1, ids, held.to(self.seen.dtype)).clamp_(max=1)
+            self.seen[:B].scatter_reduce_(1, ids, held.to(self.seen.dtype), "amax")  # a sum of 256 would be none
         fresh = self.cache.rows(B)
         positions = None if mask is None else ((mask != 0).long().cumsum(1) - 1).clamp(min=0)
         if positions is None:
@@ -194,21 +176,14 @@ class Runner:
         whole = logits.new_zeros(self.rows, logits.shape[-1])
         whole[:B] = logits[:, -1]
         self._draw(whole, drawing.method, drawing.penalty)
-        pinned = self.device.type == "cuda"
-        self._host_out = torch.empty(self.out.shape, dtype=torch.int32, pin_memory=pinned)
         self._seen_columns = 0
 
     def _look(self, end: int) -> Look:
         """Send what is new on its way to the host."""
-        cuda = self.device.type == "cuda"
-        state = torch.empty(self.state.shape, dtype=self.state.dtype, pin_memory=cuda).copy_(self.state, non_blocking=cuda)
-        begin, self._seen_columns = self._seen_columns, end
-        self._host_out[begin:end].copy_(self.out[begin:end], non_blocking=cuda)
-        event = None
-        if cuda:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.device))
-        return Look(state, end, event)
+        state = self._host_state[self._looks % AHEAD].copy_(self.state, non_blocking=True)
+        begin, self._seen_columns, self._looks = self._seen_columns, end, self._looks + 1
+        self._host_out[begin:end].copy_(self.out[begin:end], non_blocking=True)
+        return Look(state, end, event_of(current_stream(self.device)), self._host_out)
 
     def draw_next(self, method: int, penalty: bool = False) -> None:
         """One step: run every row's newest token, draw the next one."""
@@ -221,11 +196,15 @@ class Runner:
             logits, self.rates, self.counts, self.flags, self.seeds, seen, self.state, self.out.t(), self.lengths, method
         )
 
-    def step_for(self, drawing: Drawing) -> Any:
-        """The captured step for a way of drawing, captured now if it is the first of its kind."""
+    def step_for(self, drawing: Drawing) -> Step:
+        """The step for a way of drawing, captured now if it is the first of its kind; call its `replay()`.
+
+        Its `why_launched` is None for a CUDA graph; else it says why the kernels of the step are launched one by one.
+        """
         kind = (drawing.method, drawing.penalty)
         if drawing.penalty and not len(self.seen):
-            self.seen = torch.zeros(self.rows, len(self.flags), dtype=torch.uint8, device=self.device)
+            with lasting():
+                self.seen = torch.zeros(self.rows, len(self.flags), dtype=torch.uint8, device=self.device)
         if kind not in self.steps:
 
             def step() -> None:
@@ -233,13 +212,18 @@ class Runner:
 
             self.state[STATUS] = FINISHED
             self.lengths.zero_()
-            self.steps[kind] = capture(step, self.device)
+            self.steps[kind] = capturing.capture(step, self.device)
         return self.steps[kind]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the cache and of what else lies at fixed addresses, without what captured steps allocate."""
         return self.cache.nbytes + sum(t.numel() * t.element_size() for t in (self.out, self.seen, self.flags))
+
+
+def host_copies(x: Tensor) -> list[Tensor]:
+    """Memory on the host for as many copies of x as may be under way."""
+    return [torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda") for _ in range(AHEAD)]
 
 
 def broken_rows(status: Tensor) -> list[int]:

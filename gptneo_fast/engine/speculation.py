@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache import SLACK
+from ..cache import SLACK, lasting
 from ..generation.loop import Request
 from ..generation.session import Prompt
 from ..sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
+from . import capturing
+from .capturing import Step, current_stream, event_of, on_stream
 from .plan import Drawing
-from .runner import AHEAD, Look, Runner, StepCache, capture, on_stream
+from .runner import AHEAD, Look, Runner, StepCache, host_copies
 
 Guess = Callable[[], tuple[Tensor, Tensor]]  # int64 [n] tokens after the newest one, and how many of them are guesses
 
@@ -35,9 +38,10 @@ class Speculation:
         key: which requests it can serve.
     """
 
+    @lasting()
     def __init__(self, runner: Runner, n: int, assistant: Runner | None = None, longest: int = 2, key: Any = None) -> None:
         device, columns = runner.device, runner.columns
-        self.key, self.steps = key, dict[int, Any]()
+        self.key, self.steps = key, dict[int, Step]()
         self.runner, self.n, self.assistant, self.longest = runner, n, assistant, longest
         self.text = torch.zeros(columns + n + 1, dtype=torch.int64, device=device)
         self.length = torch.zeros(1, dtype=torch.int64, device=device)  # of the text, the newest token included
@@ -47,6 +51,8 @@ class Speculation:
         self._beside = torch.zeros(n + 1, columns + n + 1, dtype=torch.int32, device=device)  # what `sample` also writes
         self._lengths = torch.zeros(n + 1, dtype=torch.int32, device=device)
         self.view = StepCache(runner.cache, runner.lengths)
+        self._host_state, self._host_out, self._looks = host_copies(runner.state), host_copies(self.out), 0
+        self.why_launched: str | None = None  # as a runner's
 
     @property
     def nbytes(self) -> int:
@@ -122,22 +128,18 @@ class Speculation:
     @torch.no_grad()
     def run(self, ids: Tensor, mask: Tensor | None, drawing: Drawing, replays: int = 1) -> Iterator[tuple[Tensor, ...]]:
         """As `Runner.run`, for one row; a look after every draft, which is as many tokens as `replays` may be."""
+        stream = current_stream(self.runner.device)
+        beside = nullcontext() if self.assistant is None else self.assistant.used_on(stream)
+        with self.runner.used_on(stream), beside:
+            yield from self._run(ids, mask, drawing, stream)
+
+    def _run(self, ids: Tensor, mask: Tensor | None, drawing: Drawing, stream: Any) -> Iterator[tuple[Tensor, ...]]:
         r, most = self.runner, drawing.counts[2]
-        stream = torch.cuda.current_stream(r.device) if r.device.type == "cuda" else None
-        start = 0 if mask is None else int((mask[0] != 0).long().argmax())
         looks: deque[Look] = deque()
         with on_stream(stream):
-            step = self._step_for(drawing.method)
-            single = r.step_for(drawing)
-            for each in (r, self.assistant):
-                if each is not None:
-                    each.begin(ids, mask, drawing)
-            P = ids.shape[1] - start
-            self.text.zero_()
-            self.text[:P].copy_(ids[0, start:])
-            self.text[P] = r.state[TOKEN, 0]
-            self.length.fill_(P + 1)
-            self.out[:1].copy_(r.out[0, :1])
+            step, single = self._step_for(drawing.method), r.step_for(drawing)
+            self.why_launched = step.why_launched or single.why_launched
+            self._begin(ids, mask, drawing)
             looks.append(self._look())
         known = bound = 1  # tokens drawn that the host knows of, and at most
         sent = 0
@@ -156,19 +158,30 @@ class Speculation:
                         bound += 1
                     looks.append(self._look())
             look = looks.popleft()
-            if look.event is not None:
-                look.event.synchronize()
-            known = int(look.state[COUNT, 0])
+            state = look.state_now()
+            known = int(state[COUNT, 0])
             if not looks:
                 bound = known
-            assert look.tokens is not None
-            yield look.tokens[None, sent:known].long(), look.state[STATUS], look.state[COUNT]
+            yield look.tokens[None, sent:known].long(), state[STATUS], state[COUNT]
             sent = known
-            if int(look.state[STATUS, 0]) != 0 or known >= most:
+            if int(state[STATUS, 0]) != 0 or known >= most:
                 return
 
-    def _step_for(self, method: int) -> Any:
-        """The captured step for a way of drawing, captured now if it is the first of its kind."""
+    def _begin(self, ids: Tensor, mask: Tensor | None, drawing: Drawing) -> None:
+        """Read the prompt [1, P], draw the first token, put both where guesses are looked up."""
+        start = 0 if mask is None else int((mask[0] != 0).long().argmax())
+        for each in (self.runner, self.assistant):
+            if each is not None:
+                each.begin(ids, mask, drawing)
+        P = ids.shape[1] - start
+        self.text.zero_()
+        self.text[:P].copy_(ids[0, start:])
+        self.text[P] = self.runner.state[TOKEN, 0]
+        self.length.fill_(P + 1)
+        self.out[:1].copy_(self.runner.out[0, :1])
+
+    def _step_for(self, method: int) -> Step:
+        """The step for a way of drawing, captured now if it is the first of its kind."""
         r = self.runner
         if method not in self.steps:
             for each in (r, self.assistant):
@@ -177,17 +190,16 @@ class Speculation:
                     each.state[STATUS] = FINISHED
                     each.lengths.zero_()
             self.length.fill_(self.longest + 1)
-            self.steps[method] = capture(lambda: self.step(method), r.device)
+            self.steps[method] = capturing.capture(lambda: self.step(method), r.device)
         return self.steps[method]
 
     def _look(self) -> Look:
-        r, cuda = self.runner, self.runner.device.type == "cuda"
-        both = [torch.empty(t.shape, dtype=t.dtype, pin_memory=cuda).copy_(t, non_blocking=cuda) for t in (r.state, self.out)]
-        event = None
-        if cuda:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(r.device))
-        return Look(both[0], 0, event, both[1])
+        """Send what is new on its way to the host."""
+        r, turn = self.runner, self._looks % AHEAD
+        self._looks += 1
+        state = self._host_state[turn].copy_(r.state, non_blocking=True)
+        tokens = self._host_out[turn].copy_(self.out, non_blocking=True)
+        return Look(state, 0, event_of(current_stream(r.device)), tokens)
 
 
 def draft_length(request: Request, assistant: Any) -> int:
@@ -208,6 +220,8 @@ def why_not_drafts(prompt: Prompt, request: Request, assistant: Any) -> str | No
         return "repetition_penalty with drafts runs on the host"
     if assistant is None:
         return None
+    if assistant.device != prompt.ids.device:
+        return f"the assistant is on {assistant.device} and the model on {prompt.ids.device}"
     if request.total > assistant.config.max_position_embeddings:
         return f"{request.total} tokens exceed the assistant's {assistant.config.max_position_embeddings} positions"
     return None

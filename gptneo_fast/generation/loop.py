@@ -115,3 +115,9 @@ def broken_message(rows: list[int], columns: list[int]) -> str:
         f"logits of row {', '.join(map(str, rows))} were NaN or infinite after {', '.join(map(str, columns))} "
         "tokens; try dtype=torch.float32, or remove_invalid_values=True to go on regardless"
     )
+
+
+def joined(ids: Tensor, new: list[Tensor]) -> Tensor:
+    """Prompts [B, P] and the pieces [B, n] that follow them, which may be on the host: sent to the device together."""
+    tail = [torch.cat(new, 1).to(ids.device)] if new else []
+    return torch.cat([ids, *tail], 1)

@@ -15,7 +15,7 @@ from ..outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from .assisted import Assistant, Drafter, PromptLookup, assisted
 from .beams import beam_search
 from .config import OFF, GenerationConfig, total_length
-from .loop import Record, Request, sample
+from .loop import Record, Request, joined, sample
 from .processors import Context, processors_of
 from .session import Prompt, Session, padding_of
 from .stopping import criteria_of
@@ -127,7 +127,7 @@ class GenerationMixin:
             return self._give_beams(self._session(prompt, request), prompt.ids, request)
         steps, session = self._steps(prompt, request, assistant, streamed=streamer is not None)
         new = list(steps if streamer is None else _stream(prompt.ids, steps, streamer))
-        return self._give_texts(torch.cat([prompt.ids, *new], 1), session, request)
+        return self._give_texts(joined(prompt.ids, new), session, request)
 
     def compute_transition_scores(
         self, sequences: Tensor, scores: Sequence[Tensor], beam_indices: Tensor | None = None, normalize_logits: bool = False
@@ -206,7 +206,8 @@ class GenerationMixin:
     def _steps(
         self, prompt: Prompt, request: Request, assistant: Any = None, streamed: bool = False
     ) -> tuple[Iterator[Tensor], Session | None]:
-        """New tokens [B, n] as they are found, by the strategy that the options ask for, and the session that finds them."""
+        """New tokens [B, n] as they are found, on the device or on the host, by the strategy that the options ask for, and the
+        session that finds them."""
         fast = self._fast_steps(prompt, request, assistant, streamed)
         if fast is not None:
             return fast, None
