@@ -38,6 +38,32 @@ def test_lanes_chains_and_blocks_may_be_cut_anywhere(rows, K, N, dtype):
     assert not over_budget("linear_add", cpu.linear_add, Sample("residual", (x, w, b, residual)).to(dtype))
 
 
+def one_large(*shape):
+    """Ones after a 2^24 beside which float32 loses every 1 that is added: in a lane alone those that are of that lane."""
+    x = torch.ones(*shape)
+    x[..., 0] = 2**24
+    return x, (shape[-1] - 1) // 16 + 2  # the 1s that may be lost: the lane's, and two in adding up the lanes
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("K", [15, 31, 63, 100, 127])
+def test_the_end_of_a_row_is_multiplied_in_the_lanes(rows, K):
+    x, lost = one_large(1, rows, K)
+    out = cpu.linear_add(x, torch.ones(5, K), torch.zeros(5), torch.zeros(1, rows, 5)).double()
+    assert (out - (2**24 + K - 1)).abs().max() <= lost
+
+
+@pytest.mark.parametrize("K", [15, 31, 47])
+def test_the_end_of_a_row_is_normalised_in_the_lanes(K):
+    x, lost = one_large(1, 1, K)
+    one, zero = torch.ones(K), torch.zeros(K)
+    exact = reference.layer_norm(x.double(), one.double(), zero.double(), EPS)
+    out = cpu.norm_linear(x, one, zero, torch.eye(K), zero, EPS, False)
+    error = (out - exact)[..., 1:].abs().max()
+    rounding = 4 * torch.finfo(torch.float32).eps * exact[..., 1:].abs().max()  # of the difference, the scale, the product
+    assert error <= lost / K / x.double().std(correction=0) + rounding
+
+
 def test_more_rows_and_other_dtypes_take_the_reference(monkeypatch):
     monkeypatch.setattr(cpu, "_linear", None)
     for rows, dtype in ((5, torch.float32), (1, torch.float16), (1, torch.float64)):
