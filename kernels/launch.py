@@ -5,10 +5,10 @@ Launchers call these through the module (`launch.run`), so that a test may count
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ def multiprocessors(like: Tensor) -> int:
     return _multiprocessors(like.device) if like.is_cuda else _SMS_OF_NO_DEVICE
 
 
-@functools.cache
+@cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
