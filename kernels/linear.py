@@ -1,6 +1,7 @@
-"""Products of many rows with a weight: LayerNorm on the way in; bias, gelu_new and residual on the way out.
+"""Products of many rows with a weight; bias, gelu_new and residual on the way out.
 
-One kernel; what it adds to the product are constexprs. Few rows belong to `few`.
+One kernel; what it adds to the product are constexprs. A norm before it is a kernel of its own: within this one every
+column tile would redo the statistics of its rows. Few rows belong to `few`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import few, launch, norms, tiles
-from .skinny import statistics
 
 _GROUP_M = 8  # row tiles that run side by side and share the tiles of the weight in L2
 
@@ -28,9 +28,9 @@ def norm_linear(
 ) -> Tensor:
     """LayerNorm, linear, and with `gelu` gelu_new (Hendrycks and Gimpel 2016, section 2).
 
-    A few rows go as `few` says. Up to `tiles.NORM_LINEAR_ROWS` this is one kernel: each program normalises its rows on the way
-    to the product. For more rows it is two: `layer_norm`, then a product with bias and gelu in its epilogue, which is
-    cuBLASLt's on a GPU and the kernel of this file where that is interpreted.
+    A few rows go as `few` says. More are two kernels: `layer_norm`, then a product with bias and gelu in its epilogue. In 16
+    bits that is cuBLASLt's on a GPU; in float32, where the library may take TF32 or an approximate gelu, and where kernels
+    are interpreted it is the kernel of this file.
 
     Args:
         x: [..., C]. norm_weight, norm_bias: [C].
@@ -54,11 +54,8 @@ def norm_linear(
             "norm_linear", rows, (weight,), y.view(-1, F), norm=(norm_weight, norm_bias), eps=eps, bias=bias, gelu=gelu
         )
         return y
-    if rows.shape[0] <= tiles.NORM_LINEAR_ROWS:
-        _multiply(rows, (weight,), (y,), bias=bias, gelu=gelu, norm=(norm_weight, norm_bias, eps))
-        return y
     rows = norms.layer_norm(rows, norm_weight, norm_bias, eps)
-    if launch.INTERPRETED:
+    if launch.INTERPRETED or rows.dtype == torch.float32:
         _multiply(rows, (weight,), (y,), bias=bias, gelu=gelu)
     else:
         _multiply_by_library(rows, weight, bias, gelu, y.view(-1, F))
@@ -68,7 +65,7 @@ def norm_linear(
 def norm_qkv(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm and the three projections, which have no bias, in one launch up to `tiles.NORM_LINEAR_ROWS` rows, else two.
+    """LayerNorm and the three projections, which have no bias, in two launches.
 
     The weights stay three parameters: a program picks one by its number.
 
@@ -87,10 +84,7 @@ def norm_qkv(
     launch.expect("norm_qkv", like=x, **{name: (w, (wq.shape[0], C)) for name, w in (("wq", wq), ("wk", wk), ("wv", wv))})
     rows = launch.as_rows(x)
     q, k, v = (launch.empty((*x.shape[:-1], wq.shape[0]), x) for _ in range(3))
-    if rows.shape[0] <= tiles.NORM_LINEAR_ROWS:
-        _multiply(rows, (wq, wk, wv), (q, k, v), norm=(norm_weight, norm_bias, eps))
-    else:
-        _multiply(norms.layer_norm(rows, norm_weight, norm_bias, eps), (wq, wk, wv), (q, k, v))
+    _multiply(norms.layer_norm(rows, norm_weight, norm_bias, eps), (wq, wk, wv), (q, k, v))
     return q, k, v
 
 
@@ -127,20 +121,18 @@ def _multiply(
     bias: Tensor | None = None,
     gelu: bool = False,
     residual: Tensor | None = None,
-    norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> None:
     """Launch the kernel. rows: contiguous [M, K]; weights: one or three of [N, K]; results: as many, contiguous [M, N]."""
     (M, K), N = rows.shape, weights[0].shape[0]
-    tile = tiles.linear(rows.dtype, M, N * len(weights), launch.multiprocessors(rows), norm is not None)
+    tile = tiles.linear(rows.dtype, M, N * len(weights), launch.multiprocessors(rows))
     programs = launch.blocks(M, tile.M) * launch.blocks(N, tile.N) * len(weights)
     weights = tuple(w.contiguous() for w in weights)  # as parameters are
     w, y = (t if len(t) == 3 else t * 3 for t in (weights, results))
-    gamma, beta, eps = norm or (rows, rows, 0.0)
     others = (rows if bias is None else bias, rows if residual is None else residual)
     launch.run(
         _linear_kernel, programs, rows,
-        rows, gamma, beta, *w, *others, *y, M, N, K, eps,
-        WEIGHTS=len(weights), NORM=norm is not None, BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None,
+        rows, *w, *others, *y, M, N, K,
+        WEIGHTS=len(weights), BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None,
         EVEN_K=K % tile.K == 0, GROUP_M=_GROUP_M, **tile.meta,
     )  # fmt: skip
 
@@ -156,9 +148,9 @@ def _multiply_by_library(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool,
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
-    x_ptr, gamma_ptr, beta_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, residual_ptr, y0_ptr, y1_ptr, y2_ptr,
-    M, N, K, eps,
-    WEIGHTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, bias_ptr, residual_ptr, y0_ptr, y1_ptr, y2_ptr,
+    M, N, K,
+    WEIGHTS: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -183,11 +175,6 @@ def _linear_kernel(
     x_ptrs = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * K + offs_k[None, :]  # [M, K]
     w_ptrs = w_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * K + offs_k[None, :]  # [N, K]
 
-    base = tl.zeros([BLOCK_M], tl.float32)
-    mean, rstd = base, base
-    if NORM:
-        base, mean, rstd = statistics(x_ptr, tl.minimum(offs_m, M - 1).to(tl.int64), offs_m >= 0, K, eps, BLOCK_K)
-
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -195,12 +182,6 @@ def _linear_kernel(
         else:
             held = offs_k[None, :] < K - k
             x, w = tl.load(x_ptrs + k, mask=held, other=0.0), tl.load(w_ptrs + k, mask=held, other=0.0)
-        if NORM:
-            held_k = offs_k < K - k
-            gamma = tl.load(gamma_ptr + k + offs_k, mask=held_k, other=0.0).to(tl.float32)
-            beta = tl.load(beta_ptr + k + offs_k, mask=held_k, other=0.0).to(tl.float32)
-            normal = ((x.to(tl.float32) - base[:, None]) - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
-            x = normal.to(w.dtype)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
 
     rows_at = offs_m.to(tl.int64)[:, None] * N

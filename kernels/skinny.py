@@ -1,8 +1,8 @@
 """A few rows times weights on tensor cores: the weights are the M operand of the dot and the rows its N, from 8 up.
 
 A program owns BM rows of a weight and a share of K. SK slices of a tile are a batch of dots side by side, a warp each, so
-that 16 rows of a weight keep four warps busy. Where that leaves SMs idle, K is dealt out to `splits` programs, and the last
-to arrive adds up their parts, in the order of the splits.
+that 16 rows of a weight keep four warps busy; one slice is a dot of two axes, which all warps share. Where that leaves SMs
+idle, K is dealt out to `splits` programs, and the last to arrive adds up their parts, in the order of the splits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ MOST_ROWS = 64
 
 
 class Tile(NamedTuple):
-    """Weight rows of a program, slices of a tile and K of a slice, programs that share K, warps, pipeline stages."""
+    """Weight rows of a program, slices of a tile and K of a slice, programs that share K, warps, pipeline stages.
+
+    ahead: tiles, a power of two, that are asked for before the rows are normalised or waited for. Two in each of an SM's
+    programs are what its share of the bandwidth brings meanwhile; the rows would queue behind more.
+    """
 
     BM: int
     SK: int
@@ -31,6 +35,7 @@ class Tile(NamedTuple):
     splits: int
     warps: int
     stages: int
+    ahead: int = 2
 
 
 # (kernel, K) in 16 bits, up to NORM_ROWS rows. No spills, weights 128 bits at a time. Not yet timed.
@@ -39,12 +44,12 @@ TILES = {
     ("norm_linear", 768): Tile(16, 4, 64, 1, 4, 3),
     ("linear_add", 768): Tile(16, 2, 32, 4, 2, 3),
     ("linear_add", 3072): Tile(16, 2, 64, 8, 2, 3),
-    ("qkv", 2048): Tile(16, 4, 64, 1, 4, 4),
-    ("norm_linear", 2048): Tile(16, 4, 64, 1, 4, 4),
+    ("qkv", 2048): Tile(16, 4, 64, 1, 4, 3),
+    ("norm_linear", 2048): Tile(16, 4, 64, 1, 4, 3),
     ("linear_add", 2048): Tile(16, 4, 64, 2, 4, 4),
     ("linear_add", 8192): Tile(16, 4, 64, 4, 4, 4),
-    ("qkv", 2560): Tile(16, 4, 64, 1, 4, 4),
-    ("norm_linear", 2560): Tile(16, 4, 64, 1, 4, 4),
+    ("qkv", 2560): Tile(16, 4, 64, 1, 4, 3),
+    ("norm_linear", 2560): Tile(16, 4, 64, 1, 4, 3),
     ("linear_add", 2560): Tile(16, 2, 64, 4, 2, 4),
     ("linear_add", 10240): Tile(16, 4, 64, 4, 4, 4),
 }
@@ -68,18 +73,20 @@ def tile(kernel: str, M: int, N: int, K: int, itemsize: int, sms: int) -> Tile:
 
 
 @triton.jit
-def statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
+def _statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
     """LayerNorm's of rows [m] of K elements: (base, mean - base, 1 / sqrt(variance + eps)).
 
     Chan's merge of chunks, two passes in each; about the mean of the first chunk, so that the merges round small numbers.
+    A chunk is asked for while the one before it is summed up.
     """
     offs_k = tl.arange(0, BK)
-    x = tl.load(x_ptr + rows[:, None] * K + offs_k[None], mask=mask[:, None] & (offs_k < K)[None], other=0).to(tl.float32)
-    base = tl.sum(x, 1) / tl.minimum(K, BK)
+    x_ptrs, mask = x_ptr + rows[:, None] * K + offs_k[None], mask[:, None]
+    later = tl.load(x_ptrs, mask=mask & (offs_k < K)[None], other=0)
+    base = tl.sum(later.to(tl.float32), 1) / tl.minimum(K, BK)
     mean, squares = tl.zeros([rows.shape[0]], tl.float32), tl.zeros([rows.shape[0]], tl.float32)
     for k in range(0, K, BK):
-        held = (offs_k < K - k)[None]
-        x = tl.load(x_ptr + rows[:, None] * K + k + offs_k[None], mask=mask[:, None] & held, other=0).to(tl.float32)
+        held, x = (offs_k < K - k)[None], later.to(tl.float32)
+        later = tl.load(x_ptrs + k + BK, mask=mask & (offs_k < K - k - BK)[None], other=0)
         x = tl.where(held, x - base[:, None], 0.0)
         count = tl.minimum(K - k, BK).to(tl.float32)
         centre = tl.sum(x, 1) / count
@@ -103,7 +110,7 @@ def skinny(
     x_ptr, gamma_ptr, beta_ptr, w_ptr, wk_ptr, wv_ptr, bias_ptr, residual_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
     lengths_ptr, starts_ptr, part_ptr, ticket_ptr, M, N, K, tiles_m, tiles_n, splits, share, eps, stride_kb, stride_kh,
     stride_kr, stride_vb, stride_vh, stride_vr, stride_om, T, R, D, GELU: tl.constexpr, NB: tl.constexpr, BM: tl.constexpr,
-    SK: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    SK: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = [residual +] [gelu](norm(x) @ w.T [+ bias]) for rows x [M, K]; w: [N, K]; a share of K is `share` columns.
 
@@ -124,36 +131,44 @@ def skinny(
     first_n = tl.minimum(offs_n, N - 1).to(tl.int64) * K  # rows past the end repeat the last one: loads need no mask
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    if AHEAD > 0 and (PDL or gamma_ptr is not None):
         LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-        ahead = tl.minimum(begin + tl.arange(0, 2 * SK * BK // LINE) * LINE, end - 1)  # two tiles
+        ahead = tl.minimum(begin + tl.arange(0, AHEAD * SK * BK // LINE) * LINE, end - 1)
         _prefetch(w_ptr + first_n[:, None] + ahead[None])
+    if PDL:
         tl.extra.cuda.gdc_wait()
     rows = pid_m * NB + tl.arange(0, NB)
-    mask_m = rows < M
+    mask_m = (rows < M)[:, None]  # [NB, 1]
     offs_m = rows.to(tl.int64)
-    base, mean, scale = tl.zeros([NB], tl.float32), tl.zeros([NB], tl.float32), tl.zeros([NB], tl.float32)
     if gamma_ptr is not None:
-        base, mean, scale = statistics(x_ptr, offs_m, mask_m, K, eps, SK * BK)
+        CHUNK: tl.constexpr = 4096 // NB  # 32 numbers a thread of four warps
+        base, mean, scale = _statistics(x_ptr, offs_m, rows < M, K, eps, CHUNK)
+        base, mean, scale = base[:, None], mean[:, None], scale[:, None]
 
-    offs_k = tl.arange(0, SK)[:, None] * BK + tl.arange(0, BK)[None]  # [SK, BK]
-    x_ptrs = x_ptr + offs_m[None, :, None] * K + offs_k[:, None, :]  # [SK, NB, BK]
-    w_ptrs = w_ptr + first_n[None, :, None] + offs_k[:, None, :]  # [SK, BM, BK]
-    acc = tl.zeros([SK, BM, NB], tl.float32)
+    if SK == 1:  # a batch of one dot would be one warp's work, four times over (triton 3.6)
+        offs_k = tl.arange(0, BK)
+        acc = tl.zeros([BM, NB], tl.float32)
+    else:
+        offs_k = tl.arange(0, SK)[:, None] * BK + tl.arange(0, BK)[None]  # [SK, BK]
+        acc = tl.zeros([SK, BM, NB], tl.float32)
+    x_ptrs = x_ptr + offs_m[:, None] * K + tl.expand_dims(offs_k, -2)  # [SK, NB, BK], or without the first axis
+    w_ptrs = w_ptr + first_n[:, None] + tl.expand_dims(offs_k, -2)  # [SK, BM, BK]
     for k in range(begin, end, SK * BK):
-        held = (offs_k < end - k)[:, None, :]
-        mask_x = mask_m[None, :, None] if EVEN_K else mask_m[None, :, None] & held
-        x = tl.load(x_ptrs + k, mask=mask_x, other=0)
+        held = tl.expand_dims(offs_k < end - k, -2)
         if EVEN_K:
             w = tl.load(w_ptrs + k, eviction_policy="evict_first")
         else:
             w = tl.load(w_ptrs + k, mask=held, other=0, eviction_policy="evict_first")
+        x = tl.load(x_ptrs + k, mask=mask_m if EVEN_K else mask_m & held, other=0)
         if gamma_ptr is not None:
-            gamma = tl.load(gamma_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32)[:, None, :]
-            beta = tl.load(beta_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32)[:, None, :]
-            x = x.to(tl.float32) - base[None, :, None] - mean[None, :, None]
-            x = (x * scale[None, :, None] * gamma + beta).to(w.dtype)
-        acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
-    total = tl.sum(acc, 0)  # [BM, NB]
+            gamma = tl.expand_dims(tl.load(gamma_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32), -2)
+            beta = tl.expand_dims(tl.load(beta_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32), -2)
+            x = ((x.to(tl.float32) - base - mean) * scale * gamma + beta).to(w.dtype)
+        if SK == 1:
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+    total = acc if SK == 1 else tl.sum(acc, 0)  # [BM, NB]
 
     mine = True
     if splits > 1:
@@ -192,6 +207,6 @@ def run(
         skinny, groups * t.splits, x,
         x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), parts, tickets(groups, x.device), M, N, K, tiles_m,
         tiles_n, t.splits, share, eps, *Cache.strides(cache), out.stride(0), *Cache.sizes(cache), GELU=gelu,
-        NB=NB, BM=t.BM, SK=t.SK, BK=t.BK, EVEN_K=K % (t.splits * t.SK * t.BK) == 0,
+        NB=NB, BM=t.BM, SK=t.SK, BK=t.BK, AHEAD=0 if launch.INTERPRETED else t.ahead, EVEN_K=K % (t.splits * t.SK * t.BK) == 0,
         num_warps=t.warps, num_stages=t.stages, **launch.chained(kernel, x),
     )  # fmt: skip

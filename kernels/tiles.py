@@ -37,14 +37,6 @@ _LINEAR = {
     2: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
     4: (Tile(128, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(32, 64, 16, 4, 2)),
 }
-# The same with rows normalised on the way to the product, from registers.
-_NORM_LINEAR = {
-    2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
-    4: (Tile(64, 64, 16, 8, 2), Tile(32, 64, 16, 4, 2)),
-}
-# Rows up to which normalising belongs into the product's kernel. Beyond, every column tile would redo the statistics of its
-# rows, and a kernel of its own is one launch more and K reads fewer. Not measured yet.
-NORM_LINEAR_ROWS = 128
 # Queries and keys of a block by (bytes of the dtype, padded head dim); K stands for nothing here.
 _ATTENTION = {
     (2, 16): Tile(64, 64, 0, 4, 3),
@@ -62,12 +54,12 @@ MOST_HEAD_DIM = 256
 
 
 @cache
-def linear(dtype: torch.dtype, M: int, N: int, multiprocessors: int, norm: bool) -> Tile:
+def linear(dtype: torch.dtype, M: int, N: int, multiprocessors: int) -> Tile:
     """The tile for M rows and N columns (of all the weights that one launch multiplies with).
 
     From the largest tile, which reads least per product, to a smaller one where that takes work off the busiest SM.
     """
-    best, *smaller = (_NORM_LINEAR if norm else _LINEAR)[dtype.itemsize]
+    best, *smaller = _LINEAR[dtype.itemsize]
     for tile in smaller:
         if _busiest(tile, M, N, multiprocessors) <= _WORTH_IT * _busiest(best, M, N, multiprocessors):
             best = tile

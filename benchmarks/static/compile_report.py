@@ -85,6 +85,9 @@ class Row:
         on_tensor_cores = self.op in MATMUL_OPS and any("prefill" in phase for phase in self.launches) and self.tiles_a_dot()
         if on_tensor_cores and (self.sm, self.dtype) == (90, "bf16") and self.tensor_cores != "HGMMA":
             found.append(f"tensor cores: {self.tensor_cores or 'none'}, HGMMA is due")
+        shared = self.kernel == "skinny" and self.tiles.get("NB", 0) > 16  # by four warps
+        if shared and self.sm == 90 and self.dtype != "fp32" and self.tensor_cores != "HGMMA":
+            found.append(f"tensor cores: {self.tensor_cores or 'none'} for {self.tiles['NB']} rows, HGMMA is due")
         return found
 
     def tiles_a_dot(self) -> bool:

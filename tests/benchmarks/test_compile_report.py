@@ -197,6 +197,10 @@ def row(**changes):
         ({"tensor_cores": "HMMA", "sm": 80}, None),
         ({"tensor_cores": "", "launches": {"decode 1": ["1"]}}, None),
         ({"tensor_cores": "", "dtype": "fp32"}, None),
+        ({"tensor_cores": "HMMA", "kernel": "skinny", "tiles": {"NB": 32}, "launches": {}}, "HMMA for 32 rows, HGMMA is due"),
+        ({"tensor_cores": "HMMA", "kernel": "skinny", "tiles": {"NB": 64}, "launches": {}, "dtype": "fp16"}, "HGMMA is due"),
+        ({"tensor_cores": "HMMA", "kernel": "skinny", "tiles": {"NB": 16}, "launches": {}}, None),
+        ({"tensor_cores": "", "kernel": "skinny", "tiles": {"NB": 64}, "launches": {}, "dtype": "fp32"}, None),
     ],
 )
 def test_a_row_over_its_budget_says_why(changes, fault):

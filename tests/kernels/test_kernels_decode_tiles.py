@@ -41,6 +41,11 @@ def faults(row):
         found.append(f"{name(row)}: {row['spills']} spills, {row['blocks_per_sm']} blocks fit an SM")
     if row["narrow_weight_loads"]:
         found.append(f"{name(row)}: {row['narrow_weight_loads']} loads of weights are not 128 bits wide")
+    if row["kernel"] == "skinny" and row["norms"] and not row["prefetches"]:
+        found.append(f"{name(row)}: loads activations before it asks for a weight")
+    shared = row["kernel"] == "skinny" and row["rows"] > 16  # a tile, by four warps
+    if shared and row["sm"] == 90 and row["dtype"] != "fp32" and row["tensor_cores"] != "HGMMA":
+        found.append(f"{name(row)}: {row['tensor_cores'] or 'no tensor cores'} for {row['rows']} rows, HGMMA is due")
     if row["kernel"] == "gemv":
         each = -(-row["grid"] // SMS)
         if each * SMS / row["grid"] - 1 > 0.05:
@@ -83,6 +88,10 @@ def test_the_checks_see_what_is_wrong(plain):
         (dict(in_flight=16), "in flight"),
     ]:
         assert words in faults(good | change)[0]
+    skinny = dict(kernel="skinny", rows=16, tensor_cores="HMMA", norms=True, prefetches=1)
+    assert faults(good | skinny) == faults(good | skinny | dict(rows=64, tensor_cores="HGMMA", norms=False, prefetches=0)) == []
+    assert "before it asks for a weight" in faults(good | skinny | dict(prefetches=0))[0]
+    assert "HMMA for 17 rows" in faults(good | skinny | dict(rows=17))[0]
     assert "does not wait" in early_faults(good)[0]  # it was not launched early
     early = good | dict(waits=True, early_in_ptx=False, before_wait=64)
     assert early_faults(early) == []
@@ -101,11 +110,17 @@ def test_kernels_that_start_early_wait_before_they_touch_activations():
     assert [fault for row in rows for fault in faults(row) + early_faults(row)] == []
 
 
+def test_few_rows_ask_for_their_weights_first_and_many_share_a_tile():
+    rows = [row for row in compiled(90, "bf16", "16x1,17x1", "1.3B") if row["kernel"] == "skinny"]
+    assert {(row["rows"], row["norms"]) for row in rows} == {(16, True), (16, False), (32, False)}
+    assert [fault for row in rows for fault in faults(row)] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_every_step_compiles_within_its_budget(sm, dtype):
-    rows = compiled(sm, dtype, "1x1,8x1,64x1,1x16,4x16", "125m,1.3B,2.7B")
+    rows = compiled(sm, dtype, "1x1,8x1,16x1,17x1,64x1,1x16,4x16", "125m,1.3B,2.7B")
     found = [fault for row in rows for fault in faults(row)]
     assert [fault for fault in found if (sm == 90 and dtype != "fp32") or "spills" in fault or "128 bits" in fault] == []
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from gptneo_fast import kernels
-from gptneo_fast.kernels import launch, tiles
+from gptneo_fast.kernels import few, launch, linear, tiles
 from gptneo_fast.ops import reference
 from gptneo_fast.ops.testing import EPS, Sample, over_budget
 from tests.support.interpreting import watched
@@ -98,19 +98,13 @@ def test_kv_append_of_any_shape(monkeypatch, data):
     check("kv_append", (*cache, *new, int32(*(draw(0, 200) for _ in range(B))), starts), torch.float32, monkeypatch, (0, 1))
 
 
-TILES = [
-    (norm, size, tile)
-    for norm in (False, True)
-    for size in (2, 4)
-    for tile in (tiles._NORM_LINEAR if norm else tiles._LINEAR)[size]
-]
+TILES = [(size, tile) for size in (2, 4) for tile in tiles._LINEAR[size]]
 
 
-@pytest.mark.parametrize(("norm", "size", "tile"), TILES, ids=str)
-def test_every_tile_of_the_product_is_right(norm, size, tile, monkeypatch):
+@pytest.mark.parametrize(("size", "tile"), TILES, ids=str)
+def test_every_tile_of_the_product_is_right(size, tile, monkeypatch):
     monkeypatch.setattr(tiles, "linear", lambda *_: tile)
-    monkeypatch.setattr(tiles, "NORM_LINEAR_ROWS", 1000 if norm else 0)
-    dtype, (rows, C, F) = {2: torch.float16, 4: torch.float32}[size], (tile.M + 3, tile.K + 8, tile.N + 9)
+    dtype, (rows, C, F) = {2: torch.float16, 4: torch.float32}[size], (max(tile.M, few.ROWS) + 3, tile.K + 8, tile.N + 9)
     x, gamma, beta = random(1, rows, C), 1 + random(C, scale=0.1), random(C, scale=0.1, seed=1)
     weights = [random(F, C, scale=C**-0.5, seed=i) for i in range(3)]
     check("norm_linear", (x, gamma, beta, weights[0], random(F), EPS, True), dtype, monkeypatch)
@@ -118,12 +112,27 @@ def test_every_tile_of_the_product_is_right(norm, size, tile, monkeypatch):
     check("linear_add", (x, weights[0], random(F), random(1, rows, F, seed=3)), dtype, monkeypatch)
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+def test_float32_stays_with_the_kernel_where_the_library_could_take_it(gelu, monkeypatch):
+    """cuBLASLt obeys the user's TF32 setting, and its gelu may be approximate."""
+    asked = []
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "check", lambda *_, **__: None)  # it wants CUDA tensors now
+    monkeypatch.setattr(linear, "_multiply_by_library", lambda rows, *_: asked.append(rows.dtype))
+    x, gamma, beta = random(few.ROWS + 1, 24), 1 + random(24, scale=0.1), random(24, scale=0.1)
+    sample = Sample("many rows", (x, gamma, beta, random(40, 24, scale=24**-0.5), random(40), EPS, gelu))
+    assert over_budget("norm_linear", kernels.norm_linear, sample.to(torch.float32)) is None
+    assert asked == []
+    sample.to(torch.float16).run(kernels.norm_linear)
+    assert asked == [torch.float16]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("C", [768, 2048, 2560])
 @pytest.mark.parametrize("M", [65, 512, 2048, 16384])
 def test_the_tile_of_a_product_leaves_no_sm_far_more_work_than_another_tile_would(M, C, dtype):
     for N in (C, 3 * C, 4 * C):
-        chosen = tiles.linear(dtype, M, N, 132, norm=False)
+        chosen = tiles.linear(dtype, M, N, 132)
         work = {
             tile: -(-(-(-M // tile.M) * -(-N // tile.N)) // 132) * tile.M * tile.N for tile in tiles._LINEAR[dtype.itemsize]
         }

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.static.counting import Launches
 from gptneo_fast import GPTNeoForCausalLM, errors
-from gptneo_fast.kernels import launch, tiles
+from gptneo_fast.kernels import launch
 from gptneo_fast.ops import backends, ops
 from gptneo_fast.tools import cli
 from tests.support.peers import peers
@@ -276,9 +276,7 @@ def test_autocast_leaves_the_kernels_in_the_dtype_of_the_weights():
 @interpreted
 @pytest.mark.parametrize("rows", ["few", "many"])
 @torch.no_grad()
-def test_a_prefill_launches_at_most_8_kernels_a_layer_and_3(rows, monkeypatch):
-    if rows == "many":  # the split form, whose product is one launch on a GPU as well
-        monkeypatch.setattr(tiles, "NORM_LINEAR_ROWS", 64)
+def test_a_prefill_launches_at_most_8_kernels_a_layer_and_3(rows):
     _, model = on_kernels("GPTNeoModel")
     x = torch.randint(3, 61, (1, 70 if rows == "many" else 9))
     L = model.config.num_layers

@@ -22,6 +22,8 @@ def test_both_halves_run_whatever_becomes_of_the_first(cpu, cuda, code, tmp_path
     python.write_text(PYTHON), compiler.write_text("#!/bin/bash\n")
     python.chmod(0o755), compiler.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CPU": str(cpu), "CUDA": str(cuda)}
-    done = subprocess.run(["bash", REPO / "tests/support/sanitize.sh", python], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", REPO / "tests/support/sanitize.sh", python], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == code, done.stderr
     assert f"the CPU side exited with {cpu}, the CUDA side on the CPU with {cuda}" in done.stdout

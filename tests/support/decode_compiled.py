@@ -58,10 +58,12 @@ def opening(code):
 
     in_flight: bytes of marked (weight) loads a thread before any of them is used. before_wait: the same before it waits for
     the kernel before it; others_before_wait: other accesses of global memory there. used_before_activations: whether a
-    loaded weight is touched before the first load that is none.
+    loaded weight is touched before the first load that is none. prefetches: how often weights are asked for before anything is
+    loaded or waited for.
     """
     wait = next((i for i, (name, _) in enumerate(code) if name.startswith("ACQBULK")), None)
     pending, in_flight, before_wait, others, activations, used = set(), 0, 0, 0, None, None
+    load = next((i for i, (name, _) in enumerate(code) if name.partition(".")[0] in ("LDG", "LDGSTS")), len(code))
     marked = [aot._width(name.split(".")) for name, _ in code if name.startswith("LDG.") and ".EF" in name]
     for i, (name, operands) in enumerate(code):
         parts = name.split(".")
@@ -85,7 +87,7 @@ def opening(code):
         "in_flight": in_flight,
         "before_wait": before_wait,
         "others_before_wait": others,
-        "prefetches": sum(name.startswith("CCTL") for name, _ in code[: wait or 0]),
+        "prefetches": sum(name.startswith("CCTL") for name, _ in code[: load if wait is None else min(load, wait)]),
         "used_before_activations": used is not None and (activations is None or used < activations),
     }
 
@@ -110,6 +112,8 @@ def main(sm, dtype, steps, models, early=""):
                         held = aot.warps_per_sm(int(sm), machine.registers, launch.warps, launch.shared) // launch.warps
                         row = {
                             "model": shape, "step": step, "op": op, "kernel": launch.kernel, "grid": launch.grid[0],
+                            "sm": int(sm), "dtype": dtype, "rows": launch.options.get("NB", 1),
+                            "norms": "gamma_ptr" in launch.arguments, "tensor_cores": machine.tensor_cores,
                             "warps": launch.warps, "registers": machine.registers, "shared": launch.shared,
                             "spills": machine.spills + machine.stack,
                             "blocks_per_sm": held, "weights": weights * DTYPES[dtype].itemsize, **opening(code),
