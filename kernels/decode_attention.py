@@ -2,8 +2,8 @@
 
 The unit of work is a tile of BT queries of one head. Its visible keys are the tokens [lo, hi), at most window + BT - 1 of
 them in a local layer, and are dealt out in splits of SPLIT tokens: a number that knows nothing of the batch, so that a row
-gives the same bits in any company. Lengths come from device memory; programs beyond the last split end at once. Token t
-is read from slot t mod R.
+gives the same bits in any company. Where a window is one split there is nothing to merge, and no ticket. Lengths come from
+device memory; programs beyond the last split end at once. Token t is read from slot t mod R.
 """
 
 from __future__ import annotations
@@ -29,16 +29,37 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(T: int, D: int, itemsize: int) -> Tile:
-    """One query works on CUDA cores with all keys and values of its split in flight; more take the tensor cores."""
+# One query, by (row, bytes of the dtype), for head dims up to 64; wider ones have twice the warps.
+# "shot": a program asks for all its keys and values at once, and is gone. "loop": it asks for two loads ahead, and there
+# are a quarter of the programs and of the parts to merge.
+ONE = {
+    ("shot", 2): Tile(1, 64, 1, 2, 1),
+    ("shot", 4): Tile(1, 32, 2, 2, 1),
+    ("loop", 2): Tile(1, 64, 4, 4, 3),
+    ("loop", 4): Tile(1, 32, 8, 4, 3),
+}
+# Rows of global and of local layers: to be chosen by a sweep on a card. "loop" is predicted to win at batch 64, where the
+# beginnings and ends of 32,768 short programs take 0.9 ms of a step of 1.3B; at batch 1 "shot" spreads a head over more SMs.
+GLOBAL, LOCAL = "shot", "shot"
+# The longest split that a local layer makes of its window so as not to merge; 0: never. At batch 1 it leaves a layer of 16
+# heads 16 programs of 128 KB, predicted to take as long as 64 and their merge; at batch 8 and 64 it saves the merge.
+ONE_SPLIT = 0
+
+
+def tile(T: int, D: int, itemsize: int, window: int) -> Tile:
+    """One query works on CUDA cores; more take the tensor cores. The batch has no say, see above."""
     wide = D > 64
     if T == 1:
-        return Tile(1, 64 if itemsize == 2 else 32, 1 if itemsize == 2 else 2, 4 if wide else 2, 1)
-    if itemsize == 4:
-        return Tile(16, 32, 8, 8 if wide else 4, 1)
-    if T <= 16:
-        return Tile(16, 64, 4, 4, 2)
-    return Tile(64, 64, 8, 8 if wide else 4, 2)
+        found = ONE[LOCAL if window else GLOBAL, itemsize]
+        found = found._replace(warps=found.warps * (2 if wide else 1))
+    elif itemsize == 4:
+        found = Tile(16, 32, 8, 8 if wide else 4, 1)
+    elif T <= 16:
+        found = Tile(16, 64, 4, 4, 2)
+    else:
+        found = Tile(64, 64, 8, 8 if wide else 4, 2)
+    keys = window + found.BT - 1  # the most that a tile sees
+    return found._replace(steps=-(-keys // found.BS)) if window and keys <= ONE_SPLIT else found
 
 
 @triton.jit
@@ -98,8 +119,8 @@ def _merge(part_ptr, stat_ptr, splits, BT: tl.constexpr, BD: tl.constexpr, AT_ON
 def attend(
     q_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, H, T, R, D, window, tiles_t, most,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh, stride_vr,
-    BT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, WHOLE_D: tl.constexpr,
-    AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE_D: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A split of the keys of one tile of queries; grid: B * H * tiles_t tiles of `most` splits."""
     item, split = tl.program_id(0) // most, tl.program_id(0) % most
@@ -134,7 +155,7 @@ def attend(
             offs_d, BT, BD, BS, WHOLE_D,
         )  # fmt: skip
     else:
-        for token in range(lo, tl.minimum(lo + SPLIT, hi), BS):
+        for token in tl.range(lo, tl.minimum(lo + SPLIT, hi), BS, num_stages=STAGES):
             m, total, acc = _absorb(
                 q, m, total, acc, k_ptr, v_ptr, token + tl.arange(0, BS), hi, first + offs_t, window, R, D, stride_kr,
                 stride_vr, offs_d, BT, BD, BS, WHOLE_D,
@@ -178,7 +199,7 @@ def decode_attention(
     launch.check("decode_attention", q, k_cache=k_cache, v_cache=v_cache)
     B, H, T, D = q.shape
     R = k_cache.shape[2]
-    t = tile(T, D, q.element_size())
+    t = tile(T, D, q.element_size(), window)
     out = launch.empty((B, T, H * D), q)
     tiles_t = launch.blocks(T, t.BT)
     tiles = B * H * tiles_t
@@ -190,7 +211,8 @@ def decode_attention(
         attend, tiles * splits, q,
         q, k_cache, v_cache, lengths, starts, out, parts, stats, tickets(tiles, q.device), H, T, R, D, window, tiles_t, splits,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], BT=t.BT, BD=BD, BS=t.BS, STEPS=t.steps,
-        WHOLE_D=BD == D, AT_ONCE=32 if t.BT == 1 else 1, num_warps=t.warps, num_stages=t.stages,
+        STAGES=t.stages, WHOLE_D=BD == D, AT_ONCE=(32 if t.steps < 4 else 8) if t.BT == 1 else 1, num_warps=t.warps,
+        num_stages=t.stages,
         **launch.chained("decode_attention", q),
     )  # fmt: skip
     return out

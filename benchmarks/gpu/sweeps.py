@@ -228,7 +228,7 @@ def _gemvs(shapes: Shapes) -> Iterator[Sweep]:
 def _decode_attentions(shapes: Shapes) -> Iterator[Sweep]:
     """Keys of a load and loads of a split, warps, stages where a split has several loads."""
     for (batch, context), kind in itertools.product(shapes.setting.points[:3], shapes.layers):
-        t = attention.tile(1, shapes.D, 2)
+        t = attention.tile(1, shapes.D, 2, shapes.config.window(shapes.layers[kind]))
         others = [t._replace(BS=BS, steps=n) for BS, n in ((32, 1), (128, 1), (64, 2), (64, 4), (128, 2), (32, 8))]
         others += [t._replace(BS=BS, steps=n, stages=s) for BS, n, s in ((64, 4, 2), (64, 4, 3), (64, 8, 3), (32, 16, 3))]
         others += [t._replace(warps=w) for w in (2, 8)]

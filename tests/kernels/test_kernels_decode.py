@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
 
@@ -18,6 +19,7 @@ from tests.support.interpreting import watched
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: benchmarks/gpu/run.py checks them")
 EPS = 1e-5
+attending = importlib.import_module("gptneo_fast.kernels.decode_attention")  # the package gives the function under that name
 
 
 def rand(*shape, scale=1.0):
@@ -62,6 +64,33 @@ def test_attention_to_the_cache_is_the_reference_s(T, D, R, window, lengths, sta
     cache = rand(B, 2, R, D), rand(B, 2, R, D)
     args = (q, *cache, int32(lengths), window, None if starts is None else int32(starts))
     check("decode_attention", monkeypatch, args, dtypes=(torch.float32, torch.float16) if T < 3 else (torch.float32,))
+
+
+ROWS = [(row, one_split) for row in sorted({row for row, _ in attending.ONE}) for one_split in (0, 512)]
+
+
+@pytest.mark.parametrize(("row", "one_split"), ROWS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_every_row_of_attention_s_tiles_is_right(row, one_split, dtype, monkeypatch):
+    for name, value in (("GLOBAL", row), ("LOCAL", row), ("ONE_SPLIT", one_split)):
+        monkeypatch.setattr(attending, name, value)
+    for sample in testing.SAMPLES["decode_attention"]():
+        assert testing.over_budget("decode_attention", kernels.decode_attention, sample.to(dtype)) is None
+    for T, R, window, lengths in ((1, 384, 256, (0, 254, 255, 256, 1000)), (1, 600, 0, (64, 599)), (5, 384, 256, (251, 700))):
+        q = rand(len(lengths), 1, T, 8)
+        cache = rand(len(lengths), 1, R, 8), rand(len(lengths), 1, R, 8)
+        check("decode_attention", monkeypatch, (q, *cache, int32(lengths), window), dtypes=(dtype,))
+
+
+@pytest.mark.parametrize("T", [1, 2, 16, 17, 129])
+def test_a_window_that_is_one_split_has_nothing_to_merge(T, monkeypatch):
+    monkeypatch.setattr(attending, "ONE_SPLIT", 512)
+    monkeypatch.setattr(attending, "arrives_last", lambda *_: pytest.fail("took a ticket"))
+    q, cache = torch.randn(1, 1, T, 4), (torch.randn(1, 1, 384, 4), torch.randn(1, 1, 384, 4))
+    kernels.decode_attention(q, *cache, int32([1000]), 256)
+    if T < 17:
+        with pytest.raises(pytest.fail.Exception, match="took a ticket"):
+            kernels.decode_attention(q, *cache, int32([383 - T]), 0)
 
 
 @pytest.mark.parametrize("B", [1, 2, 3, 8, 9, 16, 17, 33])
@@ -174,12 +203,13 @@ def test_programs_of_a_whole_launch_may_arrive_in_any_order(seed, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(both(), expected, strict=True))
 
 
+@pytest.mark.parametrize("window", [0, 256])
 @pytest.mark.parametrize("others", [1, 4])
-def test_a_row_s_bits_do_not_depend_on_its_company(others):
+def test_a_row_s_bits_do_not_depend_on_its_company(others, window):
     q, k, v = torch.randn(1 + others, 2, 1, 16), torch.randn(1 + others, 2, 384, 16), torch.randn(1 + others, 2, 384, 16)
-    lengths = int32([300, *[1000 * i for i in range(others)]])
-    together = kernels.decode_attention(q, k, v, lengths, 256)
-    alone = kernels.decode_attention(q[:1], k[:1], v[:1], lengths[:1], 256)
+    lengths = int32([300, *[(1000 if window else 70) * i for i in range(others)]])
+    together = kernels.decode_attention(q, k, v, lengths, window)
+    alone = kernels.decode_attention(q[:1], k[:1], v[:1], lengths[:1], window)
     assert torch.equal(together[:1], alone)
 
 
@@ -226,4 +256,4 @@ def test_more_rows_than_few_go_to_the_kernels_of_prefill():
     cache, lengths = (torch.zeros(13, 2, 10, 8), torch.zeros(13, 2, 10, 8)), int32([0] * 13)
     with Traffic() as traffic:
         kernels.norm_qkv_append(x.view(13, 5, 16), bias, bias, weight, weight, weight, EPS, *cache, lengths)
-    assert traffic.launches == ["_linear_kernel", "_kv_append_kernel"]
+    assert traffic.launches == ["_layer_norm_kernel", "_linear_kernel", "_kv_append_kernel"]
