@@ -9,7 +9,7 @@
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
 # make results  measure anew what benchmarks/results/cpu.json holds, and the README's tables (make tables: these alone)
 # make compile-report  every kernel compiled for GPUs that need not be here, with two tritons: registers, spills, loads
-# make compile-samples  every op sample compiled so (with -j2 in about 4 minutes)
+# make compile-samples  every op sample compiled so (with -j2 in about 5 minutes)
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -15,11 +15,11 @@ from tests.support.peers import SMALL
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 import jax.numpy as jnp  # noqa: E402
-from test_flax import ids_of, pair  # noqa: E402
 
 from gptneo_fast.flax import FlaxGPTNeoModel, decoding, scores  # noqa: E402
 from gptneo_fast.flax.scores import Knobs, Rules  # noqa: E402
 from gptneo_fast.generation import warpers  # noqa: E402
+from tests.flax.test_flax import ids_of, pair  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[2]))  # it runs as a file, too
+
 SECONDS, GROWTH = 2.0, 256 << 20  # processor time and memory that one case may take
 NUMBERS = [0, 1, 2, 7, 8, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 VALUES = [
@@ -159,10 +161,10 @@ MODEL_FILES: dict[str, list[Damage]] = {
 def corpora(root: Path) -> dict[str, Path]:
     """Good folders by the name of what is damaged in them."""
     import torch
-    from test_checkpoint_msgpack import flat_of, leaf, nested, pack
 
     import gptneo_fast
     from gptneo_fast.demo import FOLDER
+    from tests.checkpoint.test_msgpack import flat_of, leaf, nested, pack
 
     config = gptneo_fast.GPTNeoConfig(
         vocab_size=40, hidden_size=16, num_heads=2, num_layers=2, max_position_embeddings=32, window_size=4, eos_token_id=0,
