@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from ..network.inputs import check_labels, check_unknown, select_positions
 from ..network.masks import Rows
 from ..network.outputs import CausalLMOutputWithPast
 from ..ops import backends
+from ..ops.reference import LOGITS_ALIGN
 from .model import GPTNeoModel
 from .pretrained import GPTNeoPreTrainedModel, returns_output
 
@@ -78,7 +80,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.lm_head(select_positions(out.last_hidden_state, logits_to_keep))
+        logits = self._logits(select_positions(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             labels = check_labels(labels.to(logits.device), self.config.vocab_size)
@@ -91,6 +93,20 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
             )
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return CausalLMOutputWithPast(loss=loss, logits=logits, **out.beside("last_hidden_state"))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """lm_head(hidden). Where the kernels compute, a row of the result takes V rounded up to a multiple of `LOGITS_ALIGN`,
+        as in `step`: with an odd V the rows begin where the library can store one element at a time only.
+        """
+        head = self.lm_head
+        kernels = not torch.is_grad_enabled() and self.backend.name == "triton"
+        traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type)
+        if not kernels or traced or not _untouched(head):
+            return head(hidden)
+        V = head.weight.shape[0]
+        logits = hidden.new_empty(*hidden.shape[:-1], V + -V % LOGITS_ALIGN)
+        torch.mm(hidden.flatten(0, -2), head.weight.t(), out=logits.view(-1, logits.shape[-1])[:, :V])  # [M, C] x [C, V]
+        return logits.narrow(-1, 0, V)
 
     def step(
         self,
@@ -112,3 +128,15 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         with backends.early_launches(self.backend) if self.early_launch else nullcontext():
             x = trunk.run(ids, position_ids, token_type_ids, rows, cache, final_norm=False).narrow(1, T - keep, keep)
             return trunk.functions(x).lm_head(x, norm.weight, norm.bias, self.lm_head.weight, norm.eps)
+
+
+def _untouched(head: nn.Module) -> bool:
+    """Whether a head is a plain linear layer without bias that nobody hooked into or replaced a part of."""
+    if (
+        type(head) is not nn.Linear
+        or type(head.weight) is not nn.Parameter
+        or head._parameters["bias"] is not None
+        or "forward" in vars(head)
+    ):
+        return False
+    return not (head._forward_hooks or head._forward_pre_hooks or nn.modules.module._has_any_global_hook())

@@ -71,7 +71,7 @@ def test_a_step_reads_what_the_cache_holds_and_no_more():
 @pytest.mark.parametrize("length", [5, 135, 400])
 def test_a_prefill_fills_the_cache_that_the_model_allocates(length):
     appended = [c for c in costs.prefill(SMALL, 3, length, BF16) if c.op == "kv_append"]
-    assert appended[0].cache == gptneo_fast.network.cache.cache_bytes(SMALL, 3, length, BF16)
+    assert appended[0].cache == gptneo_fast.cache_bytes(SMALL, 3, length, BF16)
 
 
 def test_launches_are_as_planned():

@@ -287,6 +287,27 @@ def test_a_prefill_launches_at_most_8_kernels_a_layer_and_3(rows):
         assert len(kernels) == (most - 1 if rows == "many" else len(kernels)) <= most, counted.launches
 
 
+@interpreted
+@torch.no_grad()
+def test_rows_of_forward_s_logits_begin_on_sixteen_bytes_and_are_the_module_s_once_it_is_touched():
+    plain, model = on_kernels("GPTNeoForCausalLM")
+    ids, V = torch.randint(3, 61, (2, 6)), model.config.vocab_size
+    assert V % 8
+    for keep, shape in ((0, (2, 6)), (1, (2, 1)), (torch.tensor([[1], [4]]), (2, 1)), (torch.ones(2, 6, dtype=bool), (12,))):
+        logits = model(ids, logits_to_keep=keep).logits
+        assert logits.shape == (*shape, V) and all(stride % 8 == 0 for stride in logits.stride()[:-1])
+        close(logits, plain(ids, logits_to_keep=keep).logits)
+    close(model(ids, labels=ids).loss, plain(ids, labels=ids).loss)
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: out * 0)
+    assert not model(ids).logits.any()
+    handle.remove()
+    model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight) * 0
+    assert not model(ids).logits.any()
+    del model.lm_head.forward
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    assert model(ids).logits.is_contiguous()
+
+
 # Tracing
 
 
@@ -336,7 +357,7 @@ def test_the_choice_of_kernels_can_be_traced(can_run):
 
 def test_interpreting_is_decided_by_the_environment_of_the_process():
     code = (
-        "import torch; from gptneo_fast import backends\n"
+        "import torch; from gptneo_fast.ops import backends\n"
         "try: print(backends.choose('triton', torch.device('cpu'), torch.float32))\n"
         "except backends.SetupError as error: print(error)"
     )
