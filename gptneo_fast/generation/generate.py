@@ -23,7 +23,7 @@ from .assisted import assisted
 from .beams import beams
 from .config import OFF, GenerationConfig, Options, total_length
 from .processors import Context, processors_of
-from .request import Generation, LanguageModel, Prompt, Record, Request, joined, padding_of
+from .request import Generation, LanguageModel, Prompt, Record, Request, padding_of
 from .session import Session
 from .stepwise import stepwise
 from .stopping import criteria_of
@@ -265,7 +265,8 @@ def complete(model: LanguageModel, request: Request, streamer: Any = None) -> Te
     """All new tokens int64 [rows, n] of a request, on its device; errors are those of its strategy."""
     steps = new_tokens(model, request)
     found = list(steps if streamer is None else _shown(request.prompt.ids, steps, streamer))
-    return joined(request.prompt.ids[:, :0], found) if found else request.prompt.ids[:, :0]
+    ids = request.prompt.ids  # of beams there are more than texts
+    return torch.cat(found, 1).to(ids.device) if found else ids[:, :0]
 
 
 def _output(prompts: Tensor, new: Tensor, request: Request) -> Any:
