@@ -147,7 +147,7 @@ def test_any_call_equals_the_reference(append, data):
 def test_threads_that_come_first_together_all_find_it(append):
     code = """
 import threading
-from gptneo_fast import extension
+from gptneo_fast.ops import extension
 extension.LIBRARY = extension.Path(%r)
 answers, gate = [], threading.Barrier(8)
 def ask():
