@@ -19,7 +19,6 @@ from .gemv import Cache, finish
 from .tickets import arrives_last, tickets
 
 NORM_ROWS = 16  # up to here a program normalises its rows itself; for more, `layer_norm` has run before
-MOST_ROWS = 64
 
 
 class Tile(NamedTuple):

@@ -335,3 +335,10 @@ def test_pipelines_of_other_tasks_are_refused(checkpoint):
         gptneo_fast.pipeline("text-classification", model=str(checkpoint))
     with pytest.raises(InputError, match="needs model"):
         gptneo_fast.pipeline("text-generation")
+
+
+def test_a_stream_is_guided_as_the_whole_text_is(model):
+    options = dict(max_new_tokens=12, guidance_scale=4.0)
+    guided = model.generate_text("Once upon a time", **options)
+    assert "".join(model.stream("Once upon a time", **options)) == guided
+    assert guided != model.generate_text("Once upon a time", max_new_tokens=12)
