@@ -81,6 +81,17 @@ def test_a_case_is_made_from_its_seed_and_number_alone(good, tmp_path):
     assert contents(tmp_path / "a") != contents(good[one.kind])
 
 
+def test_an_edit_of_json_changes_no_value_that_later_cases_take():
+    """An ancestor set into a shared list made a circle, and a case depended on the cases before it."""
+    import json
+
+    before = json.dumps(fuzz_loaders.VALUES)
+    data = json.dumps({"a": [1, 2, {"b": [1]}], "c": {"d": {"e": 2}}}).encode()
+    for seed in range(3000):
+        fuzz_loaders.damage_json(random.Random(seed), data)
+    assert json.dumps(fuzz_loaders.VALUES) == before
+
+
 def test_damaged_containers_are_right_on_the_outside(good):
     """Else every case would end at the first check."""
     import io

@@ -29,6 +29,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))  # it runs as a file, too
@@ -107,7 +108,7 @@ def damage_json(rng: random.Random, data: bytes) -> bytes:
             path.append((node, key))
             node = node[key]
         if not path:
-            root = rng.choice(VALUES)
+            root = deepcopy(rng.choice(VALUES))
             break
         parent, key = path[-1]
         kind = rng.randrange(5)
@@ -118,9 +119,8 @@ def damage_json(rng: random.Random, data: bytes) -> bytes:
         elif kind == 2 and isinstance(parent, list):
             parent.extend(parent[:50] * rng.choice([1, 20]))
         else:
-            parent[key] = rng.choice(VALUES) if rng.random() < 0.8 else rng.choice(path)[0]
-            if any(parent[key] is above for above, _ in path):  # no circles
-                parent[key] = json.loads(json.dumps(rng.choice(VALUES)))
+            # Copies: the next edit must change neither VALUES nor make a circle.
+            parent[key] = deepcopy(rng.choice(VALUES) if rng.random() < 0.8 else rng.choice(path)[0])
     return json.dumps(root).encode()
 
 
