@@ -16,7 +16,10 @@ from .files.hub import Source
 from .files.strict_json import read_object
 
 _MAX_BYTES = 16 << 20  # of config.json; a hundred thousand labels have less
-_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
+ACTIVATIONS = (  # names that transformers gives; `network.activations` computes them
+    "gelu_new gelu_pytorch_tanh gelu_python_tanh gelu gelu_python gelu_10 gelu_fast gelu_accurate quick_gelu laplace relu "
+    "relu2 relu6 leaky_relu prelu hardswish linear mish sigmoid silu swish sqrtsoftplus tanh"
+).split()
 LIMITS = {  # field -> largest value that is not a mistake
     "vocab_size": 2**24,
     "max_position_embeddings": 2**20,
@@ -345,8 +348,8 @@ def fault_of(name: str, value: Any) -> str | None:
         ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
         if value is not None and not all(is_int(i) and -(2**31) < i < 2**31 for i in ids):
             return f"{name} {short(value)} is not a token id"
-    elif name == "activation_function" and value not in _ACTIVATIONS:
-        return f"activation_function {short(value)} is unknown; GPT-Neo's are {', '.join(_ACTIVATIONS)}"
+    elif name == "activation_function" and value not in ACTIVATIONS:
+        return f"activation_function {short(value)} is unknown; use one of {', '.join(ACTIVATIONS)}"
     elif name == "attention_layers":
         if unknown := sorted({str(k) for k in value} - {"global", "local"}):
             return f"attention type {short(unknown[0])} is unknown; use 'global' or 'local'"

@@ -125,7 +125,7 @@ def test_37_a_size_out_of_range(tmp_path, name, value):
     [
         ({"window_size": 0}, "window_size 0 is not an integer from 1"),
         ({"window_size": -1}, "window_size -1 is not an integer from 1"),
-        ({"activation_function": "relu"}, "activation_function 'relu' is unknown; GPT-Neo's are gelu_new, gelu_pytorch_tanh"),
+        ({"activation_function": "rel"}, "activation_function 'rel' is unknown; use one of gelu_new, gelu_pytorch_tanh"),
         ({"activation_function": None}, "activation_function None is unknown"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon 0 is not a positive finite number"),
         ({"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon -1e-05 is not a positive"),
@@ -170,14 +170,14 @@ def test_38_a_window_wider_than_the_positions_is_fine(tmp_path):
 
 
 def test_all_faults_are_told_at_once(tmp_path):
-    text = changed(hidden_size=33, num_layers=5, window_size=0, activation_function="relu", resid_dropout=2, use_cache=3)
+    text = changed(hidden_size=33, num_layers=5, window_size=0, activation_function="rel", resid_dropout=2, use_cache=3)
     refused(
         tmp_path,
         text,
         "hidden_size 33 is not a multiple",
         "num_layers 5 and 3 attention layers",
         "window_size 0",
-        "activation_function 'relu'",
+        "activation_function 'rel'",
         "resid_dropout 2",
         "use_cache 3",
     )

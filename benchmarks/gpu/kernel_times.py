@@ -248,7 +248,7 @@ class Shapes:
     def decode_attention(self, B: int, context: int, kind: str) -> Work:
         """One token a row over its cache; torch's beside it is SDPA over the same keys."""
         rows, held, layer = self.setting.batch(B), self.setting.length(context), self.layers[kind]
-        slots, window = min(held, ring_slots(self.config, layer)), self.config.window(layer)
+        slots, window = min(held, ring_slots(self.config, self.config.window(layer))), self.config.window(layer)
 
         def make(_: int) -> Args:
             q, (k, v) = self.heads(rows, 1) * 0.1, (self.randn(rows, self.H, slots, self.D) for _ in range(2))

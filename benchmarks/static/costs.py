@@ -146,7 +146,13 @@ class Shape:
 
     def kv_append(self, layer: int) -> Cost:
         """The newest tokens, as many as the layer has slots."""
-        moved = 2 * self.B * min(self.T, ring_slots(self.config, layer)) * self.config.hidden_size * self.element
+        moved = (
+            2
+            * self.B
+            * min(self.T, ring_slots(self.config, self.config.window(layer)))
+            * self.config.hidden_size
+            * self.element
+        )
         return Cost("kv_append", 0, moved, moved)
 
     def head(self, rows: int, *, op: str = "lm_head", stored: bool = True) -> Cost:

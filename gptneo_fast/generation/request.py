@@ -17,6 +17,7 @@ from .processors import LogitsProcessorList
 from .stopping import EndToken, StoppingCriteriaList
 
 if TYPE_CHECKING:
+    from ..network.touch import Look
     from ..ops.backends import Choice
     from .session import Session
 
@@ -51,6 +52,8 @@ class LanguageModel(Protocol):
     @property
     def backend(self) -> Choice: ...
     def parameters(self) -> Any: ...
+    def looked(self, anew: bool = False) -> Look: ...
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **how: Any) -> dict[str, Any]: ...
     def step(
         self, ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, cache: Any, keep: int = 1, **how: Any
     ) -> Tensor: ...

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..errors import CacheError, InputError
-from ..network.cache import KVCache
 from .request import LanguageModel, Prompt, Request
 
 
@@ -36,6 +36,9 @@ class Session:
     ) -> None:
         self.model, self.prompt, self.chunk, self.trace = model, prompt, chunk, trace
         self.cache = prompt.cache
+        self.use_cache = use_cache or self.cache is not None
+        self.prepares = _is_overridden(model, "prepare_inputs_for_generation")
+        model.looked(anew=True)
         self.seen = 0  # columns of ids that the cache holds
         self.begun = False  # whether some call has filled the cache
         self.offset = 0
@@ -51,11 +54,9 @@ class Session:
             self.seen = past - self.offset
             if not self.seen < P:
                 raise CacheError(f"past_key_values holds {past} columns and input_ids has {P}: nothing is left to run")
-        elif use_cache:
-            self.cache = KVCache(
-                model.config, B, dtype=model.dtype, device=prompt.ids.device, max_length=total + self.offset - 1
-            )
-        if self.cache is None and (prompt.embeds is not None or chunk is not None):
+        elif use_cache and not self.prepares:  # else it comes with the first call
+            self.cache = model.transformer.new_cache(B, total + self.offset - 1)
+        if not self.use_cache and (prompt.embeds is not None or chunk is not None):
             raise InputError("inputs_embeds and prefill_chunk_size need use_cache=True")
         self.hides = prompt.mask is not None  # whether some column must be hidden at every call
         self.attentions: tuple[Tensor, ...] | None = None
@@ -75,7 +76,9 @@ class Session:
         T = ids.shape[1]
         if self.begun and self.hides and self.cache is not None and not self.trace:
             self.hides = not self._is_ragged_only()
-        if self.begun and self.cache is not None and not self.hides and not self.trace:
+        if self.prepares:
+            logits = self._prepared(ids, keep)
+        elif self.begun and self.cache is not None and not self.hides and not self.trace and self.model.looked().forward:
             logits = self._step(ids[:, self.seen :], keep)  # nothing to check: these are tokens of our own
         else:
             logits = self._call(ids, keep)
@@ -85,6 +88,29 @@ class Session:
     def _step(self, ids: Tensor, keep: int) -> Tensor:
         T, new = self.seen + ids.shape[1], ids.shape[1]
         return self.model.step(ids, self._positions(T, new), self._types(T, new), self.cache, keep)
+
+    def _prepared(self, ids: Tensor, keep: int) -> Tensor:
+        """Through the model's own `prepare_inputs_for_generation`."""
+        T = ids.shape[1]
+        embeds = None if self.begun else self.prompt.embeds
+        new = T - self.seen + (0 if embeds is None else self.offset)
+        mask = self._mask(T)
+        inputs = self.model.prepare_inputs_for_generation(
+            ids,
+            next_sequence_length=new,
+            past_key_values=self.cache,
+            attention_mask=torch.ones(len(ids), T + self.offset, dtype=torch.long, device=ids.device) if mask is None else mask,
+            inputs_embeds=embeds,
+            is_first_iteration=not self.begun,
+            position_ids=self._positions(T, new),
+            token_type_ids=self._types(T, new),
+            use_cache=self.use_cache,
+        )
+        asked = {"output_attentions": "attentions" in self.trace, "output_hidden_states": "hidden_states" in self.trace}
+        out = self.model(**(asked | inputs | {"return_dict": True}))
+        self.cache = out.past_key_values if self.use_cache else None
+        self.attentions, self.hidden_states = out.attentions, out.hidden_states
+        return cast(Tensor, out.logits[:, -keep:])
 
     def _call(self, ids: Tensor, keep: int) -> Tensor:
         T, first = ids.shape[1], self.seen
@@ -142,8 +168,8 @@ class Session:
         given, mask, device = self.prompt.position_ids, self.prompt.mask, self.prompt.ids.device
         columns = torch.arange(T + self.offset - new, T + self.offset, device=device)[None]
         if given is None:
-            if mask is None:
-                return columns
+            if mask is None:  # a row for each text where a module may be watched: that is what transformers gives
+                return columns if self.model.looked() else columns.expand(len(self.prompt.ids), -1)
             given = ((mask != 0).long().cumsum(1) - 1).clamp(min=0)
         P = given.shape[1]
         return given.gather(1, columns.clamp(max=P - 1).expand(len(given), -1)) + (columns - P + 1).clamp(min=0)
@@ -155,3 +181,9 @@ class Session:
             return None
         columns = torch.arange(T - new, T, device=types.device) + (self.offset if self.prompt.embeds is not None else 0)
         return types[:, columns.clamp(max=types.shape[1] - 1)]
+
+
+def _is_overridden(model: LanguageModel, method: str) -> bool:
+    """Whether a method is another than the one of our own class: a subclass's, or set on the model by a library."""
+    kinds = [kind for kind in type(model).__mro__ if method in vars(kind)]
+    return method in vars(model) or not kinds or not kinds[0].__module__.startswith(f"{__package__.partition('.')[0]}.")

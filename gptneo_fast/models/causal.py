@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
 from ..generation import GenerationConfig, GenerationMixin, TextMixin
+from ..network import touch
 from ..network.cache import KVCache
 from ..network.inputs import check_labels, check_unknown, select_positions
 from ..network.masks import Rows
@@ -98,15 +100,56 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         """lm_head(hidden). Where the kernels compute, a row of the result takes V rounded up to a multiple of `LOGITS_ALIGN`,
         as in `step`: with an odd V the rows begin where the library can store one element at a time only.
         """
-        head = self.lm_head
-        kernels = not torch.is_grad_enabled() and self.backend.name == "triton"
-        traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type)
-        if not kernels or traced or not _untouched(head):
-            return head(hidden)
+        head: Any = self.lm_head
+        kernels = not torch.is_grad_enabled() and self.backend.name == "triton" and not torch.compiler.is_compiling()
+        if not kernels or touch.observed(hidden.device) or not touch.is_plain(head, nn.Linear) or head.bias is not None:
+            logits: Tensor = head(hidden)
+            return logits
         V = head.weight.shape[0]
         logits = hidden.new_empty(*hidden.shape[:-1], V + -V % LOGITS_ALIGN)
         torch.mm(hidden.flatten(0, -2), head.weight.t(), out=logits.view(-1, logits.shape[-1])[:, :V])  # [M, C] x [C, V]
         return logits.narrow(-1, 0, V)
+
+    def look(self) -> touch.Look:
+        """Which parts are untouched now."""
+        head: Any = self.lm_head
+        trunk = self.transformer
+        return replace(
+            trunk.look(),
+            head=touch.is_plain(head, nn.Linear) and head.bias is None and head.weight.dtype is self.dtype,
+            forward=touch.own_forward(self, GPTNeoForCausalLM) and touch.own_forward(trunk, GPTNeoModel),
+        )
+
+    def looked(self, anew: bool = False) -> touch.Look:
+        """The last look, taken again where a module may have been touched since then, or `anew`."""
+        now = touch.stamp()
+        last = vars(self).get("_last_look")
+        if anew or last is None or last[0] != now:
+            last = vars(self)["_last_look"] = now, self.look()  # no attribute that counts as a touch
+        return last[1]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """Keywords of `forward` for a step of `generate`, which calls an override of this one, and forward with what it gives.
+
+        Args:
+            input_ids: [B, T], all so far. next_sequence_length: how many of them are new; None for all.
+            inputs_embeds: of the prompt, which the first step takes in place of ids.
+            others: handed on; position_ids and token_type_ids are of the new columns.
+        """
+        found = {"past_key_values": past_key_values, "attention_mask": attention_mask} | others
+        found = {name: value for name, value in found.items() if value is not None}
+        if inputs_embeds is not None and is_first_iteration:
+            return {"input_ids": None, "inputs_embeds": inputs_embeds} | found
+        return {"input_ids": input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]} | found
 
     def step(
         self,
@@ -124,19 +167,15 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
             cache: of the columns before; appended to.
             rows: which columns are tokens.
         """
-        trunk, norm, T = self.transformer, self.transformer.ln_f, ids.shape[1]
+        look, trunk, T = self.looked(), self.transformer, ids.shape[1]
+        head: Any = self.lm_head
+        fusing = look.norm and look.head and not touch.observed(ids.device)
         with backends.early_launches(self.backend) if self.early_launch else nullcontext():
-            x = trunk.run(ids, position_ids, token_type_ids, rows, cache, final_norm=False).narrow(1, T - keep, keep)
-            return trunk.functions(x).lm_head(x, norm.weight, norm.bias, self.lm_head.weight, norm.eps)
-
-
-def _untouched(head: nn.Module) -> bool:
-    """Whether a head is a plain linear layer without bias that nobody hooked into or replaced a part of."""
-    if (
-        type(head) is not nn.Linear
-        or type(head.weight) is not nn.Parameter
-        or head._parameters["bias"] is not None
-        or "forward" in vars(head)
-    ):
-        return False
-    return not (head._forward_hooks or head._forward_pre_hooks or nn.modules.module._has_any_global_hook())
+            x = trunk.run(ids, position_ids, token_type_ids, rows, cache, final_norm=not fusing, look=look)
+            x = x.narrow(1, T - keep, keep)
+            if fusing:
+                norm = trunk.ln_f
+                logits: Tensor = trunk.functions(x).lm_head(x, norm.weight, norm.bias, head.weight, norm.eps)
+            else:
+                logits = head(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))

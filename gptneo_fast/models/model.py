@@ -7,22 +7,23 @@ h = ln_f(h)
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import GPTNeoConfig
 from ..errors import warn_once
+from ..network import fused, masks, touch
 from ..network.cache import KVCache
-from ..network.inputs import check_inputs, check_unknown
+from ..network.inputs import check_cache, check_inputs, check_unknown
 from ..network.masks import Rows, rows_of
-from ..network.modules import Block, Trace, parameters
-from ..network.outputs import BaseModelOutputWithPast
-from ..ops import backends
+from ..network.modules import GPTNeoBlock, parameters
+from ..network.outputs import BaseModelOutputWithPast, Trace
+from ..ops import backends, reference
 from .pretrained import GPTNeoPreTrainedModel, returns_output
 
 
@@ -38,11 +39,12 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
         super().__init__(config, backend=backend)
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.embed_dropout = config.embed_dropout
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.drop = nn.Dropout(config.embed_dropout)
+        self.h = nn.ModuleList(GPTNeoBlock(config, layer) for layer in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.requested_backend = backend
         self.gradient_checkpointing = False
+        self.checkpointing: dict[str, Any] = {}  # keywords of torch.utils.checkpoint
         self.apply(self._init_weights)
 
     @returns_output
@@ -80,6 +82,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             CacheError: a cache of another batch size or one that cannot be continued.
         """
         check_unknown(unknown, type(self))
+        past_key_values = check_cache(past_key_values, self)
         x, position_ids, token_type_ids = check_inputs(
             self.config, self.device, input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
         )
@@ -90,7 +93,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             use_cache, past_key_values = False, None
         cache = past_key_values
         if use_cache and cache is None:
-            cache = KVCache(self.config, B, dtype=self.dtype, device=x.device)
+            cache = self.new_cache(B)
         trace = Trace(
             [] if (self.config.output_hidden_states if output_hidden_states is None else output_hidden_states) else None,
             [] if (self.config.output_attentions if output_attentions is None else output_attentions) else None,
@@ -110,9 +113,10 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
         position_ids: Tensor,
         token_type_ids: Tensor | None = None,
         rows: Rows = Rows(),  # noqa: B008 (frozen)
-        cache: KVCache | None = None,
+        cache: Any = None,
         trace: Trace | None = None,
         final_norm: bool = True,
+        look: touch.Look | None = None,
     ) -> Tensor:
         """What `forward` computes of checked arguments: hidden states [B, T, C] after ln_f; with `final_norm=False` before it
         (the `lm_head` op has it inside).
@@ -121,40 +125,91 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             x: ids [B, T] int64, or embeddings [B, T, C].
             position_ids: [B or 1, T] int64. token_type_ids: [B, T] int64 or None.
             rows: which columns are tokens.
-            cache: read, appended to and advanced by T columns.
+            cache: read, appended to and advanced by T columns: a KVCache, or what else has its `update`.
             trace: filled with what it has lists for.
+            look: which modules are untouched; None to look now.
         """
-        op, T = self.functions(x), x.shape[1]
-        if cache is not None:
-            cache.reserve(T)
-        if x.is_floating_point():
-            x = x + self.wpe(position_ids)
-            x = x if token_type_ids is None else x + self.wte(token_type_ids)
-        else:
-            x = op.embed(x, position_ids, self.wte.weight, self.wpe.weight, token_type_ids)
-        x = F.dropout(x, self.embed_dropout, self.training)
+        look, op = look or self.look(), self.functions(x)
         trace = trace or Trace()
-        want_weights = trace.attentions is not None
-        for block in self.h:
+        own = cache if isinstance(cache, KVCache) else None
+        B, T = x.shape[:2]
+        if own is not None:
+            own.reserve(T)
+        fusing = trace.attentions is None and rows.mask is None and own is cache and not touch.observed(x.device)
+        x = self._embed(x, position_ids, token_type_ids, op if look.embeddings and fusing else None)
+        mask: Tensor | None = None  # for the blocks that call their modules
+        block: Any
+        for i, block in enumerate(self.h):
             if trace.hidden_states is not None:
                 trace.hidden_states.append(x)
-            if self.gradient_checkpointing and self.training:
-                x, weights = checkpoint(block, x, rows, None, op, want_weights, use_reentrant=False)
-            else:
-                x, weights = block(x, rows, cache, op, want_weights)
+            if fusing and look.blocks[i]:
+                flows = torch.is_grad_enabled() and (x.requires_grad or (own is not None and own.keys[i].requires_grad))
+                call = partial(fused.block, block, rows=rows, cache=own, layer=i, op=reference if flows else op)
+                x = self._checkpointed(call, x)
+                continue
+            if mask is None:
+                mask = masks.dense(rows, B, T, cache, x.dtype, x.device)
+            call = partial(
+                block,
+                layer_past=cache if own is None else own.at(i, rows.starts),
+                attention_mask=mask,
+                use_cache=cache is not None,
+                output_attentions=trace.attentions is not None,
+            )
+            out = self._checkpointed(call, x)
+            x, weights = out if isinstance(out, tuple) and len(out) > 1 else (out[0] if isinstance(out, tuple) else out, None)
             if trace.attentions is not None:
                 trace.attentions.append(weights)
-        if cache is not None:
-            cache.advance(T, rows.starts)
+        if own is not None:
+            own.advance(T, rows.starts)
         if not final_norm:
             return x
-        x = op.layer_norm(x, self.ln_f.weight, self.ln_f.bias, self.ln_f.eps)
+        norm = self.ln_f
+        x = op.layer_norm(x, norm.weight, norm.bias, norm.eps) if look.norm and fusing else norm(x)
         if trace.hidden_states is not None:
             trace.hidden_states.append(x)
         return x
 
+    def _embed(self, x: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, op: ModuleType | None) -> Tensor:
+        """Embeddings [B, T, C] of ids [B, T] or of embeddings; by the op, or where there is none by the modules."""
+        if op is not None and not x.is_floating_point():
+            embedded: Tensor = op.embed(x, position_ids, self.wte.weight, self.wpe.weight, token_type_ids)
+            return embedded
+        x = (x if x.is_floating_point() else self.wte(x)) + self.wpe(position_ids)
+        x = x if token_type_ids is None else x + self.wte(token_type_ids)
+        dropped: Tensor = self.drop(x)
+        return dropped
+
+    def _checkpointed(self, call: Any, x: Tensor) -> Any:
+        """call(x), to be computed again in the backward pass where that was asked for."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(call, x, **({"use_reentrant": False} | self.checkpointing))
+        return call(x)
+
+    def look(self) -> touch.Look:
+        """Which parts are untouched now."""
+        dtype = self.wte.weight.dtype if isinstance(self.wte, nn.Embedding) else None
+        return touch.Look(
+            blocks=tuple(map(fused.is_untouched, self.h)),
+            embeddings=touch.is_plain_embedding(self.wte)
+            and touch.is_plain_embedding(self.wpe)
+            and touch.is_idle_dropout(self.drop)
+            and self.wpe.weight.dtype is dtype,
+            norm=touch.is_plain_norm(self.ln_f) and self.ln_f.weight.dtype is dtype,
+        )
+
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """An empty cache for this model: bounded where a layer's attention is known to look no further than its window."""
+        return KVCache(
+            self.config, batch_size, dtype=self.dtype, device=self.device, max_length=max_length, windows=self.windows()
+        )
+
+    def windows(self) -> tuple[int, ...]:
+        """Columns that a query of each block sees; 0 for all."""
+        return tuple(map(fused.window_of, self.h))
+
     def functions(self, x: Tensor) -> ModuleType:
         """The namespace that computes a call with these inputs."""
-        weight = self.wte.weight
+        p = next(parameters(self))
         grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters(self)))
-        return backends.choose(self.requested_backend, weight.device, weight.dtype, grad).functions
+        return backends.choose(self.requested_backend, p.device, p.dtype, grad).functions

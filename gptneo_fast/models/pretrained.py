@@ -19,6 +19,7 @@ from ..errors import CheckpointError, InputError, UnknownOptionError, nearest
 from ..files.hub import Source
 from ..generation.config import GenerationConfig
 from ..network.cache import cache_bytes
+from ..network.touch import Watched
 from ..ops import backends
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def returns_output(forward: Forward) -> Forward:
     return cast(Forward, call)
 
 
-class GPTNeoPreTrainedModel(nn.Module):
+class GPTNeoPreTrainedModel(Watched):
     """Base of the five classes."""
 
     base_model_prefix: ClassVar[str] = "transformer"

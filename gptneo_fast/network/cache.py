@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,21 +10,26 @@ from torch import Tensor
 
 from ..config import GPTNeoConfig
 from ..errors import CacheError
+from ..ops import reference
 
 SLACK = 128  # slots of a ring beyond its window
 STEP = SLACK + 1  # longest step that may be appended before it attends: window - 1 + STEP slots
 _GROWTH = 64  # slots are allocated in multiples of this
 
 
-def ring_slots(config: GPTNeoConfig, layer: int) -> int:
+def windows_of(config: GPTNeoConfig) -> tuple[int, ...]:
+    """Columns that a query of each layer sees; 0 for all."""
+    return tuple(config.window(layer) for layer in range(config.num_layers))
+
+
+def ring_slots(config: GPTNeoConfig, window: int) -> int:
     """R, the most slots that a layer ever has: window + 128 where it is local, all positions where it is global."""
-    window = config.window(layer)
     return min(window + SLACK, config.max_position_embeddings) if window else config.max_position_embeddings
 
 
 def cache_bytes(config: GPTNeoConfig, batch: int, length: int, dtype: torch.dtype) -> int:
     """Bytes that keys and values of `batch` rows of `length` tokens take, after `KVCache(..., max_length=length)`."""
-    slots = sum(min(length, ring_slots(config, layer)) for layer in range(config.num_layers))
+    slots = sum(min(length, ring_slots(config, window)) for window in windows_of(config))
     return 2 * batch * slots * config.hidden_size * dtype.itemsize
 
 
@@ -50,6 +55,7 @@ class KVCache:
         batch_size: rows.
         dtype, device: of the model.
         max_length: columns to allocate for at once; without it the cache grows as it fills.
+        windows: columns that a query of each layer sees, 0 for all; None for those of the configuration.
     """
 
     def __init__(
@@ -60,17 +66,20 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
         max_length: int | None = None,
+        windows: Sequence[int] | None = None,
     ) -> None:
         self.config = config
+        self.windows = windows_of(config) if windows is None else tuple(windows)
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)  # tokens of each row
         self.ragged = False  # whether any row holds fewer tokens than columns were seen
         self._seen = 0  # columns
         self._written = 0  # the most columns ever written; crop does not lower it
-        self._slots = [ring_slots(config, layer) for layer in range(config.num_layers)]
+        self._ahead = [0] * len(self.windows)  # columns that a layer was given by hand and the others were not yet
+        self._slots = [ring_slots(config, window) for window in self.windows]
         with lasting():
             empty = torch.empty(batch_size, config.num_heads, 0, config.head_dim, dtype=dtype, device=device)
-        self.keys: list[Tensor] = [empty] * config.num_layers
-        self.values: list[Tensor] = [empty] * config.num_layers
+        self.keys: list[Tensor] = [empty] * len(self.windows)
+        self.values: list[Tensor] = [empty] * len(self.windows)
         if max_length is not None:
             self._grow(max_length, exact=True)
 
@@ -84,9 +93,10 @@ class KVCache:
         """Bytes allocated for keys and values."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen so far, left padding included: where the next input begins. The same for every layer."""
-        return self._seen
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Columns seen so far, left padding included: where the next input begins. The same for every layer, but while
+        blocks are called by hand."""
+        return self._seen + (self._ahead[layer_idx] if layer_idx is not None else 0)
 
     def reserve(self, T: int) -> None:
         """Make room for T more columns in every layer.
@@ -99,8 +109,39 @@ class KVCache:
             raise CacheError(f"{self._seen} cached + {T} new tokens exceed the model's {limit} positions")
         if self._seen < self._oldest():
             raise CacheError("an earlier call failed midway and overwrote keys that are still needed; start a new cache")
+        self._ahead = [0] * len(self.windows)  # a forward pass that failed midway
         self._grow(end)
         self._written = max(self._written, end)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append T columns to one layer, as a block that is called by hand does.
+
+        Args:
+            key_states, value_states: [B, H, T, D].
+
+        Returns:
+            Keys and values [B, H, S, D] of all columns; zeros where a ring has dropped them, which its window hides.
+        """
+        T, seen, limit = key_states.shape[2], self.get_seq_length(layer_idx), self.config.max_position_embeddings
+        if seen + T > limit:
+            raise CacheError(f"{seen} cached + {T} new tokens exceed the model's {limit} positions")
+        self._grow(seen + T)
+        self._written = max(self._written, seen + T)
+        found = LayerCache(self, layer_idx).update(key_states, value_states, layer_idx)
+        self._ahead[layer_idx] += T
+        if len(set(self._ahead)) == 1:  # all layers have it
+            self.advance(self._ahead[layer_idx], None)
+        return found
+
+    def at(self, layer: int, starts: Tensor | None) -> LayerCache:
+        """One layer, as a block gets it in a forward pass. starts: int32 [B], columns of left padding, or None."""
+        return LayerCache(self, layer, starts)
+
+    def writable(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Slots of keys and of values [B, H, R, D] that may be written to: copies where gradients flow through the old."""
+        if torch.is_grad_enabled() and self.keys[layer].requires_grad:
+            self.keys[layer], self.values[layer] = self.keys[layer].clone(), self.values[layer].clone()
+        return self.keys[layer], self.values[layer]
 
     def past(self, layer: int, columns: int) -> tuple[Tensor, Tensor]:
         """Views [B, H, min(columns, R), D] of the slots that hold the first `columns` columns."""
@@ -109,8 +150,9 @@ class KVCache:
 
     def in_order(self, layer: int) -> tuple[Tensor, Tensor]:
         """Copies [B, H, P, D] of the newest P = min(seen, R) columns, oldest first; a padding column holds garbage."""
-        P = min(self._seen, self._slots[layer])
-        token = self.lengths[:, None] - P + torch.arange(P, device=self.lengths.device)  # [B, P]
+        seen, lengths = self._seen + self._ahead[layer], self.lengths + self._ahead[layer]
+        P = min(seen, self._slots[layer])
+        token = lengths[:, None] - P + torch.arange(P, device=lengths.device)  # [B, P]
         k, v = self.past(layer, P)
         slots = token.remainder(max(P, 1))[:, None, :, None].expand_as(k)
         return k.gather(2, slots), v.gather(2, slots)
@@ -118,6 +160,7 @@ class KVCache:
     def advance(self, T: int, starts: Tensor | None) -> None:
         """Count T columns, of which `starts` [B] were left padding, once every layer has appended them."""
         self._seen += T
+        self._ahead = [0] * len(self.windows)
         self.lengths = self.lengths + (T if starts is None else T - starts)
         self.ragged = self.ragged or starts is not None
 
@@ -142,6 +185,7 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything; the memory stays allocated."""
         self._seen = self._written = 0
+        self._ahead = [0] * len(self.windows)
         self.lengths = torch.zeros_like(self.lengths)
         self.ragged = False
 
@@ -159,6 +203,7 @@ class KVCache:
         other.__dict__.update(self.__dict__)
         other.lengths = self.lengths.clone()
         other.keys, other.values = [t.clone() for t in self.keys], [t.clone() for t in self.values]
+        other._ahead = list(self._ahead)
         return other
 
     def rows(self, B: int) -> KVCache:
@@ -171,14 +216,14 @@ class KVCache:
         return other
 
     def _slots_of_rings(self) -> list[int]:
-        return [self._slots[i] for i, kind in enumerate(self.config.attention_layers) if kind == "local"] or [0]
+        return [slots for slots, window in zip(self._slots, self.windows, strict=True) if window] or [0]
 
     def _oldest(self) -> int:
         """The shortest length that the rings still hold the window of; a token of slot s is gone once s + R is written."""
         ring = max(self._slots_of_rings())
         if ring == 0 or self._written <= ring:
             return 0
-        return self._written - ring + self.config.window_size - 1
+        return self._written - ring + max(self.windows) - 1
 
     def _grow(self, columns: int, exact: bool = False) -> None:
         for layer, most in enumerate(self._slots):
@@ -195,5 +240,44 @@ class KVCache:
                     grown[:, :, :old] = tensors[layer]
                 tensors[layer] = grown
 
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.in_order(range(len(self))[layer])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, see `in_order`."""
+        return (self[layer] for layer in range(len(self)))
+
+    def __bool__(self) -> bool:
+        return True
+
     def __repr__(self) -> str:
         return f"KVCache({self.batch_size} rows, {self._seen} columns, {self.nbytes / 2**20:.1f} MiB)"
+
+
+class LayerCache:
+    """One layer of a KVCache in the hands of a block that calls its modules: it appends, then sees all columns."""
+
+    def __init__(self, cache: KVCache, layer: int, starts: Tensor | None = None) -> None:
+        self.cache, self.layer, self.starts = cache, layer, starts
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Columns seen before."""
+        return self.cache.get_seq_length(self.layer)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int | None = None) -> tuple[Tensor, Tensor]:
+        """As KVCache.update, of this layer, whatever the index; the cache counts the columns once all layers have them."""
+        cache, layer = self.cache, self.layer
+        keys, values = cache.in_order(layer)
+        slots = cache.writable(layer)
+        lengths, dtype = cache.lengths + cache._ahead[layer], slots[0].dtype
+        reference.kv_append(*slots, key_states.to(dtype), value_states.to(dtype), lengths, self.starts)
+        B, H, _, D = key_states.shape
+        gone = cache.get_seq_length(layer) - keys.shape[2]
+        hidden = [key_states.new_zeros(B, H, gone, D)] if gone else []
+        return (
+            torch.cat([*hidden, keys.to(key_states.dtype), key_states], 2),
+            torch.cat([*hidden, values.to(value_states.dtype), value_states], 2),
+        )

@@ -71,7 +71,7 @@ def check_inputs(
     embeds: Tensor | None,
     position_ids: Tensor | None,
     token_type_ids: Tensor | None,
-    cache: KVCache | None,
+    cache: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked ids [B, T] or embeddings [B, T, C], position ids [B or 1, T] and token type ids [B, T] of a forward call.
 
@@ -92,11 +92,11 @@ def check_inputs(
     B, T = x.shape[:2]
     past = 0
     if cache is not None:
-        if not isinstance(cache, KVCache):
+        if not isinstance(cache, KVCache) and not (hasattr(cache, "update") and hasattr(cache, "get_seq_length")):
             raise CacheError(f"past_key_values is a {type(cache).__name__}; pass the KVCache that an earlier call returned")
-        if cache.batch_size != B:
+        if isinstance(cache, KVCache) and cache.batch_size != B:
             raise CacheError(f"past_key_values holds {cache.batch_size} rows, the input has {B}")
-        past = cache.get_seq_length()
+        past = int(cache.get_seq_length())
     limit = config.max_position_embeddings
     if past + T > limit:
         raise InputError(f"{past} cached + {T} new tokens exceed the model's {limit} positions; shorten the input")
@@ -109,6 +109,47 @@ def check_inputs(
     if token_type_ids is not None:
         token_type_ids = check_ids("token_type_ids", token_type_ids, config.vocab_size, device).reshape(-1, T)
     return x, position_ids, token_type_ids
+
+
+def check_cache(cache: Any, model: Any) -> Any:
+    """A cache that a trunk can continue; a tuple of (keys, values) [B, H, S, D] a layer becomes one.
+
+    Raises:
+        CacheError: made for another model, or for other attention than the blocks have now; says what differs.
+    """
+    if isinstance(cache, (tuple, list)):
+        if len(cache) != len(model.h) or not all(_is_pair(entry) for entry in cache):
+            raise CacheError(
+                f"past_key_values is a {type(cache).__name__} that does not hold keys and values [B, H, S, D] for each of "
+                f"{len(model.h)} layers; pass the KVCache that an earlier call returned"
+            )
+        made = model.new_cache(len(cache[0][0]))
+        for layer, (keys, values) in enumerate(cache):
+            made.update(keys, values, layer)
+        return made
+    if not isinstance(cache, KVCache):
+        return cache
+    config, windows, keys = model.config, model.windows(), cache.keys[0]
+    alike = cache.windows == windows and keys.shape[1] == config.num_heads and keys.shape[3] == config.head_dim
+    if alike and keys.dtype is model.dtype and keys.device == model.device:
+        return cache
+    pairs = {
+        "layers": (len(cache), len(windows)),
+        "windows": (cache.windows, windows),
+        "heads": (keys.shape[1], config.num_heads),
+        "head_dim": (keys.shape[3], config.head_dim),
+        "dtype": (keys.dtype, model.dtype),
+        "device": (keys.device, model.device),
+    }
+    differing = [f"{name} {has} and not {wants}" for name, (has, wants) in pairs.items() if has != wants]
+    raise CacheError(f"past_key_values was made for another model: {'; '.join(differing)}; start a new cache")
+
+
+def _is_pair(entry: Any) -> bool:
+    """Whether an entry of a cache in tuples is (keys, values)."""
+    if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+        return False
+    return all(isinstance(t, Tensor) and t.dim() == 4 for t in entry) and entry[0].shape == entry[1].shape
 
 
 def select_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:

@@ -87,3 +87,30 @@ def _four_dims(mask: Tensor, B: int, T: int, past: int) -> Tensor:
             f"for {past} cached + {T} new columns"
         )
     return mask
+
+
+def dense(rows: Rows, B: int, T: int, cache: KVCache | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The additive mask [B or 1, H or 1, T or 1, S] that modules get: causality and padding, the window not among them.
+
+    Args:
+        cache: of the S - T columns before.
+        dtype: of the mask: 0 where a column may be seen, else the type's least number.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    mask, columns = rows.mask, torch.arange(past + T, device=device)
+    if mask is not None and mask.is_floating_point():
+        return mask
+    if mask is None:
+        held = torch.ones(1, past + T, dtype=torch.bool, device=device)
+        first = past if rows.starts is None else past + rows.starts[:, None]
+        if cache is not None and cache.ragged and past:  # columns that were never stored may not be seen
+            held = (columns >= (past - cache.lengths)[:, None]) & ((columns < past) | (columns >= first))
+        elif rows.starts is not None:
+            held = (columns < past) | (columns >= first)
+        if rows.ends is not None:
+            held = held & (columns < past + rows.ends[:, None])
+        mask = held[:, None, None]
+    causal = columns <= torch.arange(past, past + T, device=device)[:, None]  # [T, S]
+    seen = causal & mask
+    seen = seen.expand(B, -1, -1, -1)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)

@@ -1,147 +1,170 @@
-"""The modules of a block. They hold the parameters under transformers' names; ops compute."""
+"""The modules of a block: transformers' graph, names, arguments and meaning. `fused` computes the same at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from types import ModuleType
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
+from ..errors import InputError
 from ..ops import reference
-from .cache import STEP, KVCache
-from .masks import Rows
+from .activations import NewGELU, activation
+from .touch import Watched, ours
 
 
-class SelfAttention(nn.Module):
-    """q, k and v without bias, heads, out_proj with bias."""
+class Past(Protocol):
+    """What attention asks of a cache: keys and values [B, H, T, D] of new columns in, those of all columns out."""
 
-    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]: ...
+
+
+class GPTNeoSelfAttention(Watched):
+    """q, k and v without bias, heads, out_proj with bias; scores are not divided by sqrt(D)."""
+
+    def __init__(self, config: GPTNeoConfig, attention_type: str = "global", layer_id: int = 0) -> None:
         super().__init__()
         C = config.hidden_size
-        self.layer = layer
-        self.window = config.window(layer)
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.attention_dropout, self.resid_dropout = config.attention_dropout, config.resid_dropout
+        self.config = config
+        self.attention_type, self.layer_id = attention_type, layer_id
+        self.window = config.window_size if attention_type == "local" else 0  # keys a query sees; 0 for all
+        self.embed_dim, self.num_heads, self.head_dim = C, config.num_heads, config.head_dim
+        self.attn_dropout = nn.Dropout(config.attention_dropout)
+        self.resid_dropout = nn.Dropout(config.resid_dropout)
         self.k_proj = nn.Linear(C, C, bias=False)
         self.v_proj = nn.Linear(C, C, bias=False)
         self.q_proj = nn.Linear(C, C, bias=False)
         self.out_proj = nn.Linear(C, C)
 
     def forward(
-        self, x: Tensor, norm: nn.LayerNorm, rows: Rows, cache: KVCache | None, op: ModuleType, want_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """x + attention(norm(x)), and the weights [B, H, T, S] where they are wanted. x: [B, T, C]."""
-        wq, wk, wv = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
-        args = (x, norm.weight, norm.bias, wq, wk, wv, norm.eps)
-        dropout = self.attention_dropout if self.training else 0.0
-        masked = want_weights or dropout > 0 or rows.mask is not None
-        weights = None
-        if cache is not None and cache.get_seq_length() > 0 and x.shape[1] <= STEP and not masked:
-            y = self._step(args, rows.starts, cache, op)
-        else:
-            q, k, v = (self._heads(t) for t in op.norm_qkv(*args))
-            if masked:
-                y, weights = self._masked(q, k, v, rows, cache, op, dropout)
-            else:
-                y = self._attend(q, k, v, rows, cache, op)
-        return _add(op, y, self.out_proj, x, self.resid_dropout if self.training else 0.0), weights
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
-
-    def _step(self, qkv_args: tuple, starts: Tensor | None, cache: KVCache, op: ModuleType) -> Tensor:
-        """A short step over a past: appends first, then reads everything from the slots. Returns [B, T, C]."""
-        k_cache, v_cache = cache.keys[self.layer], cache.values[self.layer]
-        q = self._heads(op.norm_qkv_append(*qkv_args, k_cache, v_cache, cache.lengths, starts))
-        seen = cache.past(self.layer, cache.get_seq_length() + q.shape[2])
-        return op.decode_attention(q, *seen, cache.lengths, self.window, starts)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: KVCache | None, op: ModuleType) -> Tensor:
-        """Attention over ranges of columns; appends to the cache. Returns [B, T, C]."""
-        if cache is None:
-            return op.attention(q, k, v, self.window, rows.starts, rows.ends)
-        past = cache.get_seq_length()
-        k_cache, v_cache = cache.keys[self.layer], cache.values[self.layer]
-        old = (*cache.past(self.layer, past), cache.lengths) if past else ()
-        y = op.attention(q, k, v, self.window, rows.starts, rows.ends, *old)
-        op.kv_append(k_cache, v_cache, k, v, cache.lengths, rows.starts)
-        return y
-
-    def _masked(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: KVCache | None, op: ModuleType, dropout: float
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        layer_past: Past | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Attention under any mask, on the reference path; appends to the cache. Returns [B, T, C] and the weights."""
-        mask, T = _as_mask(rows, q.shape[2]), q.shape[2]
-        past = evicted = 0
-        if cache is not None:
-            past = cache.get_seq_length()
-            keys, values = cache.in_order(self.layer)
-            if mask is None and cache.ragged:  # columns that were never stored may not be seen
-                columns = torch.arange(past + T, device=q.device)
-                mask = (columns >= (past - cache.lengths)[:, None])[:, None, None]
-            elif mask is not None and rows.mask is None:  # left padding: the stored columns come first
-                columns = torch.arange(past, device=q.device)
-                stored = (columns >= (past - cache.lengths)[:, None])[:, None, None]
-                mask = torch.cat([stored, mask], -1)
-            op.kv_append(cache.keys[self.layer], cache.values[self.layer], k, v, cache.lengths, rows.starts)
-            evicted = past - keys.shape[2]
-            k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
-            mask = mask if mask is None else mask[..., evicted:]
-        y, weights = reference.masked_attention(q, k, v, mask, self.window, dropout)
-        return y, F.pad(weights, (evicted, 0))
+        """Attention [B, T, C] of normalised states [B, T, C], and the weights [B, H, T, S] that were multiplied.
+
+        Args:
+            attention_mask: [B or 1, H or 1, T or 1, S], boolean (True: seen) or additive. The causal window holds besides.
+            layer_past: a KVCache, which gets the T new columns; S counts what it holds and them.
+        """
+        q, k, v = (
+            self._split_heads(projection(hidden_states), self.num_heads, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if layer_past is not None:
+            k, v = layer_past.update(k, v, self.layer_id)
+        y, weights = self._attn(q, k, v, attention_mask)
+        return self.resid_dropout(self.out_proj(self._merge_heads(y, self.num_heads, self.head_dim))), weights
+
+    def _split_heads(self, tensor: Tensor, num_heads: int, attn_head_size: int) -> Tensor:
+        return tensor.view(*tensor.shape[:-1], num_heads, attn_head_size).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
+
+    def _merge_heads(self, tensor: Tensor, num_heads: int, attn_head_size: int) -> Tensor:
+        return tensor.transpose(1, 2).flatten(2)  # [B, H, T, D] -> [B, T, C]
+
+    def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, H, T, D] of queries that are the last T of the S columns of key and value; and the weights [B, H, T, S]."""
+        weights = reference.attention_weights(query, key, attention_mask, self.window).to(value.dtype)
+        weights = self.attn_dropout(weights)
+        return weights @ value, weights
+
+    @property
+    def bias(self) -> Tensor:
+        """Boolean [1, 1, P, P], which column sees which, P being max_position_embeddings: a copy, to read."""
+        P = self.config.max_position_embeddings
+        visible = torch.ones(P, P, dtype=torch.bool, device=self.k_proj.weight.device).tril_()
+        return (visible.triu_(1 - self.window) if self.window else visible)[None, None]
+
+    @bias.setter
+    def bias(self, value: Any) -> None:
+        raise InputError("attention.bias is worked out, not stored; pass a 4-D attention_mask, or set attention.window")
 
 
-class Attention(nn.Module):
+class GPTNeoAttention(Watched):
     """The level of names between a block and its self-attention: `attn.attention.q_proj`."""
 
-    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
+    def __init__(self, config: GPTNeoConfig, layer_id: int = 0) -> None:
         super().__init__()
-        self.attention = SelfAttention(config, layer)
-
-
-class MLP(nn.Module):
-    """c_fc, gelu_new, c_proj."""
-
-    def __init__(self, config: GPTNeoConfig) -> None:
-        super().__init__()
-        self.resid_dropout = config.resid_dropout
-        self.c_fc = nn.Linear(config.hidden_size, config.ffn_size)
-        self.c_proj = nn.Linear(config.ffn_size, config.hidden_size)
-
-    def forward(self, x: Tensor, norm: nn.LayerNorm, op: ModuleType) -> Tensor:
-        """x + mlp(norm(x)). x: [B, T, C]."""
-        y = op.norm_linear(x, norm.weight, norm.bias, self.c_fc.weight, self.c_fc.bias, norm.eps, True)
-        return _add(op, y, self.c_proj, x, self.resid_dropout if self.training else 0.0)
-
-
-class Block(nn.Module):
-    """One layer."""
-
-    def __init__(self, config: GPTNeoConfig, layer: int) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.layer_id = layer_id
+        self.attention_layers = config.attention_layers
+        self.attention_type = config.attention_layers[layer_id]
+        self.attention = GPTNeoSelfAttention(config, self.attention_type, layer_id)
 
     def forward(
-        self, x: Tensor, rows: Rows, cache: KVCache | None, op: ModuleType, want_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, C] to [B, T, C], and the attention weights where they are wanted."""
-        x, weights = self.attn.attention(x, self.ln_1, rows, cache, op, want_weights)
-        return self.mlp(x, self.ln_2, op), weights
+        self,
+        hidden_states: Tensor,
+        layer_past: Past | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """As GPTNeoSelfAttention."""
+        found: tuple[Tensor, Tensor] = self.attention(
+            hidden_states,
+            attention_mask=attention_mask,
+            layer_past=layer_past,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+        )
+        return found
 
 
-@dataclass
-class Trace:
-    """What a caller may ask to see of a forward pass: L + 1 hidden states [B, T, C], L weights [B, H, T, S]."""
+class GPTNeoMLP(Watched):
+    """c_fc, activation, c_proj, dropout."""
 
-    hidden_states: list[Tensor] | None = None
-    attentions: list[Tensor | None] | None = None
+    def __init__(self, intermediate_size: int, config: GPTNeoConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.hidden_size, intermediate_size)
+        self.c_proj = nn.Linear(intermediate_size, config.hidden_size)
+        self.act = activation(config.activation_function)
+        self.dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C], without the residual."""
+        out: Tensor = self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+        return out
+
+
+class GPTNeoBlock(Watched):
+    """One layer."""
+
+    def __init__(self, config: GPTNeoConfig, layer_id: int = 0) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = GPTNeoAttention(config, layer_id)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = GPTNeoMLP(config.ffn_size, config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layer_past: Past | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """[B, T, C] to [B, T, C], and the attention weights; arguments as of GPTNeoSelfAttention."""
+        y, weights = self.attn(
+            self.ln_1(hidden_states),
+            layer_past=layer_past,
+            attention_mask=attention_mask,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+        )
+        hidden_states = y + hidden_states
+        return hidden_states + self.mlp(self.ln_2(hidden_states)), weights
+
+
+ours(GPTNeoSelfAttention, methods=("forward", "_attn", "_split_heads", "_merge_heads"))
+ours(GPTNeoAttention, GPTNeoMLP, GPTNeoBlock, NewGELU)
 
 
 def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -155,23 +178,3 @@ def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
         for m in found._modules.values():
             if m is not None:
                 modules.append(m)
-
-
-def _add(op: ModuleType, x: Tensor, linear: nn.Linear, residual: Tensor, dropout: float) -> Tensor:
-    """residual + dropout(linear(x))."""
-    if dropout:
-        return residual + F.dropout(linear(x), dropout)
-    return op.linear_add(x, linear.weight, linear.bias, residual)
-
-
-def _as_mask(rows: Rows, T: int) -> Tensor | None:
-    """A range of columns as a mask [B, 1, 1, T]."""
-    if rows.mask is not None or (rows.starts is None and rows.ends is None):
-        return rows.mask
-    at = rows.starts if rows.starts is not None else rows.ends
-    assert at is not None
-    columns = torch.arange(T, device=at.device)
-    held = columns >= (0 if rows.starts is None else rows.starts[:, None])
-    if rows.ends is not None:
-        held = held & (columns < rows.ends[:, None])
-    return held[:, None, None]

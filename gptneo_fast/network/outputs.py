@@ -3,48 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .cache import KVCache
 
 
-@dataclass(eq=False)
-class ModelOutput(Mapping[str, Any]):
-    """A dataclass that also reads like a mapping and a tuple of those of its fields that are not None."""
+class ModelOutput(OrderedDict[str, Any]):
+    """A dataclass that is also a dict of those of its fields that are not None, and reads like a tuple of them.
+
+    Libraries that take it apart and build it anew know it as a pytree, or call its class with a mapping.
+    """
+
+    def __init_subclass__(cls) -> None:
+        pytree.register_pytree_node(
+            cls,
+            lambda out: (list(out.values()), tuple(out)),
+            lambda values, names: cls(**dict(zip(names, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+            flatten_with_keys_fn=lambda out: ([(pytree.MappingKey(k), v) for k, v in out.items()], tuple(out)),
+        )
+
+    def __post_init__(self) -> None:
+        names = self._names()
+        first = getattr(self, names[0])
+        if isinstance(first, Mapping) and list(self) == names[:1]:
+            del self[names[0]]
+            for name, value in first.items():
+                self[name] = value
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in order."""
-        return tuple(self[k] for k in self)
+        return tuple(self[name] for name in self._names() if name in self)
 
     def beside(self, *names: str) -> dict[str, Any]:
         """The fields other than these, for an output that has them too."""
         return {name: getattr(self, name) for name in self._names() if name not in names}
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, str):
-            value = getattr(self, key, None) if key in self._names() else None
-            if value is None:
-                raise KeyError(key)
-            return value
-        return self.to_tuple()[key]
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key not in self._names():
             raise KeyError(f"{type(self).__name__} has no field {key!r}")
-        setattr(self, key, value)
+        object.__setattr__(self, key, value)
+        if value is not None:
+            super().__setitem__(key, value)
+        elif key in self:
+            super().__delitem__(key)
 
-    def __iter__(self) -> Iterator[str]:
-        return (k for k in self._names() if getattr(self, k) is not None)
+    def __delitem__(self, key: str) -> None:
+        self[key] = None
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
 
-    def _names(self) -> list[str]:
-        return [f.name for f in dataclasses.fields(self)]
+    def __reduce__(self) -> Any:
+        return _rebuilt, (type(self), dict(self))
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+
+def _rebuilt(kind: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
+    return kind(**values)
 
 
 @dataclass(eq=False)
@@ -132,3 +160,11 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
     attentions: tuple[Any, ...] | None = None
     hidden_states: tuple[Any, ...] | None = None
     past_key_values: KVCache | None = None
+
+
+@dataclass
+class Trace:
+    """What a caller may ask to see of a forward pass: L + 1 hidden states [B, T, C], L weights [B, H, T, S]."""
+
+    hidden_states: list[Tensor] | None = None
+    attentions: list[Tensor | None] | None = None

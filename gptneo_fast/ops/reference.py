@@ -118,8 +118,10 @@ def attention(
         tokens = torch.cat([old, tokens], 1)
     ragged = starts is not None or ends is not None or past > 0
     out = []
-    for i in range(0, T, _QUERY_BLOCK):
-        j = min(i + _QUERY_BLOCK, T)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(T, int)
+    size = T if traced else _QUERY_BLOCK  # a loop over T would fix it
+    for i in (0,) if traced else range(0, T, size):
+        j = min(i + size, T)
         first = 0 if window == 0 or past else max(0, i - window + 1)  # keys before it are out of the window
         query, key = tokens[:, past + i : past + j, None], tokens[:, None, first : past + j]
         visible = _visible(query, key, window)
@@ -229,22 +231,17 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, e
     return F.pad(logits, (0, -weight.shape[0] % LOGITS_ALIGN))[..., : weight.shape[0]]
 
 
-def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Attention with any mask, weights included: holes in masks, 4-D masks, `output_attentions`, attention dropout.
-
-    This one holds [B, H, T, S] scores; it is no op and has no kernel.
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    """What attention multiplies the values with, under any mask: [B, H, T, S], float32 or wider; it is no op and has no kernel.
 
     Args:
-        q: [B, H, T, D], the last T of the S columns. k, v: [B, H, S, D].
+        q: [B, H, T, D], the last T of the S columns. k: [B, H, S, D].
         mask: [B or 1, H or 1, T or 1, S], boolean (True: may be seen) or additive; None for none. The causal window
             holds besides.
         window: columns a query sees; 0 for all.
-        dropout: probability with which a weight is dropped.
 
     Returns:
-        [B, T, H * D] and the weights [B, H, T, S]; a row that sees nothing has weights and output of zero.
+        Rows that sum to one, or to zero for a query that sees nothing.
     """
     T, S = q.shape[2], k.shape[2]
     columns = torch.arange(S, device=q.device)
@@ -255,8 +252,7 @@ def masked_attention(
     elif mask is not None:
         visible = visible & (mask > torch.finfo(mask.dtype).min)
         bias = mask
-    weights = _weights(q, k, visible, empty_rows=True, bias=bias).to(v.dtype)
-    return _merge_heads(F.dropout(weights, dropout) @ v), weights
+    return _weights(q, k, visible, empty_rows=True, bias=bias)
 
 
 def _visible(query: Tensor, key: Tensor, window: int) -> Tensor:

@@ -197,10 +197,10 @@ def test_a_call_that_fails_midway_leaves_the_cache_usable_or_says_so(monkeypatch
     feed(model, x, [100], cache)
     forward = type(model.transformer.h[2]).forward
 
-    def broken(self, *args):
+    def broken(self, *args, **keywords):
         if self is model.transformer.h[2]:
             raise KeyboardInterrupt
-        return forward(self, *args)
+        return forward(self, *args, **keywords)
 
     monkeypatch.setattr(type(model.transformer.h[2]), "forward", broken)
     with pytest.raises(KeyboardInterrupt):

@@ -28,7 +28,7 @@ def model():
 
 def capture(monkeypatch):
     """Generation takes the captured path wherever the options allow it, as on a CUDA device; a call stands for the graph."""
-    monkeypatch.setattr(captured_path, "why_not", lambda model, request: strategy.why_not_on_device(request))
+    monkeypatch.setattr(captured_path, "why_not", lambda model, request: strategy.why_not_on_device(model, request))
     monkeypatch.setattr(capturing, "capture", lambda step, _: capturing.CapturedStep(types.SimpleNamespace(replay=step), None))
 
 

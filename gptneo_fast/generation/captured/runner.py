@@ -22,7 +22,7 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # rows that steps are captured for; a batch 
 AHEAD = 2  # looks that may be under way while the device goes on
 
 
-class StepCache:
+class StepCache(KVCache):
     """A KVCache as the captured step sees it: whole slots, lengths on the device, no counting in Python."""
 
     ragged = False
@@ -30,7 +30,7 @@ class StepCache:
     def __init__(self, cache: KVCache, lengths: Tensor) -> None:
         self.keys, self.values, self.lengths = cache.keys, cache.values, lengths
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
         """More than none: a step continues."""
         return 1
 
@@ -83,7 +83,7 @@ class Runner:
     def __init__(self, model: Any, rows: int, columns: int) -> None:
         self.model, self.rows, self.columns, self.device = model, rows, columns, model.device
         device, V = model.device, model.config.vocab_size
-        self.cache = KVCache(model.config, rows, dtype=model.dtype, device=device, max_length=columns)
+        self.cache = model.transformer.new_cache(rows, columns)
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
         self.state = torch.zeros(5, rows, dtype=torch.int64, device=device)
         self.state[STATUS] = FINISHED  # a step before the first request changes nothing

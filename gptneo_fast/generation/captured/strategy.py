@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...errors import NonFiniteLogitsError
+from ...errors import InputError, NonFiniteLogitsError
 from ..request import Generation, LanguageModel, Request, broken_message, joined
 from .params import SamplingParams, why_stepwise
 from .runner import BUCKETS, broken_rows
@@ -21,11 +21,13 @@ def why_not(model: LanguageModel, request: Request) -> str | None:
     for each in (model, request.assistant):
         if each is not None and (each.backend.name != "triton" or each.device.type != "cuda"):
             return f"the {each.backend.name} backend on {each.device.type} is stepwise"
-    return why_not_on_device(request)
+    return why_not_on_device(model, request)
 
 
-def why_not_on_device(request: Request) -> str | None:
-    """Which of a request's wishes needs the host, on a device that can capture."""
+def why_not_on_device(model: LanguageModel, request: Request) -> str | None:
+    """What needs the host, on a device that can capture."""
+    if not all(each.looked(anew=True) for each in (model, request.assistant) if each is not None):
+        return "a module was hooked, replaced, patched or set to train, and a captured step would go on without that"
     if (rows := len(request.prompt.ids)) > BUCKETS[-1]:
         return f"{rows} rows are more than the {BUCKETS[-1]} that steps are captured for"
     why = why_stepwise(request)
@@ -49,6 +51,11 @@ def captured(model: LanguageModel, request: Request) -> Iterator[Tensor]:
     columns, broken, drawn = 0, [], torch.zeros(B, dtype=torch.int64)
     try:
         for tokens, status, drawn in runner.run(prompt.ids, prompt.mask, params, replays):
+            if not model.looked():
+                raise InputError(
+                    "a module of the model was hooked, replaced or patched while captured steps generated with it; do that "
+                    "before generate, or pass a logits_processor, with which the host takes every step"
+                )
             if not pieces:
                 model.last_generation = _generation(runner.why_launched)
             places = torch.arange(columns, columns + tokens.shape[1])

@@ -1,0 +1,101 @@
+"""Activations under the names that transformers gives them in `activation_function`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NewGELU(nn.Module):
+    """gelu_new(x) = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), Hendrycks and Gimpel 2016, section 2."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise, of any shape."""
+        return F.gelu(input, approximate="tanh")
+
+
+class Elementwise(nn.Module):
+    """A function of each element, under its name."""
+
+    def __init__(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.name, self.function = name, function
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise, of any shape."""
+        return self.function(input)
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+def _clipped(x: Tensor) -> Tensor:
+    return torch.clip(F.gelu(x), -10, 10)
+
+
+def _fast(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def _accurate(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
+
+
+def _quick(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _laplace(x: Tensor) -> Tensor:
+    return 0.5 * (1.0 + torch.erf((x - 0.707107).div(0.282095 * math.sqrt(2.0))))
+
+
+def _squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _root_of_softplus(x: Tensor) -> Tensor:
+    return F.softplus(x).sqrt()
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_10": _clipped,
+    "gelu_fast": _fast,
+    "gelu_accurate": _accurate,
+    "quick_gelu": _quick,
+    "laplace": _laplace,
+    "relu2": _squared,
+    "sqrtsoftplus": _root_of_softplus,
+    "linear": _itself,
+}
+_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "gelu_new": NewGELU,
+    "gelu_pytorch_tanh": NewGELU,
+    "gelu_python_tanh": NewGELU,
+    "gelu": nn.GELU,
+    "gelu_python": nn.GELU,
+    "hardswish": nn.Hardswish,
+    "leaky_relu": nn.LeakyReLU,
+    "mish": nn.Mish,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "tanh": nn.Tanh,
+    "prelu": nn.PReLU,
+    **{name: partial(Elementwise, name, function) for name, function in _FUNCTIONS.items()},
+}
+
+
+def activation(name: str) -> nn.Module:
+    """A new module for a name that `config.ACTIVATIONS` lists."""
+    return _MODULES[name]()

@@ -1,0 +1,127 @@
+"""A whole block as ops that read its parameters, for as long as it is untouched (see `touch`)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import cast
+
+from torch import Tensor, nn
+
+from .activations import NewGELU
+from .cache import STEP, KVCache
+from .masks import Rows
+from .modules import GPTNeoAttention, GPTNeoBlock, GPTNeoMLP, GPTNeoSelfAttention
+from .touch import PLAIN, is_idle_dropout, is_plain_norm
+
+_PRIVATE = ("_attn", "_split_heads", "_merge_heads")  # of GPTNeoSelfAttention: patched by those who change attention
+
+
+def is_untouched(block: nn.Module) -> bool:
+    """Whether `block` below computes what calling the module would."""
+    if type(block) is not GPTNeoBlock:
+        return False
+    try:
+        outer = block._modules
+        attn, mlp = outer["attn"], outer["mlp"]
+        if type(attn) is not GPTNeoAttention or type(mlp) is not GPTNeoMLP:
+            return False
+        inner = attn._modules["attention"]
+        if type(inner) is not GPTNeoSelfAttention:
+            return False
+        a, m = inner._modules, mlp._modules
+        plain = (a["q_proj"], a["k_proj"], a["v_proj"])
+        biased = (a["out_proj"], m["c_fc"], m["c_proj"])
+        norms, act = (outer["ln_1"], outer["ln_2"]), m["act"]
+        dropouts = (a["attn_dropout"], a["resid_dropout"], m["dropout"])
+    except KeyError:
+        return False
+    if type(act) is not NewGELU:
+        return False
+    for module in (block, attn, inner, mlp, act, *plain, *biased):
+        own = module.__dict__
+        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return False
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+    own = inner.__dict__
+    if any(name in own for name in _PRIVATE):
+        return False
+    if not (all(map(is_plain_norm, norms)) and all(map(is_idle_dropout, dropouts))):  # type: ignore[arg-type]
+        return False
+    dtype = norms[0]._parameters["weight"].dtype  # type: ignore[union-attr]
+    for linear in (*plain, *biased, *norms):
+        found = linear._parameters  # type: ignore[union-attr]
+        weight, bias = found.get("weight"), found.get("bias")
+        if type(weight) not in PLAIN or weight.dtype is not dtype or len(found) != 2:
+            return False
+        if linear not in norms and (type(linear) is not nn.Linear or (bias is None) is not (linear in plain)):
+            return False
+        if bias is not None and (type(bias) not in PLAIN or bias.dtype is not dtype):
+            return False
+    return True
+
+
+def window_of(block: nn.Module) -> int:
+    """Columns that a query of a block's attention sees; 0 for all, and for attention that is not ours."""
+    if type(block) is not GPTNeoBlock or "forward" in vars(block):
+        return 0
+    attn = block._modules.get("attn")
+    inner = attn._modules.get("attention") if type(attn) is GPTNeoAttention and "forward" not in vars(attn) else None
+    if type(inner) is not GPTNeoSelfAttention or any(name in vars(inner) for name in ("forward", *_PRIVATE)):
+        return 0
+    return inner.window
+
+
+def block(block: GPTNeoBlock, x: Tensor, rows: Rows, cache: KVCache | None, layer: int, op: ModuleType) -> Tensor:
+    """What an untouched block computes: [B, T, C] to [B, T, C].
+
+    Args:
+        rows: which columns are tokens; ranges only.
+        cache: read and appended to, in the place `layer`.
+        op: the namespace that computes.
+    """
+    attention, mlp, norm = block.attn.attention, block.mlp, block.ln_1
+    args = (x, norm.weight, norm.bias, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight, norm.eps)
+    if cache is not None and cache.get_seq_length() > 0 and x.shape[1] <= STEP:
+        y = _step(attention, args, rows.starts, cache, layer, op)
+    else:
+        q, k, v = (_heads(t, attention) for t in op.norm_qkv(*args))
+        y = _attend(attention, q, k, v, rows, cache, layer, op)
+    x = op.linear_add(y, attention.out_proj.weight, attention.out_proj.bias, x)
+    norm = block.ln_2
+    y = op.norm_linear(x, norm.weight, norm.bias, mlp.c_fc.weight, mlp.c_fc.bias, norm.eps, True)
+    return cast(Tensor, op.linear_add(y, mlp.c_proj.weight, mlp.c_proj.bias, x))
+
+
+def _heads(x: Tensor, attention: GPTNeoSelfAttention) -> Tensor:
+    return x.view(*x.shape[:-1], attention.num_heads, attention.head_dim).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
+
+
+def _step(
+    attention: GPTNeoSelfAttention, qkv: tuple, starts: Tensor | None, cache: KVCache, layer: int, op: ModuleType
+) -> Tensor:
+    """A short step over a past: appends first, then reads everything from the slots. Returns [B, T, C]."""
+    k_cache, v_cache = cache.writable(layer)
+    q = _heads(op.norm_qkv_append(*qkv, k_cache, v_cache, cache.lengths, starts), attention)
+    seen = cache.past(layer, cache.get_seq_length() + q.shape[2])
+    return cast(Tensor, op.decode_attention(q, *seen, cache.lengths, attention.window, starts))
+
+
+def _attend(
+    attention: GPTNeoSelfAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    cache: KVCache | None,
+    layer: int,
+    op: ModuleType,
+) -> Tensor:
+    """Attention over ranges of columns; appends to the cache. Returns [B, T, C]."""
+    if cache is None:
+        return cast(Tensor, op.attention(q, k, v, attention.window, rows.starts, rows.ends))
+    past = cache.get_seq_length()
+    old = (*cache.past(layer, past), cache.lengths) if past else ()
+    y = op.attention(q, k, v, attention.window, rows.starts, rows.ends, *old)
+    op.kv_append(*cache.writable(layer), k, v, cache.lengths, rows.starts)
+    return cast(Tensor, y)
