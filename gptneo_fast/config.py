@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError
 from .files import atomic
 from .files.hub import Source
 from .files.strict_json import read_object
@@ -37,6 +39,18 @@ SHAPE = frozenset(  # fields that the weights or the computation follow from
         "intermediate_size window_size activation_function layer_norm_epsilon tie_word_embeddings"
     ).split()
 )
+GENERATION = frozenset(  # names of generation's settings, which a config.json of old may hold
+    (
+        "max_length max_new_tokens min_length min_new_tokens stop_strings max_time early_stopping do_sample num_beams "
+        "num_return_sequences prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens "
+        "num_assistant_tokens_schedule assistant_confidence_threshold prefill_chunk_size guidance_scale sequence_bias "
+        "repetition_penalty no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id "
+        "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens temperature top_h top_k "
+        "top_p min_p typical_p epsilon_cutoff eta_cutoff renormalize_logits length_penalty seed return_dict_in_generate "
+        "output_scores output_logits"
+    ).split()
+)
+_NOT_KEPT = ("model_type", "transformers_version")  # of a config.json that is saved again
 _FLAGS = frozenset(["use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict"])
 _RATES = frozenset(["resid_dropout", "embed_dropout", "attention_dropout", "classifier_dropout"])
 
@@ -57,7 +71,11 @@ class GPTNeoConfig:
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
         "torch_dtype": "dtype",
+        "_name_or_path": "name_or_path",
     }
+    is_encoder_decoder: ClassVar[bool] = False
+    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ("past_key_values",)
+    sub_configs: ClassVar[dict[str, Any]] = {}
 
     vocab_size: int = 50257
     max_position_embeddings: int = 2048
@@ -89,18 +107,30 @@ class GPTNeoConfig:
     architectures: list[str] | None = None
     dtype: str | None = None  # "float32" ...: what the checkpoint was saved in
     name_or_path: str = ""
+    in_use: ClassVar[bool] = False  # True on the instance once a model is built of it
 
     def __init__(self, *, num_labels: int | None = None, **values: Any) -> None:
         given = _by_name(values)
+        if (found := given.pop("model_type", self.model_type)) != self.model_type:
+            raise ConfigError(f"model_type is {short(found)}; gptneo_fast runs 'gpt_neo' only")
         names = {f.name for f in dataclasses.fields(self)}
-        unknown = [k for k in given if k not in names]
-        if unknown:
-            raise ConfigError(f"GPTNeoConfig has no field {unknown[0]!r}{nearest(unknown[0], names)}")
+        for name in [k for k in given if k not in names]:
+            _check_extra(name)
+            if name not in _NOT_KEPT:
+                object.__setattr__(self, name, given[name])
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, given.get(field.name, field.default))
         faults: list[str] = []
         _fill(self, num_labels, faults)
-        faults += [m for f in dataclasses.fields(self) if (m := fault_of(f.name, getattr(self, f.name)))]
+        self.check(faults)
+
+    def check(self, faults: Sequence[str] = ()) -> None:
+        """Whether the fields go together, which those that were set one by one need not.
+
+        Raises:
+            ConfigError: lists every fault, those given among them.
+        """
+        faults = [*faults, *(m for f in dataclasses.fields(self) if (m := fault_of(f.name, getattr(self, f.name))))]
         faults += structure_faults(self)
         if faults:
             raise ConfigError("the configuration is not a GPT-Neo's: " + "; ".join(faults))
@@ -113,16 +143,61 @@ class GPTNeoConfig:
             if faults:
                 raise ConfigError(faults[0])
             return
-        if name in SHAPE:
-            raise ConfigError(f"{name} shapes the weights and cannot be set to {value!r}; use config.replace({name}=...)")
+        if name in SHAPE and self.in_use and value != getattr(self, name):
+            raise ConfigError(
+                f"{name} shapes the weights of a model that is built and cannot be set to {short(value)}; use "
+                f"config.replace({name}=...) and build another"
+            )
+        if name in GENERATION:
+            raise ConfigError(f"{name} is a setting of generation, ignored here; set model.generation_config.{name}")
+        if name not in self.__dataclass_fields__:
+            _check_extra(name)
+        if name == "attention_layers":
+            value = tuple(value) if isinstance(value, list) else value
         if fault := fault_of(name, value):
             raise ConfigError(fault)
         object.__setattr__(self, name, value)
+        faults = []
+        if name == "attention_types":
+            object.__setattr__(self, "attention_layers", ())
+            _fill_attention(self, faults)
+        elif name == "attention_layers":
+            object.__setattr__(self, "attention_types", [[list(value), 1]])
+        if faults:
+            raise ConfigError(faults[0])
 
     def __getattr__(self, name: str) -> Any:
         if name in GPTNeoConfig.aliases:
             return getattr(self, GPTNeoConfig.aliases[name])
         raise AttributeError(f"GPTNeoConfig has no field {name!r}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.to_dict() or name in self.aliases
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field by name, or the default where there is no such field."""
+        return getattr(self, name, default)
+
+    def update(self, values: dict[str, Any]) -> None:
+        """Set several fields.
+
+        Raises:
+            ConfigError: a value out of range, or one that shapes the weights of a model that is built.
+        """
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> GPTNeoConfig:
+        """This configuration: a GPT-Neo has no other part than text."""
+        return self
+
+    @property
+    def use_return_dict(self) -> bool:
+        """An old name of `return_dict`."""
+        return self.return_dict
 
     @property
     def num_labels(self) -> int:
@@ -146,7 +221,7 @@ class GPTNeoConfig:
     def replace(self, **changes: Any) -> GPTNeoConfig:
         """A copy with other values; what depends on them (attention_layers, label maps) is worked out again."""
         changes = {self.aliases.get(k, k): v for k, v in changes.items()}
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | self._extras()
         if "num_labels" in changes and "id2label" not in changes:
             values["id2label"] = values["label2id"] = None
         if "attention_types" in changes:
@@ -162,7 +237,16 @@ class GPTNeoConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name_or_path"}
         values["attention_layers"] = list(self.attention_layers)
         values["id2label"] = {str(k): v for k, v in self.id2label.items()}
-        return values | {"model_type": self.model_type}
+        return values | self._extras() | {"model_type": self.model_type}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The values of `to_dict` that are not those of a new configuration."""
+        usual = GPTNeoConfig().to_dict()
+        return {k: v for k, v in self.to_dict().items() if k == "model_type" or k not in usual or usual[k] != v}
+
+    def _extras(self) -> dict[str, Any]:
+        """What was given under names that no field has."""
+        return {k: v for k, v in vars(self).items() if k not in self.__dataclass_fields__ and k != "in_use"}
 
     def to_json_string(self) -> str:
         """The text of `config.json`."""
@@ -170,7 +254,7 @@ class GPTNeoConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GPTNeoConfig:
-        """A configuration from the keys of a `config.json`; keys that no field has are ignored, as legacy files need.
+        """A configuration from the keys of a `config.json`; keys that no field has are kept, and saved again.
 
         Raises:
             ConfigError: the model type is not gpt_neo, or a value is out of range.
@@ -179,15 +263,24 @@ class GPTNeoConfig:
             raise ConfigError(f"a configuration is a JSON object, not {type(values).__name__}")
         if (found := values.get("model_type")) != cls.model_type:
             raise ConfigError(f"model_type is {short(found)}; gptneo_fast runs 'gpt_neo' only")
-        known = {f.name for f in dataclasses.fields(cls)} | set(cls.aliases) | {"num_labels"}
-        kept = {k: v for k, v in values.items() if k in known and k != "name_or_path"}
+        if values.get("rotary"):
+            raise ConfigError("rotary is set: these are the weights of a GPT-J under the name of gpt_neo, which cannot be run")
+        kept = {k: v for k, v in values.items() if k not in ("name_or_path", "_name_or_path", *_NOT_KEPT)}
         if kept.get("id2label") is None and kept.get("num_labels") is None:
             kept.pop("label2id", None)
         kept = _by_name(kept)
         overrides = {cls.aliases.get(k, k): v for k, v in overrides.items()}
         if "num_labels" in overrides:
-            kept = {k: v for k, v in kept.items() if k not in ("id2label", "label2id")}
-        return cls(**(kept | overrides))
+            kept = {k: v for k, v in kept.items() if k not in ("id2label", "label2id", "num_labels")}
+        if "attention_types" in overrides:
+            kept.pop("attention_layers", None)
+        if "attention_layers" in overrides:
+            kept.pop("attention_types", None)
+        names = {*cls.__dataclass_fields__, *cls.aliases, "num_labels"}
+        config = cls(**({k: v for k, v in kept.items() if k in names} | overrides))
+        for name in kept.keys() - names:  # as they stand, near to a field's name or not
+            object.__setattr__(config, name, kept[name])
+        return config
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPTNeoConfig:
@@ -223,6 +316,13 @@ class GPTNeoConfig:
             ConfigError: it cannot be written there; what was there still is.
         """
         atomic.write(folder, {"config.json": self.to_json_string()}, ConfigError)
+
+
+def _check_extra(name: str) -> None:
+    """Let names pass that no field has, but not those that are a field misspelt."""
+    names = {f.name for f in dataclasses.fields(GPTNeoConfig)}
+    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.9):
+        raise ConfigError(f"GPTNeoConfig has no field {name!r}; did you mean {near[0]!r}?")
 
 
 def _by_name(values: dict[str, Any]) -> dict[str, Any]:

@@ -34,9 +34,9 @@ def as_device(device: Any) -> torch.device:
         DeviceError: CUDA was asked for and there is none; says why.
     """
     if isinstance(device, dict):
-        if len(device) != 1 or "" not in device:
+        if len(set(device.values())) != 1:
             raise InputError(f"device_map {str(device)[:200]} splits the model; give one device, or {{'': device}}")
-        device = device[""]
+        device = next(iter(device.values()))
     if device is None:
         return torch.device("cpu")
     if device in ("auto", "balanced", "sequential"):

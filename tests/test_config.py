@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from gptneo_fast import AutoConfig, GPTNeoConfig
+from gptneo_fast import AutoConfig, GenerationConfig, GPTNeoConfig, GPTNeoForCausalLM
+from gptneo_fast.config import GENERATION
 from gptneo_fast.errors import ConfigError
 from tests.support.peers import SMALL
 
@@ -64,7 +65,7 @@ def test_the_file_of_the_hub_with_its_legacy_keys(tmp_path):
     ours = GPTNeoConfig.from_pretrained(tmp_path)
     agree(transformers.GPTNeoConfig.from_pretrained(tmp_path), ours)
     assert (ours.head_dim, ours.ffn_size, ours.window(0), ours.window(1)) == (128, 8192, 0, 256)
-    assert not hasattr(ours, "summary_type") and not hasattr(ours, "gradient_checkpointing")
+    assert ours.to_dict()["summary_type"] == HUB_13B["summary_type"] and "gradient_checkpointing" in ours
     assert isinstance(AutoConfig.from_pretrained(tmp_path), GPTNeoConfig)
 
 
@@ -124,17 +125,59 @@ def test_keywords_beat_the_file_and_unknown_ones_are_refused(tmp_path):
             call()
 
 
-def test_what_shapes_the_weights_is_read_only_and_the_rest_may_be_set():
+def test_what_shapes_the_weights_is_read_only_once_a_model_is_built_and_the_rest_may_be_set():
     ours = GPTNeoConfig(**SMALL)
+    ours.num_layers, ours.attention_types, ours.vocab_size = 2, [[["local", "global"], 1]], 19
+    assert ours.attention_layers == ("local", "global")
+    ours.num_layers = 5
+    with pytest.raises(ConfigError, match="num_layers 5 and 2 attention layers"):
+        GPTNeoForCausalLM(ours)
+    ours.num_layers = 2
+    assert GPTNeoForCausalLM(ours).lm_head.out_features == 19
     for name in ("hidden_size", "num_layers", "num_hidden_layers", "window_size", "attention_types"):
         with pytest.raises(ConfigError, match=r"use config\.replace"):
             setattr(ours, name, 8)
+    for name in ("max_length", "do_sample", "temperature"):
+        with pytest.raises(ConfigError, match=rf"set model\.generation_config\.{name}"):
+            setattr(ours, name, 1)
     ours.pad_token_id, ours.num_labels, ours.use_cache, ours.problem_type = 3, 7, False, "regression"
     assert len(ours.id2label) == 7 and ours.label2id["LABEL_6"] == 6
     with pytest.raises(ConfigError, match="pad_token_id 'x' is not a token id"):
         ours.pad_token_id = "x"
     with pytest.raises(AttributeError, match="no field 'n_head'"):
         ours.n_head  # noqa: B018
+
+
+def test_the_names_of_generation_s_settings_are_those_that_it_has():
+    own = set(GPTNeoConfig.__dataclass_fields__)
+    assert frozenset(GenerationConfig.__dataclass_fields__) - own == GENERATION
+
+
+def test_what_a_config_json_of_old_says_of_generation_is_obeyed():
+    config = GPTNeoConfig.from_dict(GPTNeoConfig(**SMALL).to_dict() | {"repetition_penalty": 3.0, "max_length": 9})
+    settings = GPTNeoForCausalLM(config).generation_config
+    assert (settings.repetition_penalty, settings.max_length) == (3.0, 9)
+
+
+def test_unknown_fields_are_kept_saved_and_searched():
+    ours = GPTNeoConfig(**SMALL, my_field=[1, {"a": 2}])
+    again = GPTNeoConfig(**json.loads(ours.to_json_string()))
+    assert again.my_field == [1, {"a": 2}] and again == ours and ours.replace(num_labels=4).my_field == ours.my_field
+    assert "my_field" in ours and "other" not in ours and ours.get("other", 3) == 3 and "num_hidden_layers" in ours
+    ours.update({"my_field": 7, "pad_token_id": 2})
+    assert (ours.my_field, ours.pad_token_id) == (7, 2)
+    assert {"vocab_size", "window_size"} <= ours.to_diff_dict().keys() and "use_cache" not in ours.to_diff_dict()
+
+
+def test_what_is_said_in_loading_wins_over_the_file(tmp_path):
+    GPTNeoConfig(**SMALL).save_pretrained(tmp_path)
+    ours = GPTNeoConfig.from_pretrained(tmp_path, num_layers=2, attention_types=[[["local"], 2]])
+    assert ours.attention_layers == ("local", "local")
+
+
+def test_a_gpt_j_under_this_name_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="rotary is set"):
+        GPTNeoConfig.from_dict(GPTNeoConfig(**SMALL).to_dict() | {"rotary": True, "rotary_dim": 16})
 
 
 def test_replace_works_out_again_what_follows():

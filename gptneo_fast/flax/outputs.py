@@ -25,7 +25,7 @@ class FlaxOutput(ModelOutput):
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values in some fields."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
 @_tree

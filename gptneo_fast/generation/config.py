@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import GPTNeoConfig
+from ..config import GENERATION, GPTNeoConfig
 from ..errors import ConfigError, InputError, UnknownOptionError, nearest
 from ..files import atomic
 from ..files.hub import Source
@@ -108,8 +108,10 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, config: GPTNeoConfig) -> GenerationConfig:
-        """The token ids of a model's configuration."""
-        return cls(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+        """The token ids of a model's configuration, and what a `config.json` of old says of generation."""
+        said = {k: v for k, v in vars(config).items() if k in GENERATION and v is not None}
+        ids = {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return cls.of(ids | said, ignore_unknown=True)
 
     @classmethod
     def from_source(cls, source: Source, config: GPTNeoConfig) -> GenerationConfig:

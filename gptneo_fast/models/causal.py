@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,10 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
             while it waits (programmatic dependent launch; GPUs of capability 9.0 and up). Off until a committed result
             shows it right and faster; may be set on a model, too, before its first step.
     """
+
+    accepts_loss_kwargs: ClassVar[bool] = True
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+    loss_type: ClassVar[str] = "ForCausalLM"  # by which Trainer counts the shifted labels
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto", early_launch: bool = False) -> None:
         super().__init__(config, backend=backend)
@@ -85,16 +89,29 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         logits = self._logits(select_positions(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            labels = check_labels(labels.to(logits.device), self.config.vocab_size)
-            shifted = F.pad(labels, (0, 1), value=-100)[..., 1:].flatten()
-            loss = F.cross_entropy(
-                logits.float().view(-1, logits.shape[-1]),
-                shifted,
-                ignore_index=-100,
-                reduction="mean" if num_items_in_batch is None else "sum",
-            )
-            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+            V = logits.shape[-1]
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=V, num_items_in_batch=num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **out.beside("last_hidden_state"))
+
+    def loss_function(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: int | Tensor | None = None,
+        ignore_index: int = -100,
+        **others: Any,
+    ) -> Tensor:
+        """Mean cross-entropy of labels [B, T], shifted inside, under logits [B, T, V]; `forward` calls what stands here.
+
+        Args:
+            num_items_in_batch: divide the summed loss by this instead.
+        """
+        labels = check_labels(labels.to(logits.device), vocab_size, ignore_index)
+        shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].flatten()
+        how = "mean" if num_items_in_batch is None else "sum"
+        loss = F.cross_entropy(logits.float().view(-1, vocab_size), shifted, ignore_index=ignore_index, reduction=how)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """lm_head(hidden). Where the kernels compute, a row of the result takes V rounded up to a multiple of `LOGITS_ALIGN`,

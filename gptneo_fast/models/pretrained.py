@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..config import GPTNeoConfig
 from ..device import as_device, as_dtype
-from ..errors import CheckpointError, InputError, UnknownOptionError, nearest
+from ..errors import CheckpointError, InputError, UnknownOptionError, nearest, warn_once
 from ..files.hub import Source
 from ..generation.config import GenerationConfig
 from ..network.cache import cache_bytes
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .model import GPTNeoModel
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
+_HARMLESS = (  # ways of loading that mean nothing where weights go straight to their places
+    "low_cpu_mem_usage trust_remote_code proxies offload_folder offload_state_dict offload_buffers max_memory resume_download "
+    "use_auth_token local_dir_use_symlinks use_cache_dir mirror tp_plan key_mapping weights_only"
+).split()
 _QUANTISED = ("load_in_8bit", "load_in_4bit", "quantization_config")
 
 
@@ -46,6 +50,20 @@ class GPTNeoPreTrainedModel(Watched):
     """Base of the five classes."""
 
     base_model_prefix: ClassVar[str] = "transformer"
+    config_class: ClassVar[type[GPTNeoConfig]] = GPTNeoConfig
+    main_input_name: ClassVar[str] = "input_ids"
+    input_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    framework: ClassVar[str] = "pt"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    is_parallelizable: ClassVar[bool] = False
+    accepts_loss_kwargs: ClassVar[bool] = False  # whether `forward` divides a loss by num_items_in_batch
+    model_tags: list[str] = []  # noqa: RUF012 (replaced, not changed)
+    _no_split_modules: ClassVar[list[str]] = ["GPTNeoBlock"]  # names that accelerate, FSDP and peft ask for
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = []
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+    _require_grads_hook: Any = None
     config: GPTNeoConfig
     tokenizer: Any = None  # attached by `load`
 
@@ -54,6 +72,8 @@ class GPTNeoPreTrainedModel(Watched):
         if not isinstance(config, GPTNeoConfig):
             raise InputError(f"config is a {type(config).__name__}; give a gptneo_fast.GPTNeoConfig")
         backends.check(backend)  # an impossible request fails here, not in the first call
+        config.check()
+        object.__setattr__(config, "in_use", True)
         self.config = config
 
     @property
@@ -90,9 +110,40 @@ class GPTNeoPreTrainedModel(Watched):
         """Bytes of the key-value cache for `batch` rows of `length` tokens."""
         return cache_bytes(self.config, batch, length, self.dtype)
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         """Whether the class has `generate`."""
-        return hasattr(self, "generate")
+        return hasattr(cls, "generate")
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters, and of buffers."""
+        held = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(t.nelement() * t.element_size() for t in held)
+
+    @property
+    def name_or_path(self) -> str:
+        """What the model was loaded from."""
+        return self.config.name_or_path
+
+    def post_init(self) -> None:
+        """The end of an `__init__` of transformers, where it initialises; here modules are initialised when they are made,
+        and what a checkpoint misses once it is loaded."""
+
+    def init_weights(self) -> None:
+        """Initialise every module afresh and tie the head."""
+        self.apply(self._init_weights)
+        self.tie_weights()
+
+    def add_model_tags(self, tags: str | list[str]) -> None:
+        """Labels for a model card, kept in `model_tags`."""
+        new = [tags] if isinstance(tags, str) else tags
+        self.model_tags = [*self.model_tags, *(tag for tag in new if tag not in self.model_tags)]
+
+    def warn_if_padding_and_no_attention_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Warn of ids that begin or end with the pad token where no mask hides it."""
+        pad = self.config.pad_token_id
+        if attention_mask is None and pad is not None and pad in input_ids[:, [0, -1]]:
+            warn_once("input_ids are padded and no attention_mask hides that; pass one")
 
     # Embeddings
 
@@ -100,20 +151,33 @@ class GPTNeoPreTrainedModel(Watched):
         """The token embedding `wte`."""
         return self.base_model.wte
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Use another token embedding."""
-        self.base_model.wte = value
-        self.tie_weights()
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Use another token embedding: any module that takes ids. A head stays tied to the weight that it has."""
+        self.base_model.wte = cast(nn.Embedding, value)
+
+    def get_position_embeddings(self) -> nn.Embedding:
+        """The position embedding `wpe`."""
+        return self.base_model.wpe
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Use another language-model head.
+
+        Raises:
+            InputError: the class has none.
+        """
+        if self.get_output_embeddings() is None:
+            raise InputError(f"{type(self).__name__} has no language-model head")
+        self.lm_head = new_embeddings
 
     def get_output_embeddings(self) -> nn.Linear | None:
         """The language-model head, where the class has one."""
         return getattr(self, "lm_head", None)
 
-    def tie_weights(self) -> None:
+    def tie_weights(self, **how: Any) -> None:
         """Make the head share the embedding's weight where the configuration ties them."""
-        head = self.get_output_embeddings()
-        if head is not None and self.config.tie_word_embeddings:
-            head.weight = self.base_model.wte.weight
+        head, wte = self.get_output_embeddings(), self.base_model.wte
+        if head is not None and self.config.tie_word_embeddings and isinstance(getattr(wte, "weight", None), nn.Parameter):
+            head.weight = wte.weight
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -153,14 +217,33 @@ class GPTNeoPreTrainedModel(Watched):
         return self.base_model.gradient_checkpointing
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations (non-reentrant)."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise InputError("use_reentrant=True is not offered; leave it out")
-        self.base_model.gradient_checkpointing = True
+        """Recompute blocks in the backward pass instead of keeping their activations.
+
+        Args:
+            gradient_checkpointing_kwargs: of torch.utils.checkpoint.checkpoint; use_reentrant is False where it is not given.
+        """
+        given = gradient_checkpointing_kwargs or {}
+        if unknown := given.keys() - {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"}:
+            raise UnknownOptionError(f"gradient_checkpointing_kwargs has no {sorted(unknown)[0]!r}; see torch.utils.checkpoint")
+        self.base_model.gradient_checkpointing, self.base_model.checkpointing = True, dict(given)
+        if given.get("use_reentrant"):
+            self.enable_input_require_grads()  # a reentrant block passes gradients on to an input that has some only
+
+    def enable_input_require_grads(self) -> None:
+        """Make the embeddings' output require gradients, so that they reach adapters over frozen weights."""
+        if self._require_grads_hook is None:
+            self._require_grads_hook = self.get_input_embeddings().register_forward_hook(_require_grads)
+
+    def disable_input_require_grads(self) -> None:
+        """Take that back."""
+        if self._require_grads_hook is not None:
+            self._require_grads_hook.remove()
+        self._require_grads_hook = None
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations."""
         self.base_model.gradient_checkpointing = False
+        self.disable_input_require_grads()
 
     def _init_weights(self, module: nn.Module) -> None:
         """The initialisation of transformers: normal weights, zero biases, ones for norms."""
@@ -258,30 +341,77 @@ class GPTNeoPreTrainedModel(Watched):
         """A freshly initialised model."""
         return cls(config, **options)
 
+    @classmethod
+    def _from_config(cls, config: GPTNeoConfig, **options: Any) -> Self:
+        return cls.from_config(config, **options)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *,
-        max_shard_size: int | str = "50GB",
+        is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
         safe_serialization: bool = True,
+        **others: Any,
     ) -> None:
         """Write config.json, generation_config.json and safetensors that gptneo_fast and transformers load.
+
+        Args:
+            is_main_process: False, in the other processes of a run, writes nothing.
+            state_dict: what to write instead of the model's own, as of a wrapped model.
+            save_function: has no say: safetensors are written.
+            max_shard_size: bytes, or such as "5GB", of a file.
 
         Raises:
             CheckpointError: `safe_serialization=False`, as pickles are read but not written; or the folder cannot be written
                 to, and what was there still is.
+            UnknownOptionError: another keyword, or push_to_hub and variant, which are not offered.
         """
+        if push_to_hub or variant:
+            asked = "push_to_hub" if push_to_hub else "variant"
+            raise UnknownOptionError(
+                f"save_pretrained does not offer {asked}; save to a folder, then huggingface_hub.upload_folder"
+            )
+        if unknown := others.keys() - {"token", "save_peft_format", "use_auth_token", "repo_id", "private"}:
+            raise UnknownOptionError(f"save_pretrained has no option {sorted(unknown)[0]!r}")
         if not safe_serialization:
             raise CheckpointError("safe_serialization=False would write a pickle; safetensors are all that is written")
+        if not is_main_process:
+            return
         tensors = dict(state_dict if state_dict is not None else self.state_dict())
-        if self.config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
-        config = self.config.replace(architectures=[type(self).__name__], dtype=str(self.dtype))
+        head, wte = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
+        if head is not None and wte is not None and self.config.tie_word_embeddings and _is_same(head, wte):
+            tensors.pop("lm_head.weight")
+        config = self.config.replace(
+            architectures=[type(self).__name__],
+            dtype=str(self.dtype),
+            tie_word_embeddings=self.config.tie_word_embeddings and (head is None or "lm_head.weight" not in tensors),
+        )
         texts = {"config.json": config.to_json_string()}
         if isinstance(generation := getattr(self, "generation_config", None), GenerationConfig):
             texts["generation_config.json"] = generation.to_json_string()
         checkpoint.save(tensors, Path(save_directory), max_shard_size, texts)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> None:
+        """Not offered.
+
+        Raises:
+            UnknownOptionError: save to a folder, then upload it with huggingface_hub.
+        """
+        raise UnknownOptionError("push_to_hub is not offered; save_pretrained(folder), then huggingface_hub.upload_folder")
+
+
+def _require_grads(module: nn.Module, args: Any, output: Tensor) -> None:
+    """A hook that has gradients flow from here."""
+    output.requires_grad_(True)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, which they do at once where they share memory."""
+    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
 def _screen(others: dict[str, Any], attn_implementation: str | None) -> dict[str, Any]:
@@ -293,8 +423,10 @@ def _screen(others: dict[str, Any], attn_implementation: str | None) -> dict[str
         )
     if asked := [k for k in _QUANTISED if others.get(k)]:
         raise InputError(f"{asked[0]} is not offered; use dtype=torch.bfloat16 or torch.float16")
-    for harmless in ("low_cpu_mem_usage", "trust_remote_code", "proxies", *_QUANTISED):
+    for harmless in (*_HARMLESS, *_QUANTISED):
         others.pop(harmless, None)
+    if others.get("variant") is None:
+        others.pop("variant", None)
     fields = {*GPTNeoConfig.__dataclass_fields__, *GPTNeoConfig.aliases, "num_labels"}
     options = inspect.signature(GPTNeoPreTrainedModel.from_pretrained).parameters
     for name in others:

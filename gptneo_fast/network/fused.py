@@ -52,7 +52,7 @@ def is_untouched(block: nn.Module) -> bool:
     for linear in (*plain, *biased, *norms):
         found = linear._parameters  # type: ignore[union-attr]
         weight, bias = found.get("weight"), found.get("bias")
-        if type(weight) not in PLAIN or weight.dtype is not dtype or len(found) != 2:
+        if weight is None or type(weight) not in PLAIN or weight.dtype is not dtype or len(found) != 2:
             return False
         if linear not in norms and (type(linear) is not nn.Linear or (bias is None) is not (linear in plain)):
             return False

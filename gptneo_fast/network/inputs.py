@@ -18,8 +18,8 @@ _HARMLESS = ("cache_position", "use_cache")
 
 def check_unknown(keywords: dict[str, Any], owner: type) -> None:
     """Refuse keywords that no argument of `owner.forward` takes, with the nearest that one does."""
-    for name in keywords:
-        if name not in _HARMLESS:
+    for name, value in keywords.items():
+        if name not in _HARMLESS and not (name == "head_mask" and value is None):  # None masks no head
             known = [k for k in inspect.signature(owner.forward).parameters if k not in ("self", "unknown")]  # type: ignore[attr-defined]
             raise UnknownOptionError(f"{owner.__name__}.forward has no argument {name!r}{nearest(name, known)}")
 
@@ -49,17 +49,17 @@ def check_ids(name: str, ids: Tensor, limit: int, device: torch.device) -> Tenso
     return ids.long()
 
 
-def check_labels(labels: Tensor, limit: int) -> Tensor:
-    """Class labels of any shape as int64: each from 0 to limit - 1, or -100 for what is not to be learnt.
+def check_labels(labels: Tensor, limit: int, ignore: int = -100) -> Tensor:
+    """Class labels of any shape as int64: each from 0 to limit - 1, or `ignore` for what is not to be learnt.
 
     Raises:
         InputError: another value; names the first and its place.
     """
-    bad = (labels != -100) & ((labels < 0) | (labels >= limit))
+    bad = (labels != ignore) & ((labels < 0) | (labels >= limit))
     if not torch.compiler.is_compiling() and bool(bad.any()):  # the loss would end the process on a device
         place = bad.nonzero()[0].tolist()
         raise InputError(
-            f"labels{place} is {labels[tuple(place)].item()}; it must be from 0 to {limit - 1}, or -100 to be ignored"
+            f"labels{place} is {labels[tuple(place)].item()}; it must be from 0 to {limit - 1}, or {ignore} to be ignored"
         )
     return labels.long()
 
