@@ -33,11 +33,8 @@ LIMITS = {  # field -> largest value that is not a mistake
 }
 _DTYPES = (None, "float32", "float16", "bfloat16", "float64")
 _PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
-SHAPE = frozenset(  # fields that the weights or the computation follow from
-    (
-        "vocab_size max_position_embeddings hidden_size num_layers attention_types attention_layers num_heads "
-        "intermediate_size window_size activation_function layer_norm_epsilon tie_word_embeddings"
-    ).split()
+SHAPE = frozenset(  # fields that the modules of a model are built from, and do not read again
+    "hidden_size num_heads intermediate_size window_size activation_function layer_norm_epsilon".split()
 )
 GENERATION = frozenset(  # names of generation's settings, which a config.json of old may hold
     (
@@ -74,7 +71,7 @@ class GPTNeoConfig:
         "_name_or_path": "name_or_path",
     }
     is_encoder_decoder: ClassVar[bool] = False
-    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     sub_configs: ClassVar[dict[str, Any]] = {}
 
     vocab_size: int = 50257

@@ -134,7 +134,7 @@ def test_what_shapes_the_weights_is_read_only_once_a_model_is_built_and_the_rest
         GPTNeoForCausalLM(ours)
     ours.num_layers = 2
     assert GPTNeoForCausalLM(ours).lm_head.out_features == 19
-    for name in ("hidden_size", "num_layers", "num_hidden_layers", "window_size", "attention_types"):
+    for name in ("hidden_size", "num_heads", "num_attention_heads", "window_size", "layer_norm_epsilon"):
         with pytest.raises(ConfigError, match=r"use config\.replace"):
             setattr(ours, name, 8)
     for name in ("max_length", "do_sample", "temperature"):

@@ -12,7 +12,7 @@ from ..errors import ConfigError, InputError, UnknownOptionError, nearest
 from ..files import atomic
 from ..files.hub import Source
 from ..files.strict_json import read_object
-from .options import NOT_OFFERED, check_option, check_together
+from .options import NOT_OFFERED, check_option, check_together, plain
 
 NEW_TOKENS = 20  # where no length is given
 OFF = {"top_k": 0}  # what does nothing, where the default does something
@@ -85,6 +85,7 @@ class GenerationConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__dataclass_fields__:
             raise UnknownOptionError(f"GenerationConfig has no option {name!r}{nearest(name, self.__dataclass_fields__)}")
+        value = plain(value)
         check_option(name, value)
         object.__setattr__(self, name, value)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
+
 from ..config import is_int, is_number
 from ..errors import InputError
 
@@ -114,6 +117,15 @@ _RULES: dict[str, _Rule] = {
         "'constant', 'heuristic' or 'heuristic_transient'",
     ),
 }
+
+
+def plain(value: Any) -> Any:
+    """A value as Python's own: of numpy and tensors their numbers, of tuples lists."""
+    if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
 
 
 def check_option(name: str, value: Any) -> None:

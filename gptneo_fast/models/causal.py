@@ -69,13 +69,15 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
 
         Args:
             labels: integer [B, T], shifted inside: position i is compared with label i + 1. -100 is ignored.
+            input_ids: one text [T] gives logits [T, V], as transformers 4 did.
             logits_to_keep: how many of the last positions to give logits for, 0 for all; or positions: [n] for every
                 row, [B, n] for each, or a boolean [B, T] (then the logits are [number of True, V]).
             num_items_in_batch: divide the summed loss by this instead of averaging it.
         """
         check_unknown(unknown, type(self))
+        single = isinstance(input_ids, Tensor) and input_ids.dim() == 1
         out = self.transformer(
-            input_ids=input_ids,
+            input_ids=input_ids.unsqueeze(0) if single and input_ids is not None else input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -91,6 +93,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         if labels is not None:
             V = logits.shape[-1]
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=V, num_items_in_batch=num_items_in_batch)
+        logits = logits.squeeze(0) if single else logits
         return CausalLMOutputWithPast(loss=loss, logits=logits, **out.beside("last_hidden_state"))
 
     def loss_function(

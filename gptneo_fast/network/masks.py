@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Rows:
     mask: Tensor | None = None
 
 
-def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: KVCache | None) -> Rows:
+def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: Any) -> Rows:
     """Read an attention mask as `transformers` means it: over the columns already cached and the T new ones.
 
     Args:
@@ -47,6 +48,8 @@ def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: KVCache | None
             f"{B} rows of {past} cached + {T} new columns (or 4 dimensions)"
         )
     held = attention_mask != 0  # [B, S]
+    if not isinstance(cache, KVCache | None):  # another library's, which stores padding, too
+        return Rows(mask=held[:, None, None])
     if torch.compiler.is_compiling():  # reading values would break the graph
         return Rows(mask=held[:, None, None])
     if bool(held.all()) and (cache is None or not cache.ragged):
@@ -89,7 +92,7 @@ def _four_dims(mask: Tensor, B: int, T: int, past: int) -> Tensor:
     return mask
 
 
-def dense(rows: Rows, B: int, T: int, cache: KVCache | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def dense(rows: Rows, B: int, T: int, cache: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The additive mask [B or 1, H or 1, T or 1, S] that modules get: causality and padding, the window not among them.
 
     Args:
@@ -103,7 +106,7 @@ def dense(rows: Rows, B: int, T: int, cache: KVCache | None, dtype: torch.dtype,
     if mask is None:
         held = torch.ones(1, past + T, dtype=torch.bool, device=device)
         first = past if rows.starts is None else past + rows.starts[:, None]
-        if cache is not None and cache.ragged and past:  # columns that were never stored may not be seen
+        if isinstance(cache, KVCache) and cache.ragged and past:  # columns that were never stored may not be seen
             held = (columns >= (past - cache.lengths)[:, None]) & ((columns < past) | (columns >= first))
         elif rows.starts is not None:
             held = (columns < past) | (columns >= first)
