@@ -18,6 +18,7 @@ from .shapes import check_shapes, layers_hint, some
 from .weight_file import Stored
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TRUNK = ("wte.", "wpe.", "h.", "ln_f.")  # what names of the trunk's parameters begin with; others are of heads
 HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.")
 _MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.attention\.(bias|masked_bias)")
 
@@ -75,7 +76,8 @@ def load_into(
     if plan.head is not None and "wte.weight" in new:
         _check_tied(copier, plan.head, new["wte.weight"], where, strict)
     for key in report.missing_keys:
-        new[key] = torch.empty(plan.shapes[key], dtype=dtype, device=device)
+        made = model.get_parameter(_path(model, key)).detach()
+        new[key] = torch.empty_like(made, dtype=dtype, device=device) if made.is_meta else made.to(device, dtype)
     for key, value in new.items():
         _place(model, owners[key], value)
     if report.missing_keys:
@@ -122,7 +124,7 @@ class _Plan:
         """
         mismatched = []
         if ignore_mismatched_sizes:
-            mismatched = [k for k, t in self.taken.items() if k.startswith(HEADS) and t.shape != self.shapes[k]]
+            mismatched = [k for k, t in self.taken.items() if not k.startswith(TRUNK) and t.shape != self.shapes[k]]
         names = [self.taken.pop(key).name for key in mismatched]
         missing = [key for key in self.shapes if key not in self.taken]
         faults = []
@@ -131,7 +133,7 @@ class _Plan:
             faults.append(f"weights are float32, float16, bfloat16 or float64, but tensor {kinds}")
         if fault := check_shapes(self.taken, self.shapes):
             faults.append(fault)
-        if trunk := [key for key in missing if not key.startswith(HEADS)]:
+        if trunk := [key for key in missing if key.startswith(TRUNK)]:
             faults.append(f"no tensor for {some(trunk)}{layers_hint(self.taken, self.surplus, self.shapes)}")
         if self.surplus and strict:
             faults.append(f"{some(self.surplus)} fit no parameter{layers_hint(self.taken, self.surplus, self.shapes)}")
@@ -163,7 +165,7 @@ def _place(model: nn.Module, keys: list[str], tensor: Tensor) -> None:
 
 
 def _path(model: nn.Module, key: str) -> str:
-    return f"transformer.{key}" if hasattr(model, "transformer") and not key.startswith(HEADS) else key
+    return f"transformer.{key}" if hasattr(model, "transformer") and key.startswith(TRUNK) else key
 
 
 def _check_tied(copier: Copier, head: Stored, wte: Tensor, where: str, strict: bool) -> None:

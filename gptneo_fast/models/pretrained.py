@@ -313,8 +313,7 @@ class GPTNeoPreTrainedModel(Watched):
         config = GPTNeoConfig.from_source(source, **overrides) if config is None else config.replace(**overrides)
         wanted = dtype if dtype is not None else torch_dtype
         chosen = as_dtype("auto" if wanted is None else wanted) or as_dtype(config.dtype or "auto")
-        with torch.device("meta"):
-            model = cls(config, backend=backend)
+        model = _built(cls, config, backend)
         device = as_device(device_map)
         with source.reading(), checkpoint.find(source, use_safetensors, allow_pickle, from_flax).open() as tensors:
             report = checkpoint.load_into(
@@ -402,6 +401,16 @@ class GPTNeoPreTrainedModel(Watched):
             UnknownOptionError: save to a folder, then upload it with huggingface_hub.
         """
         raise UnknownOptionError("push_to_hub is not offered; save_pretrained(folder), then huggingface_hub.upload_folder")
+
+
+def _built(cls: type[GPTNeoPreTrainedModel], config: GPTNeoConfig, backend: str) -> Any:
+    """A model to load weights into: ours without memory, another's with what its own `__init__(config)` gives its modules."""
+    if cls.__module__.startswith(f"{__package__}."):
+        with torch.device("meta"):
+            return cls(config, backend=backend)
+    model = cls(config)
+    model.base_model.requested_backend = backend
+    return model
 
 
 def _require_grads(module: nn.Module, args: Any, output: Tensor) -> None:
