@@ -118,16 +118,25 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     Raises:
         TokenizerError: no regular file, not UTF-8, or a line that is no pair; names the line.
     """
+    lines = read_text(path).split("\n")
+    kept = [i for i, line in enumerate(lines) if line not in ("", "\r") and line[:8] != "#version"]
+    return _pairs([lines[i].removesuffix("\r") for i in kept], lambda i: f"{path}, line {kept[i] + 1}")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        TokenizerError: no regular file, not UTF-8, more bytes than any such file has.
+    """
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             raise TokenizerError(f"{path} is no regular file of at most {MAX_BYTES} bytes")
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} is not UTF-8: {error}") from error
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
-    kept = [i for i, line in enumerate(lines) if line not in ("", "\r") and line[:8] != "#version"]
-    return _pairs([lines[i].removesuffix("\r") for i in kept], lambda i: f"{path}, line {kept[i] + 1}")
 
 
 def build(parts: Parts, add_prefix_space: bool) -> Tokenizer:

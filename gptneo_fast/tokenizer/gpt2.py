@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
 
-from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest
+from ..errors import InputError, TokenizerError, UnknownOptionError, nearest
 from ..files.hub import Source
-from . import saving
+from . import chat, saving
 from .arguments import checked_side, shape_of
 from .decode import Decoding
 from .encode import encode
@@ -40,7 +40,7 @@ class GPT2Tokenizer(Decoding, Padding):
         padding_side, truncation_side: "left" or "right".
         split_special_tokens: take special tokens in a text for plain text.
         model_input_names: with "token_type_ids" among them a call gives these as well.
-        chat_template: kept and saved, never applied: GPT-Neo was not trained on conversations.
+        chat_template: for `apply_chat_template`; a text, or several under names.
 
     Raises:
         TokenizerError: a vocabulary that cannot be right. InputError, UnknownOptionError: other arguments.
@@ -219,16 +219,64 @@ class GPT2Tokenizer(Decoding, Padding):
         """Tokens of one text, in the byte alphabet of GPT-2; options as in a call."""
         return self(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
 
-    def apply_chat_template(self, conversation: Any = None, **options: Any) -> Any:
-        """Not offered.
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **names: Any,
+    ) -> Any:
+        """The text of a conversation, or its tokens, by the template that a fine-tune ships; the same as in transformers.
+
+        Args:
+            conversation: a list of messages such as {"role": "user", "content": "hello"}, or a list of such lists.
+            tools, documents: for templates that take them; tools as JSON schemas.
+            chat_template: another template, or the name of one of several.
+            add_generation_prompt: end with what an answer begins with.
+            continue_final_message: end with the last message, open for continuation.
+            tokenize: False for the text. return_dict: False for the ids alone.
+            padding, truncation, max_length, return_tensors, tokenizer_kwargs: as in a call.
+            names: what the template sees besides.
 
         Raises:
-            SetupError: always; says what to do instead.
+            SetupError: there is no template. InputError, TokenizerError: see `chat.render`.
         """
-        raise SetupError(
-            "GPT-Neo has no chat template: it was trained to continue text, not on conversations; write the prompt as "
-            "text, such as 'Q: ...\nA:', and give it to generate_text"
+        template = chat.template_of(self.chat_template, chat_template, tools is not None)
+        several = isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], (list, tuple))
+        seen = self.special_tokens_map | {"tools": tools, "documents": documents} | names
+        texts = [
+            chat.render(
+                template,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **seen,
+            )
+            for messages in (conversation if several else [conversation])
+        ]
+        given = texts if several else texts[0]
+        if not tokenize:
+            return given
+        out = self(
+            given,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            add_special_tokens=False,
+            return_tensors=return_tensors,
+            **(tokenizer_kwargs or {}),
         )
+        return out if return_dict else out["input_ids"]
 
     # Files and copies
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from ..errors import TokenizerError
 from ..files.hub import Source
 from ..files.strict_json import read_object
-from .files import Parts, added_token
+from .files import Parts, added_token, read_text
 from .special import NAMES
 
 _KINDS: dict[str, tuple[type, ...]] = {  # setting -> what it may be
@@ -48,6 +48,8 @@ def read_settings(source: Source, parts: Parts, given: dict[str, Any]) -> dict[s
         if name.endswith("_side") and value not in ("left", "right"):
             raise TokenizerError(f"{path}: {name} is {value!r:.80}; use 'left' or 'right'")
         out[name] = value
+    if template := source.file("chat_template.jinja"):  # wins over the setting, as in transformers
+        out["chat_template"] = read_text(template)
     if "model_max_length" in out:
         out["model_max_length"] = int(out["model_max_length"])
     if source.file("tokenizer.json"):  # its post_processor says it

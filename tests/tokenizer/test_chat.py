@@ -1,0 +1,87 @@
+"""Conversations by a fine-tune's template: the text and the ids of transformers, in a sandbox."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import gptneo_fast
+from gptneo_fast.errors import InputError, TokenizerError
+
+transformers = pytest.importorskip("transformers")
+DEMO = Path(gptneo_fast.__file__).parent / "demo" / "model"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}\n  {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
+    "{{ m.role }}: {% generation %}{{ m['content'] | trim }}{% endgeneration %}\n{% endfor %}"
+    "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": " hello <b> "},
+    {"role": "assistant", "content": "hi", "tool_calls": None},
+    {"role": "user", "content": "a story"},
+]
+TOOLS = [{"type": "function", "function": {"name": "größe", "parameters": {}}}]
+
+
+def pair(folder, template, as_file=False):
+    shutil.copy(DEMO / "tokenizer.json", folder)
+    settings = json.loads((DEMO / "tokenizer_config.json").read_text())
+    if as_file:
+        (folder / "chat_template.jinja").write_text(template)
+    else:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return transformers.AutoTokenizer.from_pretrained(folder), gptneo_fast.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(tokenize=False),
+        dict(tokenize=False, add_generation_prompt=True),
+        dict(tokenize=False, continue_final_message=True),
+        dict(tokenize=False, tools=TOOLS),
+        dict(tokenize=False, chat_template="{{ messages[0].content }}{{ eos_token }}"),
+        dict(add_generation_prompt=True),
+        dict(return_dict=False),
+        dict(return_tensors="pt", padding=False),
+        dict(max_length=4, truncation=True),
+    ],
+    ids=str,
+)
+def test_a_conversation_gives_what_transformers_gives(tmp_path, options, as_file):
+    theirs, ours = pair(tmp_path, TEMPLATE, as_file)
+    for talk in (TALK, [TALK, TALK[1:2]]):
+        if options.get("return_tensors") and talk is not TALK:
+            continue
+        assert str(ours.apply_chat_template(talk, **options)) == str(theirs.apply_chat_template(talk, **options))
+
+
+def test_several_templates_have_names(tmp_path):
+    both = [{"name": "default", "template": "D{{ messages[0].content }}"}, {"name": "tool_use", "template": "T"}]
+    theirs, ours = pair(tmp_path, both)
+    for options in ({}, {"tools": TOOLS}, {"chat_template": "tool_use"}):
+        options = options | {"tokenize": False}
+        assert ours.apply_chat_template(TALK, **options) == theirs.apply_chat_template(TALK, **options)
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "options", "error", "message"),
+    [
+        ("{{ raise_exception('no system, please') }}", TALK, {}, TokenizerError, "no system, please"),
+        ("{% for %}", TALK, {}, TokenizerError, "TemplateSyntaxError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", TALK, {}, TokenizerError, "SecurityError"),
+        ("{{ messages.append(1) }}", TALK, {}, TokenizerError, "SecurityError"),
+        ("x", [], {}, InputError, "list of messages"),
+        ("x", "hello", {}, InputError, "list of messages"),
+        ("x", TALK, dict(continue_final_message=True), TokenizerError, "cannot be continued"),
+        ("x", TALK, dict(continue_final_message=True, add_generation_prompt=True), InputError, "contradict"),
+    ],
+)
+def test_what_goes_wrong_is_said(tmp_path, template, talk, options, error, message):
+    _, ours = pair(tmp_path, template)
+    with pytest.raises(error, match=message):
+        ours.apply_chat_template(talk, tokenize=False, **options)
