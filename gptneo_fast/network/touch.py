@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 PLAIN = frozenset([nn.Parameter, FakeTensor])  # what a weight may be; a fake one stands for a parameter
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Watched(nn.Module):
@@ -92,7 +91,9 @@ def observed(device: torch.device) -> bool:
 def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module runs the `forward` of `kind` and nothing else."""
     own = vars(module)
-    return type(module).forward is kind.forward and "forward" not in own and not any(own[hooks] for hooks in _HOOKS)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    return type(module).forward is kind.forward and "forward" not in own
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
