@@ -7,23 +7,21 @@ h = ln_f(h)
 
 from __future__ import annotations
 
-from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import GPTNeoConfig
 from ..errors import warn_once
-from ..network import fused, masks, touch
+from ..network import fused, touch, trunk
 from ..network.cache import KVCache
 from ..network.inputs import check_cache, check_inputs, check_unknown
 from ..network.masks import Rows, rows_of
 from ..network.modules import GPTNeoBlock, parameters
 from ..network.outputs import BaseModelOutputWithPast, Trace
-from ..ops import backends, reference
+from ..ops import backends
 from .pretrained import GPTNeoPreTrainedModel, returns_output
 
 
@@ -129,74 +127,25 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             trace: filled with what it has lists for.
             look: which modules are untouched; None to look now.
         """
-        look, op = look or self.look(), self.functions(x)
-        trace = trace or Trace()
-        own = cache if isinstance(cache, KVCache) else None
-        B, T = x.shape[:2]
-        if own is not None:
-            own.reserve(T)
-        fusing = trace.attentions is None and rows.mask is None and own is cache and not touch.observed(x.device)
-        x = self._embed(x, position_ids, token_type_ids, op if look.embeddings and fusing else None)
-        mask: Tensor | None = None  # for the blocks that call their modules
-        block: Any
-        for i, block in enumerate(self.h):
-            if trace.hidden_states is not None:
-                trace.hidden_states.append(x)
-            if fusing and look.blocks[i]:
-                flows = torch.is_grad_enabled() and (x.requires_grad or (own is not None and own.keys[i].requires_grad))
-                call = partial(fused.block, block, rows=rows, cache=own, layer=i, op=reference if flows else op)
-                x = self._checkpointed(call, x)
-                continue
-            if mask is None:
-                mask = masks.dense(rows, B, T, cache, x.dtype, x.device)
-            call = partial(
-                block,
-                layer_past=cache if own is None else own.at(i, rows.starts),
-                attention_mask=mask,
-                use_cache=cache is not None,
-                output_attentions=trace.attentions is not None,
-            )
-            out = self._checkpointed(call, x)
-            x, weights = out if isinstance(out, tuple) and len(out) > 1 else (out[0] if isinstance(out, tuple) else out, None)
-            if trace.attentions is not None:
-                trace.attentions.append(weights)
-        if own is not None:
-            own.advance(T, rows.starts)
-        if not final_norm:
-            return x
-        norm = self.ln_f
-        x = op.layer_norm(x, norm.weight, norm.bias, norm.eps) if look.norm and fusing else norm(x)
-        if trace.hidden_states is not None:
-            trace.hidden_states.append(x)
-        return x
-
-    def _embed(self, x: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, op: ModuleType | None) -> Tensor:
-        """Embeddings [B, T, C] of ids [B, T] or of embeddings; by the op, or where there is none by the modules."""
-        if op is not None and not x.is_floating_point():
-            embedded: Tensor = op.embed(x, position_ids, self.wte.weight, self.wpe.weight, token_type_ids)
-            return embedded
-        x = (x if x.is_floating_point() else self.wte(x)) + self.wpe(position_ids)
-        x = x if token_type_ids is None else x + self.wte(token_type_ids)
-        dropped: Tensor = self.drop(x)
-        return dropped
-
-    def _checkpointed(self, call: Any, x: Tensor) -> Any:
-        """call(x), to be computed again in the backward pass where that was asked for."""
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(call, x, **({"use_reentrant": False} | self.checkpointing))
-        return call(x)
+        return trunk.run(
+            self,
+            x,
+            position_ids,
+            token_type_ids,
+            op=self.functions(x),
+            look=look or self.look(),
+            rows=rows,
+            cache=cache,
+            trace=trace,
+            final_norm=final_norm,
+            checkpointing={"use_reentrant": False} | self.checkpointing
+            if self.gradient_checkpointing and self.training
+            else None,
+        )
 
     def look(self) -> touch.Look:
         """Which parts are untouched now."""
-        dtype = self.wte.weight.dtype if isinstance(self.wte, nn.Embedding) else None
-        return touch.Look(
-            blocks=tuple(map(fused.is_untouched, self.h)),
-            embeddings=touch.is_plain_embedding(self.wte)
-            and touch.is_plain_embedding(self.wpe)
-            and touch.is_idle_dropout(self.drop)
-            and self.wpe.weight.dtype is dtype,
-            norm=touch.is_plain_norm(self.ln_f) and self.ln_f.weight.dtype is dtype,
-        )
+        return trunk.look(self)
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for this model: bounded where a layer's attention is known to look no further than its window."""
