@@ -20,7 +20,7 @@ FLOORS = [
     ["network"],
     ["generation"],
     ["models"],
-    ["flax", "tools"],
+    ["flax", "tools", "integrations"],
 ]
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

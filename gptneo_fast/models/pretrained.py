@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..config import GPTNeoConfig
 from ..device import as_device, as_dtype
-from ..errors import CheckpointError, InputError, UnknownOptionError, nearest, warn_once
+from ..errors import CheckpointError, InputError, SetupError, UnknownOptionError, nearest, warn_once
 from ..files.hub import Source
 from ..generation.config import GenerationConfig
 from ..network.cache import cache_bytes
@@ -394,6 +394,27 @@ class GPTNeoPreTrainedModel(Watched):
             texts["generation_config.json"] = generation.to_json_string()
         checkpoint.save(tensors, Path(save_directory), max_shard_size, texts)
 
+    def to_transformers(self) -> Any:
+        """The same model as transformers' class of the same name, sharing the weights: for what asks for a PreTrainedModel.
+
+        Raises:
+            SetupError: transformers is not installed.
+        """
+        try:
+            import transformers
+        except ImportError as error:
+            raise SetupError(f"to_transformers needs transformers ({error}); pip install transformers") from error
+        config = transformers.GPTNeoConfig.from_dict(self.config.to_dict())
+        with torch.device("meta"):
+            made = getattr(transformers, type(self).__name__)._from_config(config, attn_implementation="eager")
+        made.load_state_dict(self.state_dict(), assign=True)
+        for block in made.base_model.h:  # the one thing besides weights that a block holds
+            block.attn.attention.bias = _visible(config, block.attn.attention.attention_type, self.device)
+        made.tie_weights()
+        if made.can_generate() and isinstance(generation := getattr(self, "generation_config", None), GenerationConfig):
+            made.generation_config = transformers.GenerationConfig.from_dict(generation.to_dict())
+        return made.train(self.training)
+
     def push_to_hub(self, repo_id: str, **options: Any) -> None:
         """Not offered.
 
@@ -411,6 +432,13 @@ def _built(cls: type[GPTNeoPreTrainedModel], config: GPTNeoConfig, backend: str)
     model = cls(config)
     model.base_model.requested_backend = backend
     return model
+
+
+def _visible(config: Any, attention_type: str, device: torch.device) -> Tensor:
+    """Boolean [1, 1, P, P], which column sees which, as transformers' attention keeps it."""
+    P = config.max_position_embeddings
+    seen = torch.ones(P, P, dtype=torch.bool, device=device).tril_()
+    return (seen.triu_(1 - config.window_size) if attention_type == "local" else seen)[None, None]
 
 
 def _require_grads(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
 
-from ..errors import InputError, TokenizerError, UnknownOptionError, nearest
+from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest
 from ..files.hub import Source
 from . import chat, saving
 from .arguments import checked_side, shape_of
@@ -277,6 +278,20 @@ class GPT2Tokenizer(Decoding, Padding):
             **(tokenizer_kwargs or {}),
         )
         return out if return_dict else out["input_ids"]
+
+    def to_transformers(self) -> Any:
+        """The same tokenizer as a PreTrainedTokenizerFast: for what asks for one.
+
+        Raises:
+            SetupError: transformers is not installed.
+        """
+        try:
+            import transformers
+        except ImportError as error:
+            raise SetupError(f"to_transformers needs transformers ({error}); pip install transformers") from error
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return transformers.AutoTokenizer.from_pretrained(folder)
 
     # Files and copies
 
