@@ -90,6 +90,7 @@ class GenerationMixin:
         """
         if inputs is not None and input_ids is not None:
             raise InputError("inputs and input_ids are two names of one argument; give one")
+        past_key_values = options.pop("cache", None) if past_key_values is None else past_key_values  # its name from 5.24 on
         model = cast(LanguageModel, self)
         settled = settle(model, generation_config, options | {"synced_gpus": synced_gpus})
         given = prompt_of(model, input_ids if inputs is None else inputs, attention_mask, inputs_embeds, settled)

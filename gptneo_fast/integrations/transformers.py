@@ -8,6 +8,7 @@ undo(model)
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ from ..ops import backends
 
 touch.ours(theirs.GPTNeoSelfAttention, methods=("forward", "_attn", "_split_heads", "_merge_heads"))
 touch.ours(theirs.GPTNeoAttention, theirs.GPTNeoMLP, theirs.GPTNeoBlock, NewGELUActivation)
+
+
+# The name of a cache among arguments and outputs: "past_key_values" until transformers 5.23, "cache" from 5.24 on
+_CACHE = "cache" if "cache" in inspect.signature(theirs.GPTNeoModel.forward).parameters else "past_key_values"
 
 
 def _window(block: Any) -> int:
@@ -106,9 +111,11 @@ class _Accelerated:
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As GPTNeoModel.forward of transformers."""
+        """As GPTNeoModel.forward of transformers; `cache` is another name of past_key_values."""
+        past_key_values = cache if past_key_values is None else past_key_values
         model, config = self.trunk, self.trunk.config
         given = input_ids if input_ids is not None else inputs_embeds
         look = self._look()
@@ -125,7 +132,6 @@ class _Accelerated:
             return type(model).forward(
                 model,
                 input_ids=input_ids,
-                past_key_values=past_key_values,
                 attention_mask=attention_mask,
                 token_type_ids=token_type_ids,
                 position_ids=position_ids,
@@ -134,6 +140,7 @@ class _Accelerated:
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
                 return_dict=return_dict,
+                **{_CACHE: past_key_values},
                 **kwargs,
             )
         wte = model.wte.weight
@@ -161,8 +168,8 @@ class _Accelerated:
         )
         out = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past,
             hidden_states=None if trace.hidden_states is None else tuple(trace.hidden_states),
+            **{_CACHE: past},
         )
         return out if _or(return_dict, config.return_dict) else out.to_tuple()
 

@@ -34,11 +34,21 @@ _QUANTISED = ("load_in_8bit", "load_in_4bit", "quantization_config")
 
 
 def returns_output(forward: Forward) -> Forward:
-    """Serve `return_dict`: the output of a class's `forward`, or its tuple where the call or the configuration wants that."""
-    place = list(inspect.signature(forward).parameters).index("return_dict") - 1
+    """Serve `return_dict`: the output of a class's `forward`, or its tuple where the call or the configuration wants that; and
+    `cache`, which transformers 5.24 calls `past_key_values`.
+
+    Raises:
+        InputError: both of those two.
+    """
+    names = list(inspect.signature(forward).parameters)
+    place = names.index("return_dict") - 1
 
     @functools.wraps(forward)
     def call(self: Any, *args: Any, **keywords: Any) -> Any:
+        if "cache" in keywords and "past_key_values" in names:
+            if keywords.get("past_key_values") is not None:
+                raise InputError("cache and past_key_values are two names of one argument; give one")
+            keywords["past_key_values"] = keywords.pop("cache")
         asked = args[place] if len(args) > place else keywords.get("return_dict")
         out = forward(self, *args, **keywords)
         return out if (self.config.return_dict if asked is None else asked) else out.to_tuple()

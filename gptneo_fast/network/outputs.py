@@ -45,10 +45,18 @@ class ModelOutput(OrderedDict[str, Any]):
         """The fields other than these, for an output that has them too."""
         return {name: getattr(self, name) for name in self._names() if name not in names}
 
+    @property
+    def cache(self) -> Any:
+        """`past_key_values`, under the name that it has from transformers 5.24 on."""
+        return getattr(self, "past_key_values", None)
+
     def __getitem__(self, key: Any) -> Any:
+        if key == "cache":
+            key = "past_key_values"
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
+        key = "past_key_values" if key == "cache" else key
         if key not in self._names():
             raise KeyError(f"{type(self).__name__} has no field {key!r}")
         object.__setattr__(self, key, value)
