@@ -7,16 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptneo_fast.ops import constants
+
 from . import launch
 from .selection import first_k, nucleus, ordered
 
 _SLICE = 2048  # tokens of one program where a row is split
-_KEEP = 64  # candidates that a slice hands on in methods FEW and ALL
 
-GREEDY = tl.constexpr(0)
-FREE = tl.constexpr(1)
-FEW = tl.constexpr(2)
-ALL = tl.constexpr(3)
+# Triton's compiler knows no other globals than constexprs.
+GREEDY, FREE, FEW, ALL = map(tl.constexpr, constants.METHODS)
+TOKEN, PLACE, COUNT, STATUS, TICKET = map(tl.constexpr, constants.STATE)
+FINISHED, BROKEN = map(tl.constexpr, constants.STATUS_BITS)
+END, SUPPRESSED, NOT_FIRST = map(tl.constexpr, constants.FLAGS)
 
 
 @triton.jit
@@ -45,8 +47,9 @@ def _scores(logits_ptr, seen_ptr, flags_ptr, rates_ptr, ids, inside, drawn, leas
         seen = tl.load(seen_ptr + ids, mask=inside, other=0)
         penalty = tl.load(rates_ptr + 3).to(tl.float32)
         x = tl.where(seen != 0, tl.where(x < 0, x * penalty, x / penalty), x)
-    flags = tl.load(flags_ptr + ids, mask=inside, other=2)
-    barred = ((flags & 2) != 0) | (((flags & 1) != 0) & (drawn < least)) | (((flags & 4) != 0) & (drawn == 0))
+    flags = tl.load(flags_ptr + ids, mask=inside, other=SUPPRESSED)
+    barred = ((flags & SUPPRESSED) != 0) | (((flags & END) != 0) & (drawn < least))
+    barred = barred | (((flags & NOT_FIRST) != 0) & (drawn == 0))
     x = tl.where(barred, float("-inf"), x)
     if not GREEDY:
         x = x / tl.load(rates_ptr).to(tl.float32)
@@ -60,16 +63,16 @@ def _advance(
 ):  # fmt: skip
     """What the row's last program does: store the token, count it, tell whether the row has ended. seen_ptr: of the row."""
     if broken:
-        tl.store(state_ptr + 3 * B + row, 3)
+        tl.store(state_ptr + STATUS * B + row, FINISHED | BROKEN)
     else:
         tl.store(out_ptr + row * stride_ob + drawn * stride_on, token)
         if SEEN:
             tl.store(seen_ptr + token, 1)
-        ended = ((tl.load(flags_ptr + token) & 1) != 0) | (drawn + 1 >= limit)
-        tl.store(state_ptr + row, token.to(tl.int64))
-        tl.store(state_ptr + B + row, tl.load(state_ptr + B + row) + 1)
-        tl.store(state_ptr + 2 * B + row, drawn + 1)
-        tl.store(state_ptr + 3 * B + row, ended.to(tl.int64))
+        ended = ((tl.load(flags_ptr + token) & END) != 0) | (drawn + 1 >= limit)
+        tl.store(state_ptr + TOKEN * B + row, token.to(tl.int64))
+        tl.store(state_ptr + PLACE * B + row, tl.load(state_ptr + PLACE * B + row) + 1)
+        tl.store(state_ptr + COUNT * B + row, drawn + 1)
+        tl.store(state_ptr + STATUS * B + row, ended.to(tl.int64) * FINISHED)
         tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + 1)
 
 
@@ -191,9 +194,9 @@ def sample_kernel(
     """Programs [B * SPLITS]; each takes BLOCK tokens of a row, the last of a row to arrive merges what they hand on."""
     row = (tl.program_id(0) // SPLITS).to(tl.int64)
     part = tl.program_id(0) % SPLITS
-    if tl.load(state_ptr + 3 * B + row) != 0:
+    if tl.load(state_ptr + STATUS * B + row) != 0:
         return
-    drawn = tl.load(state_ptr + 2 * B + row).to(tl.int32)
+    drawn = tl.load(state_ptr + COUNT * B + row).to(tl.int32)
     top_k, least, limit = tl.load(counts_ptr), tl.load(counts_ptr + 1), tl.load(counts_ptr + 2)
     seed = tl.load(seeds_ptr + row)
     logits_ptr += row * stride_lb
@@ -229,8 +232,8 @@ def sample_kernel(
         tl.store(id_ptr + scratch, -2)
 
     tl.debug_barrier()  # every store of this program before its ticket
-    if tl.atomic_add(state_ptr + 4 * B + row, 1, sem="acq_rel") == SPLITS - 1:
-        tl.store(state_ptr + 4 * B + row, 0)
+    if tl.atomic_add(state_ptr + TICKET * B + row, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(state_ptr + TICKET * B + row, 0)
         at = tl.arange(0, MERGE)
         base = row * SPLITS * KEEP + at
         found = tl.load(id_ptr + base, mask=at < SPLITS * KEEP, other=-1)
@@ -280,14 +283,14 @@ def sample(
     the row's last program sees, it walks the whole row, up to some twenty-six times.
     """
     B, V = logits.shape
-    splits, keep = -(-V // _SLICE), _KEEP if method >= 2 else 1
+    splits, keep = launch.blocks(V, _SLICE), constants.KEEP if method >= constants.FEW else 1
     values = launch.empty((B, splits, keep), logits, torch.float32)
     ids = launch.empty((B, splits, keep), logits, torch.int32)
-    slices = launch.empty((B, splits, 3), logits, torch.float32) if method == 3 else values
+    slices = launch.empty((B, splits, 3), logits, torch.float32) if method == constants.ALL else values
     launch.run(
         sample_kernel, B * splits, logits, logits, logits.stride(0), rates, counts, flags, seeds,
         flags if seen is None else seen, 0 if seen is None else seen.stride(0), state, out, *out.stride(), lengths,
         values, ids, slices, B, V, METHOD=method, SEEN=seen is not None, SPLITS=splits,
         BLOCK=min(_SLICE, launch.power_of_2(V)), KEEP=keep, MERGE=launch.power_of_2(splits * keep), num_warps=8,
-        maxnreg=128 if method >= 2 else None,  # two programs to an SM; without a limit ptxas saves registers and spills
+        maxnreg=128 if keep > 1 else None,  # two programs to an SM; without a limit ptxas saves registers and spills
     )  # fmt: skip

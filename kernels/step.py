@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptneo_fast.ops.reference import LOGITS_ALIGN
+from gptneo_fast.ops.constants import LOGITS_ALIGN
 
 from . import append, few, launch, linear
 from .gemv import Cache

@@ -27,7 +27,7 @@ from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import Runner
 from gptneo_fast.network.masks import Rows
 from gptneo_fast.ops import ops
-from gptneo_fast.ops.sampling import COUNT, GREEDY, STATUS
+from gptneo_fast.ops.constants import COUNT, GREEDY, STATUS
 
 LAYERS, TOKENS = 24, 256
 RESULTS = Path(__file__).parents[1] / "results" / "host.json"

@@ -13,7 +13,7 @@ from benchmarks.gpu.peers import Compiled, Transformers
 from benchmarks.gpu.stage import LeftOut, Setting
 from gptneo_fast import kernels
 from gptneo_fast.kernels import gemv, launch, skinny, tiles
-from gptneo_fast.ops.sampling import BROKEN, STATUS
+from gptneo_fast.ops.constants import BROKEN, STATUS
 from tests.support.peers import peers
 
 CARD = Setting(device=torch.device("meta"))  # true shapes that take no memory

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptneo_fast.ops import sampling
-from gptneo_fast.ops.sampling import ALL, BROKEN, COUNT, FEW, FINISHED, STATUS, SUPPRESSED
+from gptneo_fast.ops.constants import ALL, BROKEN, COUNT, FEW, FINISHED, STATUS, SUPPRESSED
 
 kernels = pytest.importorskip("gptneo_fast.kernels")
 kernel = importlib.import_module("gptneo_fast.kernels.sampling")
