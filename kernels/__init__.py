@@ -8,10 +8,9 @@ from .append import kv_append
 from .attention import attention
 from .decode_attention import decode_attention
 from .embedding import embed
-from .linear import linear_add, norm_linear, norm_qkv
+from .linear import linear_add, lm_head, norm_linear, norm_qkv, norm_qkv_append
 from .norms import layer_norm
 from .sampling import sample
-from .step import lm_head, norm_qkv_append
 
 __all__ = ["attention", "decode_attention", "embed", "kv_append", "layer_norm", "linear_add", "lm_head", "norm_linear"]
 __all__ += ["norm_qkv", "norm_qkv_append", "sample"]

@@ -1,6 +1,8 @@
-"""New keys and values into the slots of a cache."""
+"""New keys and values into the slots of a cache: a kernel of its own, and a block for kernels that have just computed them."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -9,6 +11,47 @@ from torch import Tensor
 from . import launch
 
 _BLOCK_T = 32
+
+
+class Cache(NamedTuple):
+    """Where k and v go: k_cache and v_cache [B, H, R, D], lengths int32 [B], starts int32 [B] or None; T columns a row."""
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    starts: Tensor | None
+    T: int
+
+    @staticmethod
+    def arguments(cache: Cache | None) -> tuple:
+        """Of kernels that use `into_slots`: cache, lengths, starts, T, R."""
+        if cache is None:
+            return None, None, None, 1, 1
+        _, _, R, D = cache.k.shape
+        return (cache.k, cache.v, cache.k.stride()[:3], cache.v.stride()[:3], D), cache.lengths, cache.starts, cache.T, R
+
+
+@triton.jit
+def into_slots(acc, m, n, mask, third, cache, lengths_ptr, starts_ptr, T, R):
+    """Columns n of k (third 1) or v (2), of rows m = b * T + t, into the slots of their tokens, in any order of axes.
+
+    cache: k_cache, v_cache, strides of batch, head and slot of each, head dim.
+    """
+    k_cache_ptr, v_cache_ptr, strides_k, strides_v, D = cache
+    b, t = m // T, m % T
+    token = tl.load(lengths_ptr + b, mask=mask, other=0) + t
+    mask = mask & (t >= T - R)  # the newest R columns: a later one overwrites what is older
+    if starts_ptr is not None:
+        start = tl.load(starts_ptr + b, mask=mask, other=0)
+        token -= start
+        mask = mask & (t >= start)
+    b, h, slot, d = b.to(tl.int64), (n // D).to(tl.int64), (token % R).to(tl.int64), n % D
+    if third == 1:
+        at = b * strides_k[0] + h * strides_k[1] + slot * strides_k[2] + d
+        tl.store(k_cache_ptr + at, acc.to(k_cache_ptr.dtype.element_ty), mask=mask)
+    else:
+        at = b * strides_v[0] + h * strides_v[1] + slot * strides_v[2] + d
+        tl.store(v_cache_ptr + at, acc.to(v_cache_ptr.dtype.element_ty), mask=mask)
 
 
 def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None = None) -> None:
@@ -28,35 +71,33 @@ def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: T
     launch.expect("kv_append", like=k, lengths=(lengths, (B,)), starts=(starts, (B,)))
     columns = min(T, R)  # older ones would be overwritten by newer ones of the same call
     blocks = launch.blocks(columns, _BLOCK_T)
-    strides = (s for t in (k_cache, v_cache, k, v) for s in t.stride()[:3])
+    strides = (k_cache.stride()[:3], v_cache.stride()[:3], k.stride()[:3], v.stride()[:3])
     launch.run(
         _kv_append_kernel, B * H * blocks, k_cache,
-        k_cache, v_cache, k, v, lengths, lengths if starts is None else starts, *strides, H, T, R, T - columns, blocks,
-        D=D, STARTS=starts is not None, BLOCK_T=_BLOCK_T, BLOCK_D=launch.power_of_2(D), num_warps=4,
+        k_cache, v_cache, k, v, strides, lengths, starts, H, T, R, T - columns, blocks,
+        D=D, BLOCK_T=_BLOCK_T, BLOCK_D=launch.power_of_2(D), num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["H", "T", "R", "first", "blocks", "lengths_ptr", "starts_ptr"])
 def _kv_append_kernel(
-    k_cache_ptr, v_cache_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr,
-    stride_kcb, stride_kch, stride_kcr, stride_vcb, stride_vch, stride_vcr,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    H, T, R, first, blocks,
-    D: tl.constexpr, STARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    k_cache_ptr, v_cache_ptr, k_ptr, v_ptr, strides, lengths_ptr, starts_ptr, H, T, R, first, blocks,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    strides_kc, strides_vc, strides_k, strides_v = strides  # of batch, head and slot or column
     pid = tl.program_id(0)
     b, h = (pid // blocks // H).to(tl.int64), (pid // blocks % H).to(tl.int64)
     offs_t = first + pid % blocks * BLOCK_T + tl.arange(0, BLOCK_T)  # columns
     offs_d = tl.arange(0, BLOCK_D)
     token = tl.load(lengths_ptr + b).to(tl.int64) + offs_t
     mask_t = offs_t < T
-    if STARTS:
+    if starts_ptr is not None:
         start = tl.load(starts_ptr + b)
         token -= start
         mask_t = mask_t & (offs_t >= start)
     mask = mask_t[:, None] & (offs_d < D)[None, :]
     slot, column = (token % R)[:, None], offs_t.to(tl.int64)[:, None]
-    k = tl.load(k_ptr + b * stride_kb + h * stride_kh + column * stride_kt + offs_d[None, :], mask=mask)
-    v = tl.load(v_ptr + b * stride_vb + h * stride_vh + column * stride_vt + offs_d[None, :], mask=mask)
-    tl.store(k_cache_ptr + b * stride_kcb + h * stride_kch + slot * stride_kcr + offs_d[None, :], k, mask=mask)
-    tl.store(v_cache_ptr + b * stride_vcb + h * stride_vch + slot * stride_vcr + offs_d[None, :], v, mask=mask)
+    k = tl.load(k_ptr + b * strides_k[0] + h * strides_k[1] + column * strides_k[2] + offs_d[None, :], mask=mask)
+    v = tl.load(v_ptr + b * strides_v[0] + h * strides_v[1] + column * strides_v[2] + offs_d[None, :], mask=mask)
+    tl.store(k_cache_ptr + b * strides_kc[0] + h * strides_kc[1] + slot * strides_kc[2] + offs_d[None, :], k, mask=mask)
+    tl.store(v_cache_ptr + b * strides_vc[0] + h * strides_vc[1] + slot * strides_vc[2] + offs_d[None, :], v, mask=mask)

@@ -6,13 +6,41 @@ would have had. Then query column i sees key column j where i - window < j <= i,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gptneo_fast.errors import InputError
 
-from . import launch, tiles
+from . import launch
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a block, warps, pipeline stages."""
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+
+
+# By (bytes of the dtype, padded head dim); set from ahead-of-time compiles, not from timings yet: no spills up to head dim
+# 128 on sm_80 and sm_90. float32 multiplies on the plain cores, from registers, and so has small tiles.
+TILES = {
+    (2, 16): Tile(64, 64, 4, 3),
+    (2, 32): Tile(64, 64, 4, 3),
+    (2, 64): Tile(64, 64, 4, 3),  # 128 rows take 143 registers for 8 warps: one program an SM, and 192 of them at 125m
+    (2, 128): Tile(128, 64, 8, 3),
+    (2, 256): Tile(64, 32, 8, 2),
+    (4, 16): Tile(16, 32, 4, 2),
+    (4, 32): Tile(16, 32, 4, 2),
+    (4, 64): Tile(16, 32, 8, 2),
+    (4, 128): Tile(16, 32, 8, 2),
+    (4, 256): Tile(16, 16, 8, 1),
+}
+MOST_HEAD_DIM = 256
 
 
 def attention(
@@ -25,7 +53,6 @@ def attention(
     k_cache: Tensor | None = None,
     v_cache: Tensor | None = None,
     lengths: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
     """`reference.attention` in one kernel: online softmax over blocks of keys (Milakov and Gimelshein 2018; Dao 2023).
 
@@ -37,7 +64,6 @@ def attention(
         window: keys a query sees, itself included; 0 for all.
         starts, ends: int32 [B], columns of left padding and one past the last key column; None for 0 and T.
         k_cache, v_cache: [B, H, R, D], token t in slot t mod R; given together with `lengths`, int32 [B], or None.
-        out: contiguous [B, T, H * D] for the result, or None for new memory.
 
     Returns:
         [B, T, H * D], heads merged.
@@ -48,69 +74,68 @@ def attention(
     past = k_cache is not None and v_cache is not None and lengths is not None
     if not past and (k_cache is not None or v_cache is not None or lengths is not None):
         raise InputError("attention: k_cache, v_cache and lengths belong together; give all three or none")
-    launch.check("attention", q, q=q, k=k, v=v, out=out, **({"k_cache": k_cache, "v_cache": v_cache} if past else {}))
+    launch.check("attention", q, q=q, k=k, v=v, **({"k_cache": k_cache, "v_cache": v_cache} if past else {}))
     B, H, T, D = q.shape
-    launch.expect("attention", like=q, k=(k, (B, H, T, D)), v=(v, (B, H, T, D)), out=(out, (B, T, H * D)))
+    launch.expect("attention", like=q, k=(k, (B, H, T, D)), v=(v, (B, H, T, D)))
     launch.expect("attention", like=q, starts=(starts, (B,)), ends=(ends, (B,)), lengths=(lengths, (B,)))
     if k_cache is not None:
         slots = (B, H, k_cache.shape[2], D)
         launch.expect("attention", like=q, k_cache=(k_cache, slots), v_cache=(v_cache, slots))
-    if D > tiles.MOST_HEAD_DIM:
-        raise InputError(f"attention: head dim {D} exceeds {tiles.MOST_HEAD_DIM}; use backend='reference'")
-    y = launch.empty((B, T, H * D), q) if out is None else out
-    tile = tiles.attention(q.dtype, D)
-    blocks = launch.blocks(T, tile.M)
-    old_k, old_v, held = (k_cache, v_cache, lengths) if past else (k, v, q)
+    if D > MOST_HEAD_DIM:
+        raise InputError(f"attention: head dim {D} exceeds {MOST_HEAD_DIM}; use backend='reference'")
+    y = launch.empty((B, T, H * D), q)
+    BLOCK_D = max(16, launch.power_of_2(D))
+    t = TILES[q.element_size(), BLOCK_D]
+    blocks = launch.blocks(T, t.M)
+    cache, R = None, 1
+    if k_cache is not None:
+        cache, R = (k_cache, v_cache, k_cache.stride()[:3], v_cache.stride()[:3]), k_cache.shape[2]
     launch.run(
         _attention_kernel, B * H * blocks, q,
-        q, k, v, old_k, old_v, y, q if starts is None else starts, q if ends is None else ends, held,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *old_k.stride()[:3], *old_v.stride()[:3],
-        H, T, old_k.shape[2], blocks,
-        D=D, WINDOW=window, STARTS=starts is not None, ENDS=ends is not None, PAST=past,
-        BLOCK_D=max(16, launch.power_of_2(D)), **tile.meta,
+        q, k, v, y, (q.stride()[:3], k.stride()[:3], v.stride()[:3]), cache, starts, ends, lengths, H, T, R, blocks,
+        D=D, WINDOW=window, BLOCK_M=t.M, BLOCK_N=t.N, BLOCK_D=BLOCK_D, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     return y
 
 
 @triton.jit(do_not_specialize=["H", "T", "R", "blocks", "starts_ptr", "ends_ptr", "lengths_ptr"])
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, y_ptr, starts_ptr, ends_ptr, lengths_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_kcb, stride_kch, stride_kcr, stride_vcb, stride_vch, stride_vcr,
-    H, T, R, blocks,
-    D: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, PAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, y_ptr, strides, cache, starts_ptr, ends_ptr, lengths_ptr, H, T, R, blocks,
+    D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """strides: of batch, head and column, of q, k and v. cache: k_cache, v_cache, strides of batch, head and slot of each."""
+    strides_q, strides_k, strides_v = strides
     pid = tl.program_id(0)
     heads = tl.num_programs(0) // blocks  # B * H
     first = (blocks - 1 - pid // heads) * BLOCK_M  # the last queries see most: they go first
     b, h = (pid % heads // H).to(tl.int64), (pid % heads % H).to(tl.int64)
     start = 0
     end = T
-    if STARTS:
+    if starts_ptr is not None:
         start = tl.load(starts_ptr + b).to(tl.int32)
-    if ENDS:
+    if ends_ptr is not None:
         end = tl.minimum(tl.load(ends_ptr + b).to(tl.int32), T)
     offs_m, offs_d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    q_ptrs = q_ptr + b * stride_qb + h * stride_qh + tl.minimum(offs_m, T - 1).to(tl.int64)[:, None] * stride_qt
+    q_ptrs = q_ptr + b * strides_q[0] + h * strides_q[1] + tl.minimum(offs_m, T - 1).to(tl.int64)[:, None] * strides_q[2]
     q = tl.load(q_ptrs + offs_d[None, :], mask=mask_d[None, :], other=0.0)  # [M, D]
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of a row's scores so far
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if PAST:
+    if cache is not None:
+        k_cache_ptr, v_cache_ptr, strides_kc, strides_vc = cache
         length = tl.load(lengths_ptr + b).to(tl.int32)
-        k_ptrs = k_cache_ptr + b * stride_kcb + h * stride_kch + offs_d[None, :]
-        v_ptrs = v_cache_ptr + b * stride_vcb + h * stride_vch + offs_d[None, :]
+        k_ptrs = k_cache_ptr + b * strides_kc[0] + h * strides_kc[1] + offs_d[None, :]
+        v_ptrs = v_cache_ptr + b * strides_vc[0] + h * strides_vc[1] + offs_d[None, :]
         acc, total, top = _over_keys(
-            acc, total, top, q, k_ptrs, v_ptrs, stride_kcr, stride_vcr, offs_m, mask_d,
+            acc, total, top, q, k_ptrs, v_ptrs, strides_kc[2], strides_vc[2], offs_m, mask_d,
             first, start - tl.minimum(length, R), start, length - start, R, WINDOW, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    k_ptrs = k_ptr + b * stride_kb + h * stride_kh + offs_d[None, :]
-    v_ptrs = v_ptr + b * stride_vb + h * stride_vh + offs_d[None, :]
+    k_ptrs = k_ptr + b * strides_k[0] + h * strides_k[1] + offs_d[None, :]
+    v_ptrs = v_ptr + b * strides_v[0] + h * strides_v[1] + offs_d[None, :]
     acc, total, top = _over_keys(
-        acc, total, top, q, k_ptrs, v_ptrs, stride_kt, stride_vt, offs_m, mask_d,
+        acc, total, top, q, k_ptrs, v_ptrs, strides_k[2], strides_v[2], offs_m, mask_d,
         first, start, end, 0, R, WINDOW, False, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -138,17 +163,17 @@ def _over_keys(
     cut = whole + tl.maximum(tl.minimum(end, first + 1) - whole, 0) // BLOCK_N * BLOCK_N  # from here on the diagonal
     if WINDOW > 0:
         for j in range(begin, tl.minimum(whole, end), BLOCK_N):
-            acc, total, top = _over_block(
+            acc, total, top = over_block(
                 acc, total, top, q, k_ptrs, v_ptrs, stride_k, stride_v, offs_m, mask_d,
                 j, end, shift, R, WINDOW, RING, True, BLOCK_N,
             )  # fmt: skip
     for j in range(whole, cut, BLOCK_N):
-        acc, total, top = _over_block(
+        acc, total, top = over_block(
             acc, total, top, q, k_ptrs, v_ptrs, stride_k, stride_v, offs_m, mask_d,
             j, end, shift, R, WINDOW, RING, False, BLOCK_N,
         )  # fmt: skip
     for j in range(cut, end, BLOCK_N):
-        acc, total, top = _over_block(
+        acc, total, top = over_block(
             acc, total, top, q, k_ptrs, v_ptrs, stride_k, stride_v, offs_m, mask_d,
             j, end, shift, R, WINDOW, RING, True, BLOCK_N,
         )  # fmt: skip
@@ -156,7 +181,7 @@ def _over_keys(
 
 
 @triton.jit
-def _over_block(
+def over_block(
     acc, total, top, q, k_ptrs, v_ptrs, stride_k, stride_v, offs_m, mask_d,
     j, end, shift, R,
     WINDOW: tl.constexpr, RING: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,

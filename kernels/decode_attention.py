@@ -115,14 +115,18 @@ def _merge(part_ptr, stat_ptr, splits, BT: tl.constexpr, BD: tl.constexpr, AT_ON
     return total, acc
 
 
-@triton.jit(do_not_specialize=["H", "T", "R", "window", "tiles_t", "most", "lengths_ptr", "starts_ptr"])
+@triton.jit(do_not_specialize=["H", "T", "R", "window", "most", "lengths_ptr", "starts_ptr"])
 def attend(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, H, T, R, D, window, tiles_t, most,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh, stride_vr,
+    q_ptr, k_ptr, v_ptr, strides, lengths_ptr, starts_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, H, T, R, D, window, most,
     BT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
     WHOLE_D: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A split of the keys of one tile of queries; grid: B * H * tiles_t tiles of `most` splits."""
+    """A split of the keys of one tile of queries; grid: B * H * tiles of T tiles, each of `most` splits.
+
+    strides: of batch, head and column or slot, of q, k and v.
+    """
+    strides_q, strides_k, strides_v = strides
+    tiles_t = tl.cdiv(T, BT)
     item, split = tl.program_id(0) // most, tl.program_id(0) % most
     b, h, c = item // tiles_t // H, item // tiles_t % H, item % tiles_t * BT
     if PDL:
@@ -142,23 +146,23 @@ def attend(
 
     offs_t, offs_d = c + tl.arange(0, BT), tl.arange(0, BD)
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
-    q_at = q_ptr + b64 * stride_qb + h64 * stride_qh + offs_t.to(tl.int64)[:, None] * stride_qt + offs_d[None]
+    q_at = q_ptr + b64 * strides_q[0] + h64 * strides_q[1] + offs_t.to(tl.int64)[:, None] * strides_q[2] + offs_d[None]
     q = tl.load(q_at, mask=(offs_t < T)[:, None] & (offs_d < D)[None], other=0)  # [BT, BD]
-    k_ptr += b64 * stride_kb + h64 * stride_kh
-    v_ptr += b64 * stride_vb + h64 * stride_vh
+    k_ptr += b64 * strides_k[0] + h64 * strides_k[1]
+    v_ptr += b64 * strides_v[0] + h64 * strides_v[1]
     m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
     acc = tl.zeros([BT, BD], tl.float32)
     lo += split * SPLIT
     if STEPS == 1:
         m, total, acc = _absorb(
-            q, m, total, acc, k_ptr, v_ptr, lo + tl.arange(0, BS), hi, first + offs_t, window, R, D, stride_kr, stride_vr,
-            offs_d, BT, BD, BS, WHOLE_D,
+            q, m, total, acc, k_ptr, v_ptr, lo + tl.arange(0, BS), hi, first + offs_t, window, R, D, strides_k[2],
+            strides_v[2], offs_d, BT, BD, BS, WHOLE_D,
         )  # fmt: skip
     else:
         for token in tl.range(lo, tl.minimum(lo + SPLIT, hi), BS, num_stages=STAGES):
             m, total, acc = _absorb(
-                q, m, total, acc, k_ptr, v_ptr, token + tl.arange(0, BS), hi, first + offs_t, window, R, D, stride_kr,
-                stride_vr, offs_d, BT, BD, BS, WHOLE_D,
+                q, m, total, acc, k_ptr, v_ptr, token + tl.arange(0, BS), hi, first + offs_t, window, R, D, strides_k[2],
+                strides_v[2], offs_d, BT, BD, BS, WHOLE_D,
             )  # fmt: skip
 
     part_ptr += item.to(tl.int64) * most * BT * BD
@@ -201,18 +205,16 @@ def decode_attention(
     R = k_cache.shape[2]
     t = tile(T, D, q.element_size(), window)
     out = launch.empty((B, T, H * D), q)
-    tiles_t = launch.blocks(T, t.BT)
-    tiles = B * H * tiles_t
+    tiles = B * H * launch.blocks(T, t.BT)
     visible = min(R, window + min(T, t.BT) - 1) if window else R  # the most keys that a tile sees
     splits = launch.blocks(visible, t.BS * t.steps)
     BD = launch.power_of_2(D) if t.BT == 1 else max(16, launch.power_of_2(D))
     parts, stats = (launch.empty((tiles * splits if splits > 1 else 0, t.BT, n), q, torch.float32) for n in (BD, 2))
     launch.run(
         attend, tiles * splits, q,
-        q, k_cache, v_cache, lengths, starts, out, parts, stats, tickets(tiles, q.device), H, T, R, D, window, tiles_t, splits,
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], BT=t.BT, BD=BD, BS=t.BS, STEPS=t.steps,
-        STAGES=t.stages, WHOLE_D=BD == D, AT_ONCE=(32 if t.steps < 4 else 8) if t.BT == 1 else 1, num_warps=t.warps,
-        num_stages=t.stages,
+        q, k_cache, v_cache, (q.stride()[:3], k_cache.stride()[:3], v_cache.stride()[:3]), lengths, starts, out, parts, stats,
+        tickets(tiles, q.device), H, T, R, D, window, splits, BT=t.BT, BD=BD, BS=t.BS, STEPS=t.steps, STAGES=t.stages,
+        WHOLE_D=BD == D, AT_ONCE=(32 if t.steps < 4 else 8) if t.BT == 1 else 1, num_warps=t.warps, num_stages=t.stages,
         **launch.chained("decode_attention", q),
     )  # fmt: skip
     return out

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .append import Cache, into_slots
+from .blocks import finish, moments
 
 
 class Tile(NamedTuple):
@@ -93,69 +95,28 @@ def high(x, dtype: tl.constexpr):
     return y
 
 
-@triton.jit
-def gelu_new(x):
-    """x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3)."""
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-
-
-@triton.jit
-def finish(
-    acc, rows, cols, mask, N, third, out_ptr, bias_ptr, residual_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr, starts_ptr,
-    stride_kb, stride_kh, stride_kr, stride_vb, stride_vh, stride_vr, stride_om, T, R, D, GELU: tl.constexpr,
-):  # fmt: skip
-    """Bias, GELU, residual, and the way out: acc [n, m] float32 of weight rows `rows` [n, 1] and input rows `cols` [1, m].
-
-    With a k_cache, `third` says whether these are rows of q, k or v; k and v go into the slots of their tokens.
-    """
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rows, mask=rows < N, other=0).to(tl.float32)
-    if GELU:
-        acc = gelu_new(acc)
-    at = cols.to(tl.int64) * stride_om + rows
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + at, mask=mask, other=0).to(tl.float32)
-    if k_cache_ptr is None or third == 0:
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        b, t = cols // T, cols % T
-        token = tl.load(lengths_ptr + b, mask=mask, other=0) + t  # [n or 1, m]
-        mask = mask & (t >= T - R)  # the newest R columns: a later one overwrites what is older
-        if starts_ptr is not None:
-            start = tl.load(starts_ptr + b, mask=mask, other=0)
-            token -= start
-            mask = mask & (t >= start)
-        slot, h, d = (token % R).to(tl.int64), (rows // D).to(tl.int64), rows % D
-        b = b.to(tl.int64)
-        if third == 1:
-            at = b * stride_kb + h * stride_kh + slot * stride_kr + d
-            tl.store(k_cache_ptr + at, acc.to(k_cache_ptr.dtype.element_ty), mask=mask)
-        else:
-            at = b * stride_vb + h * stride_vh + slot * stride_vr + d
-            tl.store(v_cache_ptr + at, acc.to(v_cache_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["programs", "zero", "R", "lengths_ptr", "starts_ptr"])
+@triton.jit(do_not_specialize=["zero", "R", "lengths_ptr", "starts_ptr"])
 def gemv(
-    x_ptr, gamma_ptr, beta_ptr, w_ptr, wk_ptr, wv_ptr, bias_ptr, residual_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
-    lengths_ptr, starts_ptr, K, N, programs, granules, zero, eps, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh,
-    stride_vr, R, D, GELU: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr,
-    PACKED: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, norm, w_ptrs, bias_ptr, residual_ptr, out_ptr, cache, lengths_ptr, starts_ptr, K, N, granules, zero, R,
+    GELU: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr, PACKED: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = [residual +] [gelu](norm(x) @ w.T [+ bias]) for one row x [K]; w: [N, K].
 
-    With a k_cache the weights are three and `programs` work on each; q goes to out, k and v to the slots of the token.
-    AHEAD granules are in flight at a time. `zero` is 0, which the compiler does not know.
+    norm: gamma [K], beta [K] and eps, or None. With a cache, see `into_slots`, the weights are three: q goes to out, k and v
+    to the slots of the token. AHEAD granules are in flight at a time. `zero` is 0, which the compiler does not know.
     """
+    w_ptr = w_ptrs[0]
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     pid, third = tl.program_id(0), 0
-    if k_cache_ptr is not None:
+    if cache is not None:
+        programs = tl.num_programs(0) // 3
         third = pid // programs
         pid = pid % programs
         if third == 1:
-            w_ptr = wk_ptr
+            w_ptr = w_ptrs[1]
         elif third == 2:
-            w_ptr = wv_ptr
+            w_ptr = w_ptrs[2]
     PER: tl.constexpr = 2 if PACKED else 1  # elements of a loaded word
     WIDTH: tl.constexpr = BK // PER
     offs_k = tl.arange(0, WIDTH)
@@ -177,30 +138,20 @@ def gemv(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
-    xs = ()  # float32 [WIDTH], even and odd columns in turn where they are packed
+    xs, held = (), ()  # float32 [WIDTH], even and odd columns in turn where they are packed
     gate = tl.zeros([WIDTH], tl.int32)
     for c in tl.static_range(CHUNKS):
         offs = c * WIDTH + offs_k
         x = raw(x_ptr, offs, offs < words, PACKED, not EVEN_K, False)
-        xs = xs + (low(x, dtype, PACKED),)
+        xs, held = xs + (low(x, dtype, PACKED),), held + (offs < words,)
         if PACKED:
-            xs = xs + (high(x, dtype),)
+            xs, held = xs + (high(x, dtype),), held + (offs < words,)
             gate |= x
     gate &= zero  # zero, but who computes with it has the whole row: else ptxas unpacks weights before it asks for the row
-    if gamma_ptr is not None:
-        total = tl.zeros([WIDTH], tl.float32)
-        for i in tl.static_range(CHUNKS * PER):
-            total += xs[i]
-        mean = tl.sum(total, 0) / K
-        total, squares = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
-        for i in tl.static_range(CHUNKS * PER):
-            centred = xs[i] - mean
-            if not EVEN_K:
-                centred = tl.where((i // PER) * WIDTH + offs_k < words, centred, 0.0)
-            total += centred
-            squares += centred * centred
-        rest = tl.sum(total, 0) / K  # what rounding left of the mean: it counts where |mean| >> std
-        scale = 1 / tl.sqrt(tl.sum(squares, 0) / K - rest * rest + eps)
+    if norm is not None:
+        gamma_ptr, beta_ptr, eps = norm
+        mean, squares, rest = moments(xs, None if EVEN_K else held, K, 0)
+        scale = 1 / tl.sqrt(squares / K - rest * rest + eps)
         ys = ()
         for c in tl.static_range(CHUNKS):
             offs = c * WIDTH + offs_k
@@ -214,7 +165,7 @@ def gemv(
     for g in tl.range(0, granules, loop_unroll_factor=1):
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
         for c in tl.static_range(CHUNKS):
-            w = ws[c] ^ gate[None] if PACKED and gamma_ptr is None else ws[c]
+            w = ws[c] ^ gate[None] if PACKED and norm is None else ws[c]
             acc += low(w, dtype, PACKED) * xs[c * PER][None]
             if PACKED:
                 acc += high(w, dtype) * xs[c * PER + 1][None]
@@ -225,61 +176,34 @@ def gemv(
             mask = (later < limit)[:, None] & (offs < words)[None]
             new = new + (raw(w_ptr, later.to(tl.int64)[:, None] * words + offs[None], mask, PACKED, True, True),)
         ws = ws[CHUNKS:] + new
-        now = (offs_n + g * ROWS)[:, None]
-        finish(
-            tl.sum(acc, 1)[:, None], now, tl.zeros([1, 1], tl.int32), now < N, N, third, out_ptr, bias_ptr, residual_ptr,
-            k_cache_ptr, v_cache_ptr, lengths_ptr, starts_ptr, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh,
-            stride_vr, 0, 1, R, D, GELU,
-        )  # fmt: skip
-
-
-class Cache(NamedTuple):
-    """Where k and v go: k_cache and v_cache [B, H, R, D], lengths int32 [B], starts int32 [B] or None; T columns a row."""
-
-    k: Tensor
-    v: Tensor
-    lengths: Tensor
-    starts: Tensor | None
-    T: int
-
-    @staticmethod
-    def tensors(cache: Cache | None) -> tuple[Tensor | None, ...]:
-        return cache[:4] if cache else (None,) * 4
-
-    @staticmethod
-    def strides(cache: Cache | None) -> tuple[int, ...]:
-        return (*cache.k.stride()[:3], *cache.v.stride()[:3]) if cache else (0,) * 6
-
-    @staticmethod
-    def sizes(cache: Cache | None) -> tuple[int, int, int]:
-        """T, R, D."""
-        return (cache.T, cache.k.shape[2], cache.k.shape[3]) if cache else (1, 1, 1)
+        n, m = (offs_n + g * ROWS)[:, None], tl.zeros([1, 1], tl.int32)
+        if cache is None or third == 0:
+            finish(tl.sum(acc, 1)[:, None], m, n, n < N, N, out_ptr, 0, bias_ptr, residual_ptr, GELU)
+        else:
+            into_slots(tl.sum(acc, 1)[:, None], m, n, n < N, third, cache, lengths_ptr, starts_ptr, 1, R)
 
 
 def run(
-    kernel: str, x: Tensor, weights: tuple[Tensor, ...], out: Tensor, *, norm: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0, bias: Tensor | None = None, residual: Tensor | None = None, gelu: bool = False,
-    cache: Cache | None = None,
+    kernel: str, x: Tensor, weights: tuple[Tensor, ...], out: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None,
+    bias: Tensor | None = None, residual: Tensor | None = None, gelu: bool = False, cache: Cache | None = None,
 ) -> None:  # fmt: skip
     """One row through `gemv`.
 
     Args:
         kernel: whose row of the tile table: qkv, norm_linear, linear_add or lm_head.
         x: contiguous, K elements. weights: one contiguous [N, K], or q, k and v. out: N elements (of q).
-        norm: gamma and beta [K]. bias: [N]. residual: contiguous, N elements.
+        norm: gamma [K], beta [K] and eps. bias: [N]. residual: contiguous, N elements.
         cache: takes k and v.
     """
     N, K = weights[0].shape
     t = tile(kernel, K, x.element_size())
     programs = launch.blocks(N, t.rows * t.granules)
-    read = (x, *(norm or ()), *weights)
+    read = (x, *(norm[:2] if norm else ()), *weights)
     packed = x.element_size() == 2 and all(y.storage_offset() % 2 == 0 for y in read) and K % 2 == 0
-    gamma, beta = norm or (None, None)
-    w = weights if len(weights) == 3 else (weights[0], None, None)
+    slots, lengths, starts, _, R = Cache.arguments(cache)
     launch.run(
         gemv, programs * len(weights), x,
-        x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), K, N, programs, t.granules, 0, eps,
-        *Cache.strides(cache), *Cache.sizes(cache)[1:], GELU=gelu, ROWS=t.rows, BK=t.BK, CHUNKS=launch.blocks(K, t.BK),
-        AHEAD=t.ahead, PACKED=packed, EVEN_K=K % t.BK == 0, EVEN_N=N % (t.rows * t.granules) == 0,
-        num_warps=t.warps, **launch.chained(kernel, x),
+        x, norm, weights, bias, residual, out, slots, lengths, starts, K, N, t.granules, 0, R,
+        GELU=gelu, ROWS=t.rows, BK=t.BK, CHUNKS=launch.blocks(K, t.BK), AHEAD=t.ahead, PACKED=packed, EVEN_K=K % t.BK == 0,
+        EVEN_N=N % (t.rows * t.granules) == 0, num_warps=t.warps, **launch.chained(kernel, x),
     )  # fmt: skip

@@ -21,7 +21,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # what `triton.jit` makes of
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 matrices silently wrong
 _SMS_OF_NO_DEVICE = 132
-_early: ContextVar[bool] = ContextVar("early", default=False)
+early: ContextVar[bool] = ContextVar("early", default=False)
 
 
 def run(kernel: Any, programs: int, like: Tensor, *args: Any, **meta: Any) -> None:
@@ -41,11 +41,11 @@ def early_launches() -> Iterator[None]:
 
     Each waits by itself before it touches an activation or the cache; until then it may load weights.
     """
-    token = _early.set(True)
+    token = early.set(True)
     try:
         yield
     finally:
-        _early.reset(token)
+        early.reset(token)
 
 
 def chained(op: str, like: Tensor) -> dict[str, bool]:
@@ -54,7 +54,7 @@ def chained(op: str, like: Tensor) -> dict[str, bool]:
     Raises:
         SetupError: within `early_launches`, on a device that cannot do it.
     """
-    if not _early.get():
+    if not early.get():
         return {"PDL": False}
     if INTERPRETED or torch.cuda.get_device_capability(like.device) < (9, 0):
         where = "in the interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name(like.device)}"
@@ -102,17 +102,17 @@ def expect(op: str, *, like: Tensor, **tensors: tuple[Tensor | None, tuple[int, 
 
     Args:
         op: its name, for the message. like: decides the device.
-        tensors: by argument name, each with the shape that it must have; `out` and whole numbers must be contiguous.
+        tensors: by argument name, each with the shape that it must have; whole numbers must be contiguous.
 
     Raises:
-        InputError: another shape; `out` or whole numbers with gaps, or on another device.
+        InputError: another shape; whole numbers with gaps, or on another device.
     """
     for name, (x, shape) in tensors.items():
         if x is None:
             continue
         if tuple(x.shape) != shape:
             raise InputError(f"{op}: {name} has shape {list(x.shape)}, expected {list(shape)}")
-        if (name == "out" or not x.dtype.is_floating_point) and (x.device != like.device or not x.is_contiguous()):
+        if not x.dtype.is_floating_point and (x.device != like.device or not x.is_contiguous()):
             raise InputError(f"{op}: {name} must be contiguous on {like.device}; it is on {x.device}, strides {x.stride()}")
 
 

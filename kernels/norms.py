@@ -7,16 +7,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .blocks import moments
 
 _ELEMENTS_PER_WARP = 512  # 16 a thread: two 16-byte loads in 16 bits
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last axis with biased variance, statistics in float32.
 
     Args:
         x: [..., C]. weight, bias: [C].
-        out: contiguous memory of the shape of x for the result, or None for new memory.
 
     Returns:
         [..., C]
@@ -24,11 +24,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor 
     Raises:
         InputError, SetupError: see `launch.check`.
     """
-    launch.check("layer_norm", x, weight=weight, bias=bias, out=out)
+    launch.check("layer_norm", x, weight=weight, bias=bias)
     C = x.shape[-1]
-    launch.expect("layer_norm", like=x, weight=(weight, (C,)), bias=(bias, (C,)), out=(out, tuple(x.shape)))
+    launch.expect("layer_norm", like=x, weight=(weight, (C,)), bias=(bias, (C,)))
     rows = launch.as_rows(x)
-    y = launch.empty(tuple(x.shape), x) if out is None else out
+    y = launch.empty(tuple(x.shape), x)
     BLOCK_C = max(16, launch.power_of_2(C))
     num_warps = min(16, max(1, BLOCK_C // _ELEMENTS_PER_WARP))
     launch.run(_layer_norm_kernel, rows.shape[0], x, rows, weight, bias, y, C, eps, BLOCK_C=BLOCK_C, num_warps=num_warps)
@@ -41,10 +41,9 @@ def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, y_ptr, C, eps, BLOCK_C: tl.c
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     x = tl.load(x_ptr + row * C + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / C
-    centred = tl.where(mask_c, x - mean, 0.0)  # E[x^2] - E[x]^2 would lose digits where |mean| >> std
-    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
+    mean, squares, _ = moments((x,), (mask_c,), C, 0)
+    rstd = tl.rsqrt(squares / C + eps)
     weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    y = centred * rstd * weight + bias
+    y = tl.where(mask_c, x - mean, 0.0) * rstd * weight + bias  # as `moments` has it already
     tl.store(y_ptr + row * C + offs_c, y.to(y_ptr.dtype.element_ty), mask=mask_c)

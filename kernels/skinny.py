@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .gemv import Cache, finish
+from .append import Cache, into_slots
+from .blocks import finish, statistics
 from .tickets import arrives_last, tickets
 
+MOST_ROWS = 64  # more go to `gemm`; not timed yet
 NORM_ROWS = 16  # up to here a program normalises its rows itself; for more, `layer_norm` has run before
 
 
@@ -72,32 +74,6 @@ def tile(kernel: str, M: int, N: int, K: int, itemsize: int, sms: int) -> Tile:
 
 
 @triton.jit
-def _statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
-    """LayerNorm's of rows [m] of K elements: (base, mean - base, 1 / sqrt(variance + eps)).
-
-    Chan's merge of chunks, two passes in each; about the mean of the first chunk, so that the merges round small numbers.
-    A chunk is asked for while the one before it is summed up.
-    """
-    offs_k = tl.arange(0, BK)
-    x_ptrs, mask = x_ptr + rows[:, None] * K + offs_k[None], mask[:, None]
-    later = tl.load(x_ptrs, mask=mask & (offs_k < K)[None], other=0)
-    base = tl.sum(later.to(tl.float32), 1) / tl.minimum(K, BK)
-    mean, squares = tl.zeros([rows.shape[0]], tl.float32), tl.zeros([rows.shape[0]], tl.float32)
-    for k in range(0, K, BK):
-        held, x = (offs_k < K - k)[None], later.to(tl.float32)
-        later = tl.load(x_ptrs + k + BK, mask=mask & (offs_k < K - k - BK)[None], other=0)
-        x = tl.where(held, x - base[:, None], 0.0)
-        count = tl.minimum(K - k, BK).to(tl.float32)
-        centre = tl.sum(x, 1) / count
-        rest = tl.where(held, x - centre[:, None], 0.0)
-        delta = centre - mean
-        share = count / (k + count)
-        mean += delta * share
-        squares += tl.sum(rest * rest, 1) + delta * delta * (k * share)
-    return base, mean, 1 / tl.sqrt(squares / K + eps)
-
-
-@triton.jit
 def _prefetch(ptrs):
     """Ask L2 for the lines of these addresses; no register waits for them."""
     asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
@@ -106,31 +82,31 @@ def _prefetch(ptrs):
 
 @triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "T", "R", "lengths_ptr", "starts_ptr"])
 def skinny(
-    x_ptr, gamma_ptr, beta_ptr, w_ptr, wk_ptr, wv_ptr, bias_ptr, residual_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
-    lengths_ptr, starts_ptr, part_ptr, ticket_ptr, M, N, K, tiles_m, tiles_n, splits, share, eps, stride_kb, stride_kh,
-    stride_kr, stride_vb, stride_vh, stride_vr, stride_om, T, R, D, GELU: tl.constexpr, NB: tl.constexpr, BM: tl.constexpr,
+    x_ptr, norm, w_ptrs, bias_ptr, residual_ptr, out_ptr, cache, lengths_ptr, starts_ptr, part_ptr, ticket_ptr,
+    M, N, K, tiles_m, tiles_n, splits, share, stride_om, T, R, GELU: tl.constexpr, NB: tl.constexpr, BM: tl.constexpr,
     SK: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = [residual +] [gelu](norm(x) @ w.T [+ bias]) for rows x [M, K]; w: [N, K]; a share of K is `share` columns.
 
-    Grid: for each weight, each BM rows of it and each NB rows of x, `splits` programs. Caches as in `gemv`.
+    Grid: for each weight, each BM rows of it and each NB rows of x, `splits` programs. norm, cache: as in `gemv`.
     """
     pid = tl.program_id(0)
     split, group = pid % splits, pid // splits
     pid_m, pid_n, third = group % tiles_m, group // tiles_m % tiles_n, 0  # what shares weights runs side by side
-    if k_cache_ptr is not None:
+    w_ptr = w_ptrs[0]
+    if cache is not None:
         third = group // tiles_m // tiles_n
         if third == 1:
-            w_ptr = wk_ptr
+            w_ptr = w_ptrs[1]
         elif third == 2:
-            w_ptr = wv_ptr
+            w_ptr = w_ptrs[2]
     begin = split * share
     end = tl.minimum(begin + share, K)
     offs_n = pid_n * BM + tl.arange(0, BM)
     first_n = tl.minimum(offs_n, N - 1).to(tl.int64) * K  # rows past the end repeat the last one: loads need no mask
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    if AHEAD > 0 and (PDL or gamma_ptr is not None):
+    if AHEAD > 0 and (PDL or norm is not None):
         LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
         ahead = tl.minimum(begin + tl.arange(0, AHEAD * SK * BK // LINE) * LINE, end - 1)
         _prefetch(w_ptr + first_n[:, None] + ahead[None])
@@ -139,9 +115,10 @@ def skinny(
     rows = pid_m * NB + tl.arange(0, NB)
     mask_m = (rows < M)[:, None]  # [NB, 1]
     offs_m = rows.to(tl.int64)
-    if gamma_ptr is not None:
+    if norm is not None:
+        gamma_ptr, beta_ptr, eps = norm
         CHUNK: tl.constexpr = 4096 // NB  # 32 numbers a thread of four warps
-        base, mean, scale = _statistics(x_ptr, offs_m, rows < M, K, eps, CHUNK)
+        base, mean, scale = statistics(x_ptr, offs_m, rows < M, K, eps, CHUNK)
         base, mean, scale = base[:, None], mean[:, None], scale[:, None]
 
     if SK == 1:  # a batch of one dot would be one warp's work, four times over (triton 3.6)
@@ -159,7 +136,7 @@ def skinny(
         else:
             w = tl.load(w_ptrs + k, mask=held, other=0, eviction_policy="evict_first")
         x = tl.load(x_ptrs + k, mask=mask_m if EVEN_K else mask_m & held, other=0)
-        if gamma_ptr is not None:
+        if norm is not None:
             gamma = tl.expand_dims(tl.load(gamma_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32), -2)
             beta = tl.expand_dims(tl.load(beta_ptr + k + offs_k, mask=offs_k < end - k, other=0).to(tl.float32), -2)
             x = ((x.to(tl.float32) - base - mean) * scale * gamma + beta).to(w.dtype)
@@ -181,16 +158,15 @@ def skinny(
                 total += tl.load(part_ptr + s * (BM * NB) + at, cache_modifier=".cg")
     if mine:
         n, m = offs_n[:, None], rows[None]
-        finish(
-            total, n, m, (n < N) & (m < M), N, third, out_ptr, bias_ptr, residual_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr,
-            starts_ptr, stride_kb, stride_kh, stride_kr, stride_vb, stride_vh, stride_vr, stride_om, T, R, D, GELU,
-        )  # fmt: skip
+        if cache is None or third == 0:
+            finish(total, m, n, (n < N) & (m < M), N, out_ptr, stride_om, bias_ptr, residual_ptr, GELU)
+        else:
+            into_slots(total, m, n, (n < N) & (m < M), third, cache, lengths_ptr, starts_ptr, T, R)
 
 
 def run(
-    kernel: str, x: Tensor, weights: tuple[Tensor, ...], out: Tensor, *, norm: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0, bias: Tensor | None = None, residual: Tensor | None = None, gelu: bool = False,
-    cache: Cache | None = None,
+    kernel: str, x: Tensor, weights: tuple[Tensor, ...], out: Tensor, *, norm: tuple[Tensor, Tensor, float] | None = None,
+    bias: Tensor | None = None, residual: Tensor | None = None, gelu: bool = False, cache: Cache | None = None,
 ) -> None:  # fmt: skip
     """Rows x [M, K] through `skinny`; out [M, N] may have a row stride. Arguments as those of `gemv.run`."""
     (M, K), (N, _) = x.shape, weights[0].shape
@@ -200,12 +176,11 @@ def run(
     groups = tiles_m * tiles_n * len(weights)
     share = launch.blocks(K, t.splits * t.SK * t.BK) * t.SK * t.BK
     parts = launch.empty((groups * t.splits * t.BM * NB if t.splits > 1 else 1,), x, torch.float32)
-    gamma, beta = norm or (None, None)
-    w = weights if len(weights) == 3 else (weights[0], None, None)
+    slots, lengths, starts, T, R = Cache.arguments(cache)
     launch.run(
         skinny, groups * t.splits, x,
-        x, gamma, beta, *w, bias, residual, out, *Cache.tensors(cache), parts, tickets(groups, x.device), M, N, K, tiles_m,
-        tiles_n, t.splits, share, eps, *Cache.strides(cache), out.stride(0), *Cache.sizes(cache), GELU=gelu,
+        x, norm, weights, bias, residual, out, slots, lengths, starts, parts, tickets(groups, x.device),
+        M, N, K, tiles_m, tiles_n, t.splits, share, out.stride(0), T, R, GELU=gelu,
         NB=NB, BM=t.BM, SK=t.SK, BK=t.BK, AHEAD=0 if launch.INTERPRETED else t.ahead, EVEN_K=K % (t.splits * t.SK * t.BK) == 0,
         num_warps=t.warps, num_stages=t.stages, **launch.chained(kernel, x),
     )  # fmt: skip

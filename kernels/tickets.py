@@ -19,9 +19,9 @@ from torch import Tensor
 from . import launch
 
 _COUNTERS = 1 << 14
-_of_stream: dict[tuple[int | None, int], Tensor] = {}  # (device, stream) -> counters of what is launched there
+of_stream: dict[tuple[int | None, int], Tensor] = {}  # (device, stream) -> counters of what is launched there
 _making = Lock()
-_of_capture: ContextVar[Tensor | None] = ContextVar("of_capture", default=None)
+of_this_capture: ContextVar[Tensor | None] = ContextVar("of_capture", default=None)
 
 
 @contextmanager
@@ -30,12 +30,12 @@ def of_capture(device: torch.device) -> Iterator[Tensor]:
 
     A captured graph knows their address only: whoever keeps the graph must keep them, and nobody else may use them.
     """
-    counters = _zeros(_COUNTERS, device)
-    token = _of_capture.set(counters)
+    counters = zeros(_COUNTERS, device)
+    token = of_this_capture.set(counters)
     try:
         yield counters
     finally:
-        _of_capture.reset(token)
+        of_this_capture.reset(token)
 
 
 def tickets(groups: int, device: torch.device) -> Tensor:
@@ -45,21 +45,21 @@ def tickets(groups: int, device: torch.device) -> Tensor:
     `of_capture` has a set for itself, and so has each device and stream that is launched on directly. In a capture that
     somebody else made, every launch gets zeros that each replay makes anew.
     """
-    given = _of_capture.get()
+    given = of_this_capture.get()
     if given is not None and groups <= _COUNTERS and given.device == device:
         return given
     if groups > _COUNTERS or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return _zeros(groups, device)
+        return zeros(groups, device)
     stream = 0 if launch.INTERPRETED else triton.runtime.driver.active.get_current_stream(device.index or 0)
     key = (device.index, stream)
-    if key not in _of_stream:
+    if key not in of_stream:
         with _making:
-            if key not in _of_stream:
-                _of_stream[key] = _zeros(_COUNTERS, device)
-    return _of_stream[key]
+            if key not in of_stream:
+                of_stream[key] = zeros(_COUNTERS, device)
+    return of_stream[key]
 
 
-def _zeros(counters: int, device: torch.device) -> Tensor:
+def zeros(counters: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # they outlive the call
         return torch.zeros(counters, dtype=torch.int32, device=device)
 

@@ -27,11 +27,11 @@ from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import Runner
 from gptneo_fast.network.masks import Rows
 from gptneo_fast.ops import ops
-from gptneo_fast.ops.sampling import COUNT, GREEDY, STATUS
+from gptneo_fast.ops.constants import COUNT, GREEDY, STATUS
 
 LAYERS, TOKENS = 24, 256
 RESULTS = Path(__file__).parents[1] / "results" / "host.json"
-PROMPT, PASSES = 130, 3000  # more rows than `few` and the kernel that normalises by itself take
+PROMPT, PASSES = 130, 3000  # more rows than `skinny` takes
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def launched_from_the_cpu():
             stack.enter_context(swapped(torch, name, on_no_rows))
         card = stack.enter_context(idle_card())
         counters = torch.zeros(1 << 14, dtype=torch.int32)
-        stack.enter_context(mock.patch("gptneo_fast.kernels.tickets._zeros", return_value=counters))
+        stack.enter_context(mock.patch("gptneo_fast.kernels.tickets.zeros", return_value=counters))
         yield card
 
 

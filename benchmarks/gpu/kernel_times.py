@@ -18,8 +18,7 @@ from benchmarks.static import costs
 from gptneo_fast import kernels
 from gptneo_fast.network.cache import ring_slots
 from gptneo_fast.ops import ops, testing
-from gptneo_fast.ops.reference import LOGITS_ALIGN
-from gptneo_fast.ops.sampling import ALL, FEW, FREE, GREEDY
+from gptneo_fast.ops.constants import ALL, FEW, FREE, GREEDY, LOGITS_ALIGN
 from gptneo_fast.ops.testing import Sample
 
 PREFILL = 2048

@@ -13,7 +13,7 @@ from benchmarks.models import randomise
 from gptneo_fast import GPTNeoConfig, KVCache
 from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import BUCKETS, Runner
-from gptneo_fast.ops.sampling import BROKEN, GREEDY, PLACE, STATUS, TOKEN
+from gptneo_fast.ops.constants import BROKEN, GREEDY, PLACE, STATUS, TOKEN
 
 
 class Ours:

@@ -23,9 +23,10 @@ from benchmarks.gpu.stage import Case, LeftOut, Setting
 from benchmarks.gpu.timing import per_call, rotating
 from benchmarks.static.counting import swapped
 from gptneo_fast import kernels
-from gptneo_fast.kernels import gemv, linear, skinny, tiles
+from gptneo_fast.kernels import gemm, gemv, linear, skinny
 
-attention = importlib.import_module("gptneo_fast.kernels.decode_attention")  # the package's name for it is the launcher
+# The package's names for these are launchers.
+attention, decode_attention = (importlib.import_module(f"gptneo_fast.kernels.{x}") for x in ("attention", "decode_attention"))
 WORTH_IT = 0.98  # of the present tile's time: above it the present one stays
 
 
@@ -188,9 +189,9 @@ def _triton_alone() -> Iterator[None]:
     """Products of many rows that a GPU's library would take go to our kernel."""
 
     def ours(rows: Tensor, weight: Tensor, bias: Tensor, gelu: bool, y: Tensor) -> None:
-        linear._multiply(rows, (weight,), (y,), bias=bias, gelu=gelu)
+        gemm.run(rows, (weight,), (y,), bias=bias, gelu=gelu)
 
-    with swapped(linear, "_multiply_by_library", lambda _: ours):
+    with swapped(linear, "by_library", lambda _: ours):
         yield
 
 
@@ -228,13 +229,15 @@ def _gemvs(shapes: Shapes) -> Iterator[Sweep]:
 def _decode_attentions(shapes: Shapes) -> Iterator[Sweep]:
     """Keys of a load and loads of a split, warps, stages where a split has several loads."""
     for (batch, context), kind in itertools.product(shapes.setting.points[:3], shapes.layers):
-        t = attention.tile(1, shapes.D, 2, shapes.config.window(shapes.layers[kind]))
+        t = decode_attention.tile(1, shapes.D, 2, shapes.config.window(shapes.layers[kind]))
         others = [t._replace(BS=BS, steps=n) for BS, n in ((32, 1), (128, 1), (64, 2), (64, 4), (128, 2), (32, 8))]
         others += [t._replace(BS=BS, steps=n, stages=s) for BS, n, s in ((64, 4, 2), (64, 4, 3), (64, 8, 3), (32, 16, 3))]
         others += [t._replace(warps=w) for w in (2, 8)]
         key = 1, shapes.D, 2, f"{kind} batch {batch}, context {context}"
         work = shapes.decode_attention(batch, context, kind)
-        yield Sweep(shapes.shape, work, attention, "tile", key, t, _first(shapes.setting, [o for o in others if o != t], 11))
+        yield Sweep(
+            shapes.shape, work, decode_attention, "tile", key, t, _first(shapes.setting, [o for o in others if o != t], 11)
+        )
 
 
 def _skinnies(shapes: Shapes) -> Iterator[Sweep]:
@@ -251,17 +254,18 @@ def _prompts(shapes: Shapes) -> Iterator[Sweep]:
     """Products of a prompt beside cuBLAS, and its attention."""
     dtype, M = shapes.setting.dtype, 136 if shapes.setting.tiny else shapes.prompt  # fewer rows go to other kernels
     for work in shapes.linears("norm_qkv", 1, M):
-        t = tiles._LINEAR[dtype.itemsize]
-        others = [(tiles.Tile(*sizes),) for sizes in _LINEAR]
+        t = gemm.TILES[dtype.itemsize]
+        others = [(gemm.Tile(*sizes),) for sizes in _GEMM]
         library = _LIBRARY[work.op]
-        yield Sweep(shapes.shape, work, tiles, "_LINEAR", dtype.itemsize, t, _first(shapes.setting, others, 9), library=library)
+        yield Sweep(shapes.shape, work, gemm, "TILES", dtype.itemsize, t, _first(shapes.setting, others, 9), library=library)
     for kind in shapes.layers:
-        work, t, key = shapes.attention(kind), tiles.attention(dtype, shapes.D), (dtype.itemsize, max(16, shapes.D))
-        others = [o for M, N, w, s in _ATTENTION if (o := tiles.Tile(M, N, 0, w, s)) != t]
-        yield Sweep(shapes.shape, work, tiles, "_ATTENTION", key, t, _first(shapes.setting, others, 7))
+        work, key = shapes.attention(kind), (dtype.itemsize, max(16, shapes.D))
+        t = attention.TILES[key]
+        others = [o for sizes in _ATTENTION if (o := attention.Tile(*sizes)) != t]
+        yield Sweep(shapes.shape, work, attention, "TILES", key, t, _first(shapes.setting, others, 7))
 
 
-_LINEAR = [
+_GEMM = [
     *((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4)),
     *((256, 128, 64, 8, 3), (64, 256, 64, 8, 4), (128, 128, 32, 4, 5), (64, 128, 64, 4, 4)),
 ]

@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ class Launch:
 
     op: which the launcher was doing, where `Launchpad.during` says so.
     grid: blocks. warps: of a block. shared: bytes of dynamic and static shared memory. binary: the cubin.
-    ptx: the text it was assembled from. arguments: names of its parameters in order.
+    ptx: the text it was assembled from. arguments: names of its parameters in order, members of a tuple as "w_ptrs.0".
     options: what the launcher set the tiles to. fault: why the compiler refused it, or nothing; then there is no binary.
     """
 
@@ -193,7 +193,7 @@ class Launchpad:
                 return
             meta, asm = compiled.metadata, compiled.asm
             shown |= {"num_stages": meta.num_stages}
-            names = tuple(name for name, kind in compiled.src.signature.items() if kind != "constexpr")
+            names = tuple(name for item in compiled.src.signature.items() for name in _flat(*item))
             made = (meta.num_warps, meta.shared, asm["cubin"], asm["ptx"], names)
             self.launches.append(Launch(self._op, kernel.__name__, blocks, *made, shown))
 
@@ -201,7 +201,18 @@ class Launchpad:
 
 
 def _as_pointer(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_as_pointer, value))
     return _Pointer(value) if isinstance(value, Tensor) else value
+
+
+def _flat(name: str, kind: Any) -> Iterator[str]:
+    """The names of what an argument becomes in PTX: members of a tuple are numbered, constants are none."""
+    if isinstance(kind, tuple):
+        for i, member in enumerate(kind):
+            yield from _flat(f"{name}.{i}", member)
+    elif kind != "constexpr":
+        yield name
 
 
 def _as_pointers(values: dict[str, Any]) -> dict[str, Any]:
@@ -237,12 +248,12 @@ def inspect(binary: bytes) -> Machine:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
-        usage = _tool("cuobjdump", "-res-usage", str(path))
-        code = _tool("nvdisasm", "-c", str(path))
+        usage = tool("cuobjdump", "-res-usage", str(path))
+        code = tool("nvdisasm", "-c", str(path))
     found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     loads: Counter[int] = Counter()
     for modifiers in _LOAD.findall(code):
-        bits = _width(modifiers.split("."))
+        bits = width(modifiers.split("."))
         loads[bits] += bits // 8
     return Machine(
         registers=found["REG"],
@@ -253,7 +264,7 @@ def inspect(binary: bytes) -> Machine:
     )
 
 
-def _width(modifiers: list[str]) -> int:
+def width(modifiers: list[str]) -> int:
     """Bits that a load fetches: 32 where no modifier says otherwise."""
     return next((int(m.lstrip("US")) for m in modifiers if m in ("128", "64", "U16", "S16", "U8", "S8")), 32)
 
@@ -265,7 +276,7 @@ def _path(tool: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool)
 
 
-def _tool(name: str, *args: str) -> str:
+def tool(name: str, *args: str) -> str:
     done = subprocess.run([_path(name), *args], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} failed: {done.stderr.strip()[:300]}")

@@ -40,7 +40,7 @@ PREFILL, CONTEXT, BATCHES = 2048, 2048, (1, 8, 64)
 MATMUL_OPS = ("norm_qkv", "norm_linear", "linear_add", "attention")  # of a prefill: these run on tensor cores
 VECTOR_SHARE = 0.95
 _INSPECTION = "3"  # of what aot.inspect looks for; older findings on disk are not read
-_WEIGHT = re.compile(r"w\w?_ptr|weight_ptr")  # arguments that are weights, in every kernel
+_WEIGHT = re.compile(r"w_ptrs\.\d|weight_ptr")  # arguments that are weights, in every kernel
 
 
 @dataclass

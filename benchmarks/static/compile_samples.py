@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from benchmarks.models import DTYPES
 from benchmarks.static import aot
 from gptneo_fast.ops import testing
-from gptneo_fast.ops.reference import LOGITS_ALIGN
+from gptneo_fast.ops.constants import LOGITS_ALIGN
 from gptneo_fast.ops.testing import Sample
 
 EVERY = tuple((dtype, sm) for sm, dtypes in ((90, DTYPES), (80, ("bf16",))) for dtype in dtypes)

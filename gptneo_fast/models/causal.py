@@ -18,7 +18,7 @@ from ..network.inputs import check_labels, check_unknown, select_positions
 from ..network.masks import Rows
 from ..network.outputs import CausalLMOutputWithPast
 from ..ops import backends
-from ..ops.reference import LOGITS_ALIGN
+from ..ops.constants import LOGITS_ALIGN
 from .model import GPTNeoModel
 from .pretrained import GPTNeoPreTrainedModel, returns_output
 

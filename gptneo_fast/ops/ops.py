@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import extension, reference
+from .constants import LOGITS_ALIGN
 
 _LIBRARY = torch.library.Library("gptneo_fast", "DEF")
 
@@ -63,7 +64,7 @@ def _heads_merged(q: Tensor, *_: object, **__: object) -> Tensor:
 def _padded_logits(x: Tensor, nw: Tensor, nb: Tensor, weight: Tensor, eps: float) -> Tensor:
     V = weight.shape[0]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    padded = x.new_empty(*x.shape[:-1], V + -V % reference.LOGITS_ALIGN, dtype=dtype)
+    padded = x.new_empty(*x.shape[:-1], V + -V % LOGITS_ALIGN, dtype=dtype)
     return padded.narrow(-1, 0, V)  # indexing would ask a CUDA device to be current, which a fake tensor has not
 
 

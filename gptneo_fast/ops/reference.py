@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .constants import LOGITS_ALIGN
 from .sampling import sample as sample
 
-LOGITS_ALIGN = 8  # a row of logits takes a multiple of this many elements
 _QUERY_BLOCK = 256  # queries whose scores exist at one time: [B, H, 256, S] and never [B, H, T, S]
 
 

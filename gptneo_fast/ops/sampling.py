@@ -11,11 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GREEDY, FREE, FEW, ALL = range(4)  # the likeliest; temperature alone; top_k of up to KEEP; any top_k, top_p, min_p
-KEEP = 64
-TOKEN, PLACE, COUNT, STATUS, TICKET = range(5)  # rows of the state
-FINISHED, BROKEN = 1, 2  # bits of a row's status
-END, SUPPRESSED, NOT_FIRST = 1, 2, 4  # bits of a token's flags
+from .constants import BROKEN, COUNT, END, FINISHED, FREE, GREEDY, NOT_FIRST, PLACE, STATUS, SUPPRESSED, TOKEN
 
 
 def sample(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .sampling import ALL, COUNT, END, FEW, FINISHED, FREE, GREEDY, NOT_FIRST, STATUS, SUPPRESSED
+from .constants import ALL, COUNT, END, FEW, FINISHED, FREE, GREEDY, NOT_FIRST, STATUS, SUPPRESSED
 
 EPS = 1e-5
 ORDERS = 8  # in which plain torch computes a case; the first is as given

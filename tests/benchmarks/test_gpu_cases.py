@@ -12,8 +12,8 @@ from benchmarks.gpu.ours import Ours, check_captured
 from benchmarks.gpu.peers import Compiled, Transformers
 from benchmarks.gpu.stage import LeftOut, Setting
 from gptneo_fast import kernels
-from gptneo_fast.kernels import gemv, launch, skinny, tiles
-from gptneo_fast.ops.sampling import BROKEN, STATUS
+from gptneo_fast.kernels import gemm, gemv, launch, skinny
+from gptneo_fast.ops.constants import BROKEN, STATUS
 from tests.support.peers import peers
 
 CARD = Setting(device=torch.device("meta"))  # true shapes that take no memory
@@ -143,7 +143,7 @@ def test_the_prompt_on_the_device_alone_computes_the_prompt(ours):
 
 def test_early_launches_reach_the_kernels_and_their_tokens_are_compared(dry, monkeypatch):
     seen = []
-    monkeypatch.setattr(launch, "chained", lambda op, like: seen.append(launch._early.get()) or {"PDL": False})
+    monkeypatch.setattr(launch, "chained", lambda op, like: seen.append(launch.early.get()) or {"PDL": False})
     case = paths.Paths(dry, "tiny")
     with pytest.raises(LeftOut, match="needs a GPU of capability"):
         case.early(1)
@@ -201,9 +201,9 @@ def test_calls_are_replayed_from_a_graph_or_launched_where_they_cannot_be_captur
 def test_every_winner_is_a_row_that_can_be_pasted():
     full = Setting("full", CARD.device)
     found = list(sweeps.sweeps(full))
-    assert {s.owner.__name__.rpartition(".")[2] for s in found} == {"gemv", "decode_attention", "skinny", "tiles"}
+    assert {s.owner.__name__.rpartition(".")[2] for s in found} == {"gemv", "decode_attention", "skinny", "gemm", "attention"}
     for sweep in found:
-        names = {"Tile": tiles.Tile if sweep.owner is tiles else type(sweep.present)}
+        names = {"Tile": gemm.Tile if sweep.owner is gemm else type(sweep.present)}
         assert sweep.others and sweep.present not in sweep.others, sweep.name
         for tile in (sweep.present, *sweep.others):
             assert eval(f"{{{sweep.row(tile)}}}", names) == {sweep.key: tile}

@@ -46,7 +46,7 @@ def test_without_a_gpu_every_case_of_every_stage_is_entered(tmp_path):
     sweep = rows["tiny gemv.TILES: norm_qkv_append, 1x1"]
     assert len(sweep["tried us"]) == 2 and not sweep["failed"]
     table = done.stdout[done.stdout.index("| stage") :]
-    assert "| tiny  | prefill " in table and "mean nothing" in table and "| tiny tiles._LINEAR: " in table
+    assert "| tiny  | prefill " in table and "mean nothing" in table and "| tiny gemm.TILES: " in table
 
 
 def test_a_case_that_fails_stops_no_other_and_rows_are_on_disk_at_once(tmp_path):

@@ -8,7 +8,7 @@ from benchmarks.static import costs
 from benchmarks.static.counting import Launches, Traffic
 from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import Runner
-from gptneo_fast.ops.sampling import FINISHED, GREEDY, PLACE, STATUS
+from gptneo_fast.ops.constants import FINISHED, GREEDY, PLACE, STATUS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in the interpreter")

@@ -19,7 +19,7 @@ from gptneo_fast.generation import Generation, captured as captured_path, text
 from gptneo_fast.generation.captured import capturing, memory, runner, strategy
 from gptneo_fast.generation.generate import complete, prompt_of, request_of, settle
 from gptneo_fast.ops import backends, ops
-from gptneo_fast.ops.sampling import FINISHED, STATUS
+from gptneo_fast.ops.constants import FINISHED, STATUS
 from tests.support.engines import CONFIG, both, captured, model, ragged, repeating  # noqa: F401 (fixtures)
 
 

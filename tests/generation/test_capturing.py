@@ -11,7 +11,7 @@ import gptneo_fast
 from gptneo_fast.errors import OutOfMemoryError
 from gptneo_fast.generation.captured import capturing, params, runner, speculation
 from gptneo_fast.kernels import tickets
-from gptneo_fast.ops.sampling import GREEDY
+from gptneo_fast.ops.constants import GREEDY
 from tests.support.engines import captured, model, ragged  # noqa: F401 (fixtures)
 
 DEVICE = torch.device("cuda", 0)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from gptneo_fast import kernels
-from gptneo_fast.kernels import few, launch, linear, tiles
+from gptneo_fast.kernels import gemm, launch, linear, skinny
 from gptneo_fast.ops import reference
 from gptneo_fast.ops.testing import EPS, Sample, over_budget
 from tests.support.interpreting import watched
@@ -98,13 +98,14 @@ def test_kv_append_of_any_shape(monkeypatch, data):
     check("kv_append", (*cache, *new, int32(*(draw(0, 200) for _ in range(B))), starts), torch.float32, monkeypatch, (0, 1))
 
 
-TILES = [(size, tile) for size in (2, 4) for tile in tiles._LINEAR[size]]
+TILES = [(size, tile) for size in (2, 4) for tile in gemm.TILES[size]]
 
 
 @pytest.mark.parametrize(("size", "tile"), TILES, ids=str)
 def test_every_tile_of_the_product_is_right(size, tile, monkeypatch):
-    monkeypatch.setattr(tiles, "linear", lambda *_: tile)
-    dtype, (rows, C, F) = {2: torch.float16, 4: torch.float32}[size], (max(tile.M, few.ROWS) + 3, tile.K + 8, tile.N + 9)
+    monkeypatch.setattr(gemm, "tile", lambda *_: tile)
+    dtype = {2: torch.float16, 4: torch.float32}[size]
+    rows, C, F = max(tile.M, skinny.MOST_ROWS) + 3, tile.K + 8, tile.N + 9
     x, gamma, beta = random(1, rows, C), 1 + random(C, scale=0.1), random(C, scale=0.1, seed=1)
     weights = [random(F, C, scale=C**-0.5, seed=i) for i in range(3)]
     check("norm_linear", (x, gamma, beta, weights[0], random(F), EPS, True), dtype, monkeypatch)
@@ -118,8 +119,8 @@ def test_float32_stays_with_the_kernel_where_the_library_could_take_it(gelu, mon
     asked = []
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "check", lambda *_, **__: None)  # it wants CUDA tensors now
-    monkeypatch.setattr(linear, "_multiply_by_library", lambda rows, *_: asked.append(rows.dtype))
-    x, gamma, beta = random(few.ROWS + 1, 24), 1 + random(24, scale=0.1), random(24, scale=0.1)
+    monkeypatch.setattr(linear, "by_library", lambda rows, *_: asked.append(rows.dtype))
+    x, gamma, beta = random(skinny.MOST_ROWS + 1, 24), 1 + random(24, scale=0.1), random(24, scale=0.1)
     sample = Sample("many rows", (x, gamma, beta, random(40, 24, scale=24**-0.5), random(40), EPS, gelu))
     assert over_budget("norm_linear", kernels.norm_linear, sample.to(torch.float32)) is None
     assert asked == []
@@ -132,24 +133,11 @@ def test_float32_stays_with_the_kernel_where_the_library_could_take_it(gelu, mon
 @pytest.mark.parametrize("M", [65, 512, 2048, 16384])
 def test_the_tile_of_a_product_leaves_no_sm_far_more_work_than_another_tile_would(M, C, dtype):
     for N in (C, 3 * C, 4 * C):
-        chosen = tiles.linear(dtype, M, N, 132)
-        work = {
-            tile: -(-(-(-M // tile.M) * -(-N // tile.N)) // 132) * tile.M * tile.N for tile in tiles._LINEAR[dtype.itemsize]
-        }
+        chosen = gemm.tile(dtype, M, N, 132)
+        work = {tile: -(-(-(-M // tile.M) * -(-N // tile.N)) // 132) * tile.M * tile.N for tile in gemm.TILES[dtype.itemsize]}
         assert work[chosen] * 0.8 <= min(work.values())
         larger = [t for t in work if t.M * t.N > chosen.M * chosen.N]
         assert all(work[chosen] < work[t] for t in larger), "a larger tile would do"
-
-
-def test_results_may_be_given_and_a_residual_replaced_in_place():
-    x, weight, bias = random(2, 40, 32).float(), random(24, 32).float(), random(24).float()
-    residual = random(2, 40, 24, seed=3).float()
-    expected = kernels.linear_add(x, weight, bias, residual)
-    assert kernels.linear_add(x, weight, bias, residual, out=residual).data_ptr() == residual.data_ptr()
-    assert torch.equal(residual, expected)
-    out = torch.empty(2, 40, 32)
-    norm = torch.ones(32), torch.zeros(32)
-    assert torch.equal(kernels.layer_norm(x, *norm, EPS, out=out), kernels.layer_norm(x, *norm, EPS)) and out.isfinite().all()
 
 
 def visible(T, window, start, end, held, R, queries):
@@ -176,7 +164,7 @@ def visible(T, window, start, end, held, R, queries):
 def test_attention_visits_the_fewest_blocks_there_can_be_and_masks_only_those_that_are_cut(
     T, window, start, end, held, R, monkeypatch
 ):
-    visited, over_block = [], attention_module._over_block
+    visited, over_block = [], attention_module.over_block
 
     def counted(*args):
         j, ring, masked, BLOCK_N = (int(args[i]) for i in (10, 15, 16, 17))
@@ -184,8 +172,8 @@ def test_attention_visits_the_fewest_blocks_there_can_be_and_masks_only_those_th
         assert BLOCK_N == tile.N
         return over_block(*args)
 
-    monkeypatch.setattr(attention_module, "_over_block", counted)
-    D, tile = 8, tiles.attention(torch.float32, 8)
+    monkeypatch.setattr(attention_module, "over_block", counted)
+    D, tile = 8, attention_module.TILES[4, 16]
     qkv = [random(1, 1, T, D, seed=i).float() for i in range(3)]
     past = (*(random(1, 1, R, D, seed=i).float() for i in (5, 6)), int32(held)) if R else ()
     got = kernels.attention(*qkv, window, int32(start), int32(end), *past)

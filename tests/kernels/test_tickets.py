@@ -23,7 +23,7 @@ def card(monkeypatch):
     monkeypatch.setattr(triton.runtime, "driver", driver)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: card.capturing)
-    monkeypatch.setattr(tickets, "_of_stream", {})
+    monkeypatch.setattr(tickets, "of_stream", {})
     with FakeTensorMode():
         yield card
 
@@ -40,7 +40,7 @@ def test_each_stream_has_counters_of_its_own(card):
 
 def test_threads_that_come_at_one_time_share_a_streams_counters(card, monkeypatch):
     found, made, start = [], [], threading.Barrier(8)
-    monkeypatch.setattr(tickets, "_zeros", lambda n, _: made.append(1) or threading.Event().wait(0.01) or torch.Tensor())
+    monkeypatch.setattr(tickets, "zeros", lambda n, _: made.append(1) or threading.Event().wait(0.01) or torch.Tensor())
 
     def ask():
         start.wait()
@@ -72,15 +72,15 @@ def test_in_a_capture_of_somebody_elses_every_launch_records_zeros(card):
     card.capturing = True
     found = [tickets.tickets(n, DEVICE) for n in (3, 3, 5)]
     assert [len(t) for t in found] == [3, 3, 5] and len({id(t) for t in (launched, *found)}) == 4
-    assert list(tickets._of_stream.values()) == [launched]  # what a graph has made is nobody else's
+    assert list(tickets.of_stream.values()) == [launched]  # what a graph has made is nobody else's
 
 
 def test_nothing_is_kept_of_a_capture_by_anyone_but_who_holds_it(card):
-    before = dict(tickets._of_stream)
+    before = dict(tickets.of_stream)
     for _ in range(3):
         with tickets.of_capture(DEVICE):
             tickets.tickets(3, DEVICE)
-    assert tickets._of_stream == before and tickets._of_capture.get() is None
+    assert tickets.of_stream == before and tickets.of_this_capture.get() is None
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")
@@ -101,7 +101,7 @@ def test_a_capture_that_broke_off_spoils_no_later_one():
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")
 def test_counters_made_in_inference_mode_serve_outside(monkeypatch):
-    monkeypatch.setattr(tickets, "_of_stream", {})
+    monkeypatch.setattr(tickets, "of_stream", {})
     with torch.inference_mode():
         counters = tickets.tickets(3, torch.device("cpu"))
     assert not counters.is_inference()

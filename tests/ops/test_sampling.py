@@ -5,7 +5,7 @@ import torch
 
 from gptneo_fast.generation.warpers import MinP, Temperature, TopK, TopP
 from gptneo_fast.ops import sampling
-from gptneo_fast.ops.sampling import ALL, COUNT, FEW, FINISHED, FREE, STATUS
+from gptneo_fast.ops.constants import ALL, COUNT, FEW, FINISHED, FREE, STATUS
 
 
 def test_philox_gives_the_published_words():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptneo_fast.ops import sampling
-from gptneo_fast.ops.sampling import ALL, BROKEN, COUNT, FEW, FINISHED, STATUS, SUPPRESSED
+from gptneo_fast.ops.constants import ALL, BROKEN, COUNT, FEW, FINISHED, STATUS, SUPPRESSED
 
 kernels = pytest.importorskip("gptneo_fast.kernels")
 kernel = importlib.import_module("gptneo_fast.kernels.sampling")
@@ -19,19 +19,19 @@ ROWS, SLICE = 3, 128
 @pytest.fixture(autouse=True)
 def short_slices(monkeypatch):
     """Slices of 128 tokens, that a few hundred make several."""
-    monkeypatch.setattr(kernel, "_SLICE", SLICE)
+    monkeypatch.setattr(kernel, "SLICE", SLICE)
 
 
 @pytest.fixture
 def walks(monkeypatch):
     """One entry for each row that was walked."""
-    walk, seen = kernel._walk, []
+    walk, seen = kernel.walk, []
 
     def counted(*args, **kwargs):
         seen.append(1)
         return walk(*args, **kwargs)
 
-    monkeypatch.setattr(kernel, "_walk", counted)
+    monkeypatch.setattr(kernel, "walk", counted)
     return seen
 
 

@@ -50,7 +50,7 @@ def instructions(binary):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
-        return [(name, rest) for _, name, rest in _INSTRUCTION.findall(aot._tool("nvdisasm", "-c", str(path)))]
+        return [(name, rest) for _, name, rest in _INSTRUCTION.findall(aot.tool("nvdisasm", "-c", str(path)))]
 
 
 def opening(code):
@@ -64,12 +64,12 @@ def opening(code):
     wait = next((i for i, (name, _) in enumerate(code) if name.startswith("ACQBULK")), None)
     pending, in_flight, before_wait, others, activations, used = set(), 0, 0, 0, None, None
     load = next((i for i, (name, _) in enumerate(code) if name.partition(".")[0] in ("LDG", "LDGSTS")), len(code))
-    marked = [aot._width(name.split(".")) for name, _ in code if name.startswith("LDG.") and ".EF" in name]
+    marked = [aot.width(name.split(".")) for name, _ in code if name.startswith("LDG.") and ".EF" in name]
     for i, (name, operands) in enumerate(code):
         parts = name.split(".")
         registers = {int(r) for r in _REGISTER.findall(operands)}
         if parts[0] == "LDG" and "EF" in parts and used is None:
-            size = aot._width(parts) // 8
+            size = aot.width(parts) // 8
             first = int(_REGISTER.findall(operands)[0])
             pending |= set(range(first, first + size // 4))
             in_flight += size
@@ -113,7 +113,7 @@ def main(sm, dtype, steps, models, early=""):
                         row = {
                             "model": shape, "step": step, "op": op, "kernel": launch.kernel, "grid": launch.grid[0],
                             "sm": int(sm), "dtype": dtype, "rows": launch.options.get("NB", 1),
-                            "norms": "gamma_ptr" in launch.arguments, "tensor_cores": machine.tensor_cores,
+                            "norms": "norm.0" in launch.arguments, "tensor_cores": machine.tensor_cores,
                             "warps": launch.warps, "registers": machine.registers, "shared": launch.shared,
                             "spills": machine.spills + machine.stack,
                             "blocks_per_sm": held, "weights": weights * DTYPES[dtype].itemsize, **opening(code),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ops.sampling import ALL, END, FEW, FREE, GREEDY, KEEP, NOT_FIRST, SUPPRESSED
+from ...ops.constants import ALL, END, FEW, FREE, GREEDY, KEEP, NOT_FIRST, SUPPRESSED
 from ..processors import MinLength, RepetitionPenalty, SuppressTokens
 from ..request import Request
 from ..stopping import EndToken, MaxLength

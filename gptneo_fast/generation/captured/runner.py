@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...network.cache import KVCache, lasting
 from ...network.masks import rows_of
-from ...ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
+from ...ops.constants import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
 from . import capturing
 from .capturing import Step, current_stream, event_of, on_stream
 from .params import SamplingParams

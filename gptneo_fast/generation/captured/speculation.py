@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...network.cache import SLACK, lasting
-from ...ops.sampling import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
+from ...ops.constants import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
 from ..request import Request
 from . import capturing
 from .capturing import Step, current_stream, event_of, on_stream

@@ -1,0 +1,71 @@
+"""Blocks that several kernels are made of: LayerNorm's statistics, gelu_new, what follows a product."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def moments(xs, held, count, AXIS: tl.constexpr):
+    """Of `count` numbers along AXIS: mean, sum of squares about it, and the mean of what rounding left of the mean.
+
+    E[x^2] - E[x]^2 would lose digits where |mean| >> std.
+
+    xs: float32 pieces of one shape. held: which of their elements count, one mask a piece, or None for all.
+    """
+    total = xs[0]
+    for i in tl.static_range(1, len(xs)):
+        total += xs[i]
+    mean = tl.sum(total, AXIS) / count
+    rest, squares = tl.zeros_like(total), tl.zeros_like(total)
+    for i in tl.static_range(len(xs)):
+        centred = xs[i] - tl.expand_dims(mean, AXIS)
+        if held is not None:
+            centred = tl.where(held[i], centred, 0.0)
+        rest += centred
+        squares += centred * centred
+    return mean, tl.sum(squares, AXIS), tl.sum(rest, AXIS) / count
+
+
+@triton.jit
+def statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
+    """LayerNorm's of rows [m] of K elements in memory: (base, mean - base, 1 / sqrt(variance + eps)).
+
+    Chan's merge of chunks; about the mean of the first chunk, so that the merges round small numbers. A chunk is asked for
+    while the one before it is summed up.
+    """
+    offs_k = tl.arange(0, BK)
+    x_ptrs, mask = x_ptr + rows[:, None] * K + offs_k[None], mask[:, None]
+    later = tl.load(x_ptrs, mask=mask & (offs_k < K)[None], other=0)
+    base = tl.sum(later.to(tl.float32), 1) / tl.minimum(K, BK)
+    mean, squares = tl.zeros_like(base), tl.zeros_like(base)
+    for k in range(0, K, BK):
+        held, x = (offs_k < K - k)[None], later.to(tl.float32)
+        later = tl.load(x_ptrs + k + BK, mask=mask & (offs_k < K - k - BK)[None], other=0)
+        count = tl.minimum(K - k, BK).to(tl.float32)
+        centre, about, _ = moments((tl.where(held, x - base[:, None], 0.0),), (held,), count, 1)
+        delta = centre - mean
+        share = count / (k + count)
+        mean += delta * share
+        squares += about + delta * delta * (k * share)
+    return base, mean, 1 / tl.sqrt(squares / K + eps)
+
+
+@triton.jit
+def gelu_new(x):
+    """x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3)."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def finish(acc, m, n, mask, N, out_ptr, stride_om, bias_ptr, residual_ptr, GELU: tl.constexpr):
+    """Bias, GELU, residual and the store of sums: float32, of rows m and columns n of the result, in any order of axes."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)
+    if GELU:
+        acc = gelu_new(acc)
+    at = m.to(tl.int64) * stride_om + n
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask=mask, other=0).to(tl.float32)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
