@@ -25,6 +25,7 @@ from benchmarks.static.counting import swapped
 from gptneo_fast.generation.captured.capturing import EagerStep
 from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import Runner
+from gptneo_fast.network import fused
 from gptneo_fast.network.masks import Rows
 from gptneo_fast.ops import ops
 from gptneo_fast.ops.constants import COUNT, GREEDY, STATUS
@@ -124,8 +125,8 @@ def a_layer(past: int, T: int) -> dict[str, float]:
 
     def layers():
         y = x
-        for block in blocks:
-            y, _ = block(y, rows, cache, ops, False)
+        for i, block in enumerate(blocks):
+            y = fused.block(block, y, rows=rows, cache=cache, layer=i, window=fused.window_of(block), op=ops)
 
     with launched_from_the_cpu() as card:
         layers()

@@ -193,9 +193,13 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         with backends.early_launches(self.backend) if self.early_launch else nullcontext():
             x = trunk.run(ids, position_ids, token_type_ids, rows, cache, final_norm=not fusing, look=look)
             x = x.narrow(1, T - keep, keep)
-            if fusing:
-                norm = trunk.ln_f
-                logits: Tensor = trunk.functions(x).lm_head(x, norm.weight, norm.bias, head.weight, norm.eps)
-            else:
-                logits = head(x)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if not fusing:
+                return wide(head(x))
+            norm = trunk.ln_f
+            logits: Tensor = trunk.functions(x).lm_head(x, norm.weight, norm.bias, head.weight, norm.eps)
+        return logits
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32 or wider, in which tokens are drawn."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

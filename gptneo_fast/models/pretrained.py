@@ -15,22 +15,18 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..config import GPTNeoConfig
 from ..device import as_device, as_dtype
-from ..errors import CheckpointError, InputError, SetupError, UnknownOptionError, nearest, warn_once
+from ..errors import InputError, UnknownOptionError, warn_once
 from ..files.hub import Source
 from ..generation.config import GenerationConfig
 from ..network.cache import cache_bytes
 from ..network.touch import Watched
 from ..ops import backends
+from . import loading, resizing, saving
 
 if TYPE_CHECKING:
     from .model import GPTNeoModel
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
-_HARMLESS = (  # ways of loading that mean nothing where weights go straight to their places
-    "low_cpu_mem_usage trust_remote_code proxies offload_folder offload_state_dict offload_buffers max_memory resume_download "
-    "use_auth_token local_dir_use_symlinks use_cache_dir mirror tp_plan key_mapping weights_only"
-).split()
-_QUANTISED = ("load_in_8bit", "load_in_4bit", "quantization_config")
 
 
 def returns_output(forward: Forward) -> Forward:
@@ -200,24 +196,7 @@ class GPTNeoPreTrainedModel(Watched):
             mean_resizing: new rows start as the mean of the old ones, so that they change no other probability much;
                 False draws them as a fresh model does.
         """
-        old = self.base_model.wte.weight
-        size = old.shape[0] if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise InputError(f"new_num_tokens {new_num_tokens!r} is not a positive integer")
-        if size == old.shape[0]:
-            return self.base_model.wte
-        head = self.get_output_embeddings()
-        std = self.config.initializer_range
-        wte = nn.Embedding(size, old.shape[1], device="meta")
-        wte.weight = _resized(old, size, mean_resizing, std)
-        if head is not None:
-            head.out_features = size
-            head.weight = wte.weight if head.weight is old else _resized(head.weight, size, mean_resizing, std)
-        self.base_model.wte = wte
-        object.__setattr__(self.config, "vocab_size", size)  # shared by trunk and head; nothing else is shaped by it
-        return self.base_model.wte
+        return resizing.resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     # Training
 
@@ -310,7 +289,7 @@ class GPTNeoPreTrainedModel(Watched):
         Raises:
             ModelNotFoundError, CheckpointError, ConfigError, InputError, SetupError: each says what to do.
         """
-        overrides = _screen(others, attn_implementation)
+        overrides = loading.screen(others, attn_implementation, cls.from_pretrained)
         source = Source.of(
             pretrained_model_name_or_path,
             revision=revision,
@@ -323,7 +302,7 @@ class GPTNeoPreTrainedModel(Watched):
         config = GPTNeoConfig.from_source(source, **overrides) if config is None else config.replace(**overrides)
         wanted = dtype if dtype is not None else torch_dtype
         chosen = as_dtype("auto" if wanted is None else wanted) or as_dtype(config.dtype or "auto")
-        model = _built(cls, config, backend)
+        model = loading.built(cls, config, backend)
         device = as_device(device_map)
         with source.reading(), checkpoint.find(source, use_safetensors, allow_pickle, from_flax).open() as tensors:
             report = checkpoint.load_into(
@@ -379,30 +358,14 @@ class GPTNeoPreTrainedModel(Watched):
                 to, and what was there still is.
             UnknownOptionError: another keyword, or push_to_hub and variant, which are not offered.
         """
-        if push_to_hub or variant:
-            asked = "push_to_hub" if push_to_hub else "variant"
-            raise UnknownOptionError(
-                f"save_pretrained does not offer {asked}; save to a folder, then huggingface_hub.upload_folder"
-            )
-        if unknown := others.keys() - {"token", "save_peft_format", "use_auth_token", "repo_id", "private"}:
-            raise UnknownOptionError(f"save_pretrained has no option {sorted(unknown)[0]!r}")
-        if not safe_serialization:
-            raise CheckpointError("safe_serialization=False would write a pickle; safetensors are all that is written")
-        if not is_main_process:
-            return
-        tensors = dict(state_dict if state_dict is not None else self.state_dict())
-        head, wte = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
-        if head is not None and wte is not None and self.config.tie_word_embeddings and _is_same(head, wte):
-            tensors.pop("lm_head.weight")
-        config = self.config.replace(
-            architectures=[type(self).__name__],
-            dtype=str(self.dtype),
-            tie_word_embeddings=self.config.tie_word_embeddings and (head is None or "lm_head.weight" not in tensors),
+        saving.save(
+            self,
+            Path(save_directory),
+            others | {"push_to_hub": push_to_hub, "variant": variant, "safe_serialization": safe_serialization},
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+            max_shard_size=max_shard_size,
         )
-        texts = {"config.json": config.to_json_string()}
-        if isinstance(generation := getattr(self, "generation_config", None), GenerationConfig):
-            texts["generation_config.json"] = generation.to_json_string()
-        checkpoint.save(tensors, Path(save_directory), max_shard_size, texts)
 
     def to_transformers(self) -> Any:
         """The same model as transformers' class of the same name, sharing the weights: for what asks for a PreTrainedModel.
@@ -410,20 +373,7 @@ class GPTNeoPreTrainedModel(Watched):
         Raises:
             SetupError: transformers is not installed.
         """
-        try:
-            import transformers
-        except ImportError as error:
-            raise SetupError(f"to_transformers needs transformers ({error}); pip install transformers") from error
-        config = transformers.GPTNeoConfig.from_dict(self.config.to_dict())
-        with torch.device("meta"):
-            made = getattr(transformers, type(self).__name__)._from_config(config, attn_implementation="eager")
-        made.load_state_dict(self.state_dict(), assign=True)
-        for block in made.base_model.h:  # the one thing besides weights that a block holds
-            block.attn.attention.bias = _visible(config, block.attn.attention.attention_type, self.device)
-        made.tie_weights()
-        if made.can_generate() and isinstance(generation := getattr(self, "generation_config", None), GenerationConfig):
-            made.generation_config = transformers.GenerationConfig.from_dict(generation.to_dict())
-        return made.train(self.training)
+        return saving.as_transformers(self)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> None:
         """Not offered.
@@ -434,59 +384,6 @@ class GPTNeoPreTrainedModel(Watched):
         raise UnknownOptionError("push_to_hub is not offered; save_pretrained(folder), then huggingface_hub.upload_folder")
 
 
-def _built(cls: type[GPTNeoPreTrainedModel], config: GPTNeoConfig, backend: str) -> Any:
-    """A model to load weights into: ours without memory, another's with what its own `__init__(config)` gives its modules."""
-    if cls.__module__.startswith(f"{__package__}."):
-        with torch.device("meta"):
-            return cls(config, backend=backend)
-    model = cls(config)
-    model.base_model.requested_backend = backend
-    return model
-
-
-def _visible(config: Any, attention_type: str, device: torch.device) -> Tensor:
-    """Boolean [1, 1, P, P], which column sees which, as transformers' attention keeps it."""
-    P = config.max_position_embeddings
-    seen = torch.ones(P, P, dtype=torch.bool, device=device).tril_()
-    return (seen.triu_(1 - config.window_size) if attention_type == "local" else seen)[None, None]
-
-
 def _require_grads(module: nn.Module, args: Any, output: Tensor) -> None:
     """A hook that has gradients flow from here."""
     output.requires_grad_(True)
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, which they do at once where they share memory."""
-    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
-
-
-def _screen(others: dict[str, Any], attn_implementation: str | None) -> dict[str, Any]:
-    """Config overrides among the keywords of `from_pretrained`; what means nothing here is dropped or refused."""
-    if attn_implementation not in (None, "eager"):
-        raise InputError(
-            f"attn_implementation {attn_implementation!r} is not offered: gptneo_fast brings its own kernels, exact past "
-            "the window; leave it out and choose with backend='auto', 'triton' or 'reference'"
-        )
-    if asked := [k for k in _QUANTISED if others.get(k)]:
-        raise InputError(f"{asked[0]} is not offered; use dtype=torch.bfloat16 or torch.float16")
-    for harmless in (*_HARMLESS, *_QUANTISED):
-        others.pop(harmless, None)
-    if others.get("variant") is None:
-        others.pop("variant", None)
-    fields = {*GPTNeoConfig.__dataclass_fields__, *GPTNeoConfig.aliases, "num_labels"}
-    options = inspect.signature(GPTNeoPreTrainedModel.from_pretrained).parameters
-    for name in others:
-        if name not in fields:
-            raise UnknownOptionError(f"from_pretrained has no option {name!r}{nearest(name, {*fields, *options})}")
-    return others
-
-
-def _resized(old: Tensor, size: int, mean: bool, std: float) -> nn.Parameter:
-    new = old.new_empty(size, old.shape[1])
-    kept = min(size, old.shape[0])
-    with torch.no_grad():
-        new[:kept] = old[:kept]
-        if size > kept:
-            new[kept:] = old.float().mean(0) if mean else torch.randn_like(new[kept:]) * std
-    return nn.Parameter(new, requires_grad=old.requires_grad)

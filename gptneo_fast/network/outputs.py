@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -20,7 +19,10 @@ class ModelOutput(OrderedDict[str, Any]):
     Libraries that take it apart and build it anew know it as a pytree, or call its class with a mapping.
     """
 
+    fields: ClassVar[tuple[str, ...]] = ()  # in order; a tuple, which tracers read
+
     def __init_subclass__(cls) -> None:
+        cls.fields = tuple(vars(cls).get("__annotations__", ()))
         pytree.register_pytree_node(
             cls,
             lambda out: (list(out.values()), tuple(out)),
@@ -30,20 +32,20 @@ class ModelOutput(OrderedDict[str, Any]):
         )
 
     def __post_init__(self) -> None:
-        names = self._names()
+        names = self.fields
         first = getattr(self, names[0])
-        if isinstance(first, Mapping) and list(self) == names[:1]:
+        if isinstance(first, Mapping) and tuple(self) == names[:1]:
             del self[names[0]]
             for name, value in first.items():
                 self[name] = value
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in order."""
-        return tuple(self[name] for name in self._names() if name in self)
+        return tuple(self[name] for name in self.fields if name in self)
 
     def beside(self, *names: str) -> dict[str, Any]:
         """The fields other than these, for an output that has them too."""
-        return {name: getattr(self, name) for name in self._names() if name not in names}
+        return {name: getattr(self, name) for name in self.fields if name not in names}
 
     @property
     def cache(self) -> Any:
@@ -57,7 +59,7 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         key = "past_key_values" if key == "cache" else key
-        if key not in self._names():
+        if key not in self.fields:
             raise KeyError(f"{type(self).__name__} has no field {key!r}")
         object.__setattr__(self, key, value)
         if value is not None:
@@ -73,10 +75,6 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __reduce__(self) -> Any:
         return _rebuilt, (type(self), dict(self))
-
-    @classmethod
-    def _names(cls) -> list[str]:
-        return [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
 
 def _rebuilt(kind: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:

@@ -14,6 +14,7 @@ import gptneo_fast
 from gptneo_fast import kernels
 from gptneo_fast.generation.captured.pool import weights_of
 from gptneo_fast.kernels import launch
+from gptneo_fast.network import fused
 from gptneo_fast.network.masks import Rows
 from gptneo_fast.network.modules import parameters
 from gptneo_fast.ops import backends
@@ -60,7 +61,7 @@ def test_a_layer_asks_python_for_no_more_than_it_needs(model, monkeypatch, past,
 
     @torch.no_grad()
     def layer():
-        block(x, Rows(), cache, kernels, False)
+        fused.block(block, x, rows=Rows(), cache=cache, layer=0, window=0, op=kernels)
 
     layer()
     assert len(made) == launches

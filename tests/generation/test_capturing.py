@@ -87,7 +87,7 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, what)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", card.end, raising=False)
     # what is recorded is not done: memory that a capture zeroes holds whatever it held
-    monkeypatch.setattr(tickets, "_zeros", lambda n, _: torch.full((n,), 7 * card.capturing, dtype=torch.int32))
+    monkeypatch.setattr(tickets, "zeros", lambda n, _: torch.full((n,), 7 * card.capturing, dtype=torch.int32))
     for module in (runner, speculation):
         monkeypatch.setattr(module, "current_stream", lambda _: card.current)
     capturing._aside.cache_clear()

@@ -85,3 +85,43 @@ def test_ops_are_nodes_of_the_exported_graph(monkeypatch):
     with torch.no_grad():
         torch.compile(model, fullgraph=True, backend=backend)(torch.randint(3, 97, (1, 9)), use_cache=False)
     assert sum("gptneo_fast" in name for name in seen) == 1 + 2 * 5 + 1  # embedding, five ops a layer, final norm
+
+
+def halved(model):
+    model.transformer.h[1].mlp.c_fc.register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+def replaced(model):
+    attention = model.transformer.h[0].attn.attention
+    attention.q_proj = torch.nn.Sequential(attention.q_proj, torch.nn.Tanh())
+
+
+def patched(model):
+    c_fc = model.transformer.h[1].mlp.c_fc
+    plain = c_fc.forward
+    c_fc.forward = lambda x: plain(x) * 2
+
+
+@pytest.mark.parametrize("touch", [halved, replaced, patched])
+@torch.no_grad()
+def test_what_was_done_to_a_module_counts_when_it_is_traced(touch):
+    theirs, ours = peers(num_layers=2)
+    x = torch.randint(3, 97, (2, 11))
+    for each in (theirs, ours):
+        touch(each)
+    torch.compiler.reset()
+    torch.testing.assert_close(compiled(ours)(x, use_cache=False).logits, theirs(x, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("touch", [replaced, patched])
+@torch.no_grad()
+def test_what_is_done_to_a_module_afterwards_has_it_traced_again(touch):
+    """As transformers' model; a hook that comes later is not seen in either, which is torch's own rule."""
+    theirs, ours = peers(num_layers=2)
+    x = torch.randint(3, 97, (2, 11))
+    torch.compiler.reset()
+    run = compiled(ours)
+    run(x, use_cache=False)
+    for each in (theirs, ours):
+        touch(each)
+    torch.testing.assert_close(run(x, use_cache=False).logits, theirs(x, use_cache=False).logits)

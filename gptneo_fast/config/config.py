@@ -5,51 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .errors import ConfigError
-from .files import atomic
-from .files.hub import Source
-from .files.strict_json import read_object
+from ..errors import ConfigError
+from ..files import atomic
+from ..files.hub import Source
+from ..files.strict_json import read_object
+from .rules import GENERATION, LIMITS, NOT_KEPT, SHAPE, fault_of, is_int, short, structure_faults
 
 _MAX_BYTES = 16 << 20  # of config.json; a hundred thousand labels have less
-ACTIVATIONS = (  # names that transformers gives; `network.activations` computes them
-    "gelu_new gelu_pytorch_tanh gelu_python_tanh gelu gelu_python gelu_10 gelu_fast gelu_accurate quick_gelu laplace relu "
-    "relu2 relu6 leaky_relu prelu hardswish linear mish sigmoid silu swish sqrtsoftplus tanh"
-).split()
-LIMITS = {  # field -> largest value that is not a mistake
-    "vocab_size": 2**24,
-    "max_position_embeddings": 2**20,
-    "hidden_size": 2**17,
-    "num_layers": 256,  # the largest GPT-Neo has 32
-    "num_heads": 2**12,
-    "intermediate_size": 2**20,
-    "window_size": 2**31 - 1,
-}
-_DTYPES = (None, "float32", "float16", "bfloat16", "float64")
-_PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
-SHAPE = frozenset(  # fields that the modules of a model are built from, and do not read again
-    "hidden_size num_heads intermediate_size window_size activation_function layer_norm_epsilon".split()
-)
-GENERATION = frozenset(  # names of generation's settings, which a config.json of old may hold
-    (
-        "max_length max_new_tokens min_length min_new_tokens stop_strings max_time early_stopping do_sample num_beams "
-        "num_return_sequences prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens "
-        "num_assistant_tokens_schedule assistant_confidence_threshold prefill_chunk_size guidance_scale sequence_bias "
-        "repetition_penalty no_repeat_ngram_size bad_words_ids forced_bos_token_id forced_eos_token_id "
-        "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens temperature top_h top_k "
-        "top_p min_p typical_p epsilon_cutoff eta_cutoff renormalize_logits length_penalty seed return_dict_in_generate "
-        "output_scores output_logits"
-    ).split()
-)
-_NOT_KEPT = ("model_type", "transformers_version")  # of a config.json that is saved again
-_FLAGS = frozenset(["use_cache", "tie_word_embeddings", "output_attentions", "output_hidden_states", "return_dict"])
-_RATES = frozenset(["resid_dropout", "embed_dropout", "attention_dropout", "classifier_dropout"])
 
 
 @dataclass(init=False)
@@ -113,7 +81,7 @@ class GPTNeoConfig:
         names = {f.name for f in dataclasses.fields(self)}
         for name in [k for k in given if k not in names]:
             _check_extra(name)
-            if name not in _NOT_KEPT:
+            if name not in NOT_KEPT:
                 object.__setattr__(self, name, given[name])
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, given.get(field.name, field.default))
@@ -262,7 +230,7 @@ class GPTNeoConfig:
             raise ConfigError(f"model_type is {short(found)}; gptneo_fast runs 'gpt_neo' only")
         if values.get("rotary"):
             raise ConfigError("rotary is set: these are the weights of a GPT-J under the name of gpt_neo, which cannot be run")
-        kept = {k: v for k, v in values.items() if k not in ("name_or_path", "_name_or_path", *_NOT_KEPT)}
+        kept = {k: v for k, v in values.items() if k not in ("name_or_path", "_name_or_path", *NOT_KEPT)}
         if kept.get("id2label") is None and kept.get("num_labels") is None:
             kept.pop("label2id", None)
         kept = _by_name(kept)
@@ -414,67 +382,3 @@ def _as_list(value: Any, name: str, faults: list[str]) -> list[Any]:
     if value is not None:
         faults.append(f"{name} {short(value)} is not a list")
     return []
-
-
-def is_int(value: Any) -> bool:
-    """An integer that is no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """A finite number that is no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def fault_of(name: str, value: Any) -> str | None:
-    """What is wrong with one value, or None."""
-    if name in LIMITS:
-        if name == "intermediate_size" and value is None:
-            return None
-        if not is_int(value) or not 0 < value <= LIMITS[name]:
-            return f"{name} {short(value)} is not an integer from 1 to {LIMITS[name]}"
-    elif name in _FLAGS and not isinstance(value, bool):
-        return f"{name} {short(value)} is not true or false"
-    elif name in _RATES and not (is_number(value) and 0 <= value <= 1):
-        return f"{name} {short(value)} is not a probability from 0 to 1"
-    elif name == "layer_norm_epsilon" and not (is_number(value) and value > 0):
-        return f"{name} {short(value)} is not a positive finite number"
-    elif name == "initializer_range" and not (is_number(value) and value >= 0):
-        return f"{name} {short(value)} is not a finite number from 0"
-    elif name in ("bos_token_id", "pad_token_id", "eos_token_id"):
-        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-        if value is not None and not all(is_int(i) and -(2**31) < i < 2**31 for i in ids):
-            return f"{name} {short(value)} is not a token id"
-    elif name == "activation_function" and value not in ACTIVATIONS:
-        return f"activation_function {short(value)} is unknown; use one of {', '.join(ACTIVATIONS)}"
-    elif name == "attention_layers":
-        if unknown := sorted({str(k) for k in value} - {"global", "local"}):
-            return f"attention type {short(unknown[0])} is unknown; use 'global' or 'local'"
-    elif name == "dtype" and value not in _DTYPES:
-        return f"dtype {short(value)} is unknown; use one of {', '.join(_DTYPES[1:])}"
-    elif name == "problem_type" and value not in _PROBLEM_TYPES:
-        return f"problem_type {short(value)} is unknown; use one of {_PROBLEM_TYPES[1:]}"
-    return None
-
-
-def structure_faults(config: Any) -> list[str]:
-    """Faults between fields, of those that are right by themselves."""
-    faults = []
-    right = {name for name in ("hidden_size", "num_heads", "num_layers") if fault_of(name, getattr(config, name)) is None}
-    if {"hidden_size", "num_heads"} <= right and config.hidden_size % config.num_heads:
-        faults.append(
-            f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads} "
-            "(head_dim = hidden_size / num_heads)"
-        )
-    if "num_layers" in right and len(config.attention_layers) != config.num_layers:
-        faults.append(
-            f"num_layers {config.num_layers} and {len(config.attention_layers)} attention layers "
-            f"(attention_types {short(config.attention_types)}) differ: sum(repeats * len(pattern)) = num_layers"
-        )
-    return faults
-
-
-def short(value: Any) -> str:
-    """A value for an error, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

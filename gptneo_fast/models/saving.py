@@ -1,0 +1,79 @@
+"""A model to a folder, and to transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checkpoint
+from ..errors import CheckpointError, SetupError, UnknownOptionError
+from ..generation.config import GenerationConfig
+
+
+def save(
+    model: Any,
+    folder: Path,
+    others: dict[str, Any],
+    *,
+    is_main_process: bool,
+    state_dict: dict[str, Tensor] | None,
+    max_shard_size: int | str,
+) -> None:
+    """As `save_pretrained`. others: keywords that mean something to transformers."""
+    for name in ("push_to_hub", "variant"):
+        if others.pop(name, None):
+            raise UnknownOptionError(
+                f"save_pretrained does not offer {name}; save to a folder, then huggingface_hub.upload_folder"
+            )
+    if not others.pop("safe_serialization", True):
+        raise CheckpointError("safe_serialization=False would write a pickle; safetensors are all that is written")
+    if unknown := others.keys() - {"token", "save_peft_format", "use_auth_token", "repo_id", "private"}:
+        raise UnknownOptionError(f"save_pretrained has no option {sorted(unknown)[0]!r}")
+    if not is_main_process:
+        return
+    tensors = dict(state_dict if state_dict is not None else model.state_dict())
+    head, wte = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
+    if head is not None and wte is not None and model.config.tie_word_embeddings and _is_same(head, wte):
+        tensors.pop("lm_head.weight")
+    config = model.config.replace(
+        architectures=[type(model).__name__],
+        dtype=str(model.dtype),
+        tie_word_embeddings=model.config.tie_word_embeddings and (head is None or "lm_head.weight" not in tensors),
+    )
+    texts = {"config.json": config.to_json_string()}
+    if isinstance(generation := getattr(model, "generation_config", None), GenerationConfig):
+        texts["generation_config.json"] = generation.to_json_string()
+    checkpoint.save(tensors, folder, max_shard_size, texts)
+
+
+def as_transformers(model: Any) -> Any:
+    """As `to_transformers`."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise SetupError(f"to_transformers needs transformers ({error}); pip install transformers") from error
+    config = transformers.GPTNeoConfig.from_dict(model.config.to_dict())
+    with torch.device("meta"):
+        made = getattr(transformers, type(model).__name__)._from_config(config, attn_implementation="eager")
+    made.load_state_dict(model.state_dict(), assign=True)
+    for block in made.base_model.h:  # the one thing besides weights that a block holds
+        block.attn.attention.bias = _visible(config, block.attn.attention.attention_type, model.device)
+    made.tie_weights()
+    if made.can_generate() and isinstance(generation := getattr(model, "generation_config", None), GenerationConfig):
+        made.generation_config = transformers.GenerationConfig.from_dict(generation.to_dict())
+    return made.train(model.training)
+
+
+def _visible(config: Any, attention_type: str, device: torch.device) -> Tensor:
+    """Boolean [1, 1, P, P], which column sees which, as transformers' attention keeps it."""
+    P = config.max_position_embeddings
+    seen = torch.ones(P, P, dtype=torch.bool, device=device).tril_()
+    return (seen.triu_(1 - config.window_size) if attention_type == "local" else seen)[None, None]
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, which they do at once where they share memory."""
+    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
