@@ -78,6 +78,9 @@ def test_the_walk_over_parameters_meets_each_and_sees_what_is_replaced(model):
     before = weights_of(model)
     model.transformer.h[1].mlp.add_module("adapter", torch.nn.Linear(4, 4))
     assert weights_of(model) != before
+    before = weights_of(model)
+    model.transformer.ln_f.eps *= 2
+    assert weights_of(model) != before
 
 
 def test_one_trainable_parameter_anywhere_takes_plain_torch(model, monkeypatch):

@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from torch import nn
 
-from ...network.modules import parameters
 from ..request import LanguageModel, Request
 from .memory import check_memory
 from .runner import BUCKETS, Runner
@@ -17,7 +16,7 @@ from .speculation import Speculation, draft_length
 _COLUMNS = 256  # memory is laid out for multiples of this many
 _KEPT = 4  # runners that a model keeps for later requests
 
-Weights = tuple[tuple[int, torch.Size, torch.dtype], ...]
+Weights = tuple[tuple[int, torch.Size, torch.dtype] | float, ...]
 
 
 class Pool:
@@ -83,5 +82,13 @@ class Pool:
 
 
 def weights_of(model: LanguageModel) -> Weights:
-    """What captured steps have burnt in: addresses, shapes and dtypes of the parameters."""
-    return tuple([(p.data_ptr(), p.shape, p.dtype) for p in parameters(cast(nn.Module, model))])
+    """What captured steps have burnt in: addresses, shapes and dtypes of the parameters, and the norms' epsilons."""
+    found: list[tuple[int, torch.Size, torch.dtype] | float] = []
+    modules: list[nn.Module] = [cast(nn.Module, model)]
+    while modules:  # by hand: names and duplicates make the modules' own walks slow
+        module = modules.pop()
+        found += [(p.data_ptr(), p.shape, p.dtype) for p in module._parameters.values() if p is not None]
+        if "eps" in vars(module):
+            found.append(vars(module)["eps"])
+        modules += [child for child in module._modules.values() if child is not None]
+    return tuple(found)
