@@ -164,7 +164,8 @@ def _continue(running: Beams, scores: Tensor, kept: int, length: int, P: int, re
     summed = (scores.view(N, K, V) + running.scores[:, :, None]).view(N, K * V)
     if request.options.do_sample:
         index = torch.multinomial(summed.softmax(-1), kept, generator=request.generator)
-        best = summed.gather(1, index)
+        best, order = summed.gather(1, index).sort(1, descending=True)  # the first K are the best, as from transformers 5.24 on
+        index = index.gather(1, order)
     else:
         best, index = summed.topk(kept)
     beam = index // V

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ class BaseStreamer:
 
 
 class TextStreamer(BaseStreamer):
-    """Prints text as soon as its words are complete.
+    """Prints text as it comes, by the rule of transformers 5.24.
 
     Args:
         tokenizer: whose `decode` gives the text.
@@ -51,11 +52,12 @@ class TextStreamer(BaseStreamer):
             return
         self._ids.extend(value.flatten().tolist())
         text = self.tokenizer.decode(self._ids, **self.decode_kwargs)
-        if text.endswith("\n"):
-            piece, self._ids, self._given = text[self._given :], [], 0
-        else:  # up to the last space; characters of scripts without spaces at once
-            end = len(text) if text and _is_cjk(text[-1]) else text.rfind(" ") + 1
-            piece = text[self._given : end]
+        if text.endswith("\n"):  # the last token stays, so that a space that the next one begins with does, too
+            piece, self._ids = text[self._given :], self._ids[-1:]
+            self._given = len(self.tokenizer.decode(self._ids, **self.decode_kwargs))
+        else:  # letters, digits and spaces at once; signs, which may be half a character, with the next space
+            whole = text and (_is_cjk(text[-1]) or all(map(_is_plain, text[self._given :])))
+            piece = text[self._given : len(text) if whole else text.rfind(" ") + 1]
             self._given += len(piece)
         self.on_finalized_text(piece)
 
@@ -105,6 +107,10 @@ class TextIteratorStreamer(TextStreamer):
 
 
 _CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
+
+
+def _is_plain(character: str) -> bool:
+    return character.isspace() or unicodedata.category(character)[0] in "LMN"
 
 
 def _is_cjk(character: str) -> bool:

@@ -5,7 +5,7 @@ import torch
 
 import gptneo_fast
 from gptneo_fast.errors import InputError, UnknownOptionError
-from tests.support.peers import peers
+from tests.support.peers import field_names, peers
 
 V = 97
 # Options of every kind; each row runs greedily and sampled, on single, batched and left-padded prompts.
@@ -88,6 +88,7 @@ def test_every_option_gives_the_tokens_of_transformers(models, name, kind, strat
         assert torch.equal(a, b)
 
 
+SORTED = tuple(map(int, pytest.importorskip("transformers").__version__.split(".")[:2])) >= (5, 24)
 BEAMS = {
     "3 beams": {"num_beams": 3},
     "all of them returned": {"num_beams": 4, "num_return_sequences": 4},
@@ -108,12 +109,14 @@ BEAMS = {
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("name", BEAMS)
 def test_beams_give_the_tokens_scores_and_parents_of_transformers(models, name, kind, do_sample):
+    if do_sample and not SORTED:
+        pytest.skip("transformers before 5.24 left drawn beams unsorted")
     more = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "pad_token_id": 0}
     a, b = both(models, prompt(kind), do_sample=do_sample, max_new_tokens=20, **more, **BEAMS[name])
     assert torch.equal(a.sequences, b.sequences)
     torch.testing.assert_close(b.sequences_scores, a.sequences_scores, rtol=1e-4, atol=1e-4)
     assert torch.equal(a.beam_indices, b.beam_indices)
-    assert list(a.keys()) == list(b.keys())
+    assert field_names(a) == list(b)
     assert len(a.scores) == len(b.scores)
     for name in ("scores", "logits"):
         for x, y in zip(a[name], b[name], strict=True):
@@ -196,7 +199,7 @@ def test_outputs_of_each_step_equal_transformers(models, kind):
     wanted = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "return_dict_in_generate")
     batch = prompt(kind)
     a, b = both(models, batch, max_new_tokens=6, do_sample=True, top_k=5, **dict.fromkeys(wanted, True))
-    assert list(a.keys()) == list(b.keys())
+    assert field_names(a) == list(b)
     assert torch.equal(a.sequences, b.sequences)
     for name in ("scores", "logits"):
         for x, y in zip(a[name], b[name], strict=True):

@@ -127,7 +127,7 @@ def test_stop_strings_end_generate_where_transformers_ends(model):
 
 
 def test_streamers_print_and_iterate_as_those_of_transformers(model, capsys):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.24", reason="older ones held words back")
     ids = model.tokenizer(TALES[0], return_tensors="pt").input_ids
     outs = []
     for module, kind in ((transformers, "TextStreamer"), (gptneo_fast, "TextStreamer")):

@@ -36,3 +36,8 @@ def peers(cls: str = "GPTNeoForCausalLM", scale: float = 4.0, dtype=torch.float3
     ours = getattr(gptneo_fast, cls)(gptneo_fast.GPTNeoConfig(**values))
     ours.load_state_dict(theirs.state_dict())
     return theirs.to(dtype).eval(), ours.to(dtype).eval()
+
+
+def field_names(theirs) -> list[str]:
+    """Names of the fields of an output of transformers, as they were before 5.24 renamed one."""
+    return ["past_key_values" if name == "cache" else name for name in theirs]
