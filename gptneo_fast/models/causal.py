@@ -1,4 +1,4 @@
-"""GPTNeoForCausalLM: arguments, outputs, losses and defaults of transformers 5.23."""
+"""GPTNeoForCausalLM: arguments, outputs, losses and defaults of transformers 5.23 and 5.24."""
 
 from __future__ import annotations
 
