@@ -155,6 +155,7 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
         super().__init__(config, backend=backend)
         self.transformer = GPTNeoModel(config, backend=backend)
+        self.num_labels = config.num_labels  # for those who ask: an answer has two ends
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self._init_weights(self.qa_outputs)
 

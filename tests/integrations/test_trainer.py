@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import gptneo_fast
-from gptneo_fast.integrations.transformers import accelerate
 from tests.support.peers import peers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from gptneo_fast.integrations.transformers import accelerate  # noqa: E402
 
 CLASSES = ["GPTNeoForCausalLM", "GPTNeoForSequenceClassification", "GPTNeoForTokenClassification", "GPTNeoForQuestionAnswering"]
 
@@ -113,7 +113,7 @@ def test_the_losses_of_training_are_those_of_transformers(cls, name, tmp_path):
 
 def test_a_block_may_keep_its_input_in_host_memory_and_every_second_block_all_that_it_computes():
     cls = "GPTNeoForCausalLM"
-    theirs, ours = peers(cls, resid_dropout=0.1)
+    _, ours = peers(cls, resid_dropout=0.1)
     batch = {k: torch.stack([row[k] for row in rows(cls, 3)]) for k in ("input_ids", "attention_mask", "labels")}
     calls = []
     hooks = [block.register_forward_hook(lambda block, args, out: calls.append(block)) for block in ours.transformer.h]
@@ -141,3 +141,46 @@ def test_a_block_may_keep_its_input_in_host_memory_and_every_second_block_all_th
         ours.gradient_checkpointing_enable(every_n_layers=0)
     for hook in hooks + inner:
         hook.remove()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_trainer_saves_of_a_real_pretrained_model_resumes_and_loads_in_both_libraries(cls, tmp_path):
+    theirs, ours = peers(cls, num_labels=3, pad_token_id=0, resid_dropout=0.1)
+    live = accelerate(ours.to_transformers())
+    how = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    losses = []
+    for name, model in (("theirs", theirs), ("live", live)):
+        trainer = trainer_of(model, cls, tmp_path / name, **how)
+        losses.append(curve(trainer))
+        trainer.save_model(tmp_path / name / "last")
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4, atol=2e-4)
+    batch = {k: torch.stack([row[k] for row in rows(cls, 3)]) for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = theirs.eval()(**batch)[0]
+        for loaded in (
+            live.eval(),
+            getattr(gptneo_fast, cls).from_pretrained(tmp_path / "live" / "last"),
+            getattr(gptneo_fast, cls).from_pretrained(tmp_path / "theirs" / "last"),
+            getattr(transformers, cls).from_pretrained(tmp_path / "live" / "last"),
+        ):
+            torch.testing.assert_close(loaded(**batch)[0], expected, rtol=1e-3, atol=1e-3)
+    again = getattr(gptneo_fast, cls).from_pretrained(tmp_path / "live" / "checkpoint-2")
+    resumed = curve(
+        trainer_of(accelerate(again.to_transformers()), cls, tmp_path / "live", **how),
+        resume_from_checkpoint=str(tmp_path / "live" / "checkpoint-2"),
+    )
+    np.testing.assert_allclose(resumed, losses[0], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("cls", CLASSES[1:])
+def test_trainer_keeps_the_weights_of_our_classifiers_and_goes_on_with_them(cls, tmp_path):
+    _, ours = peers(cls, num_labels=3, pad_token_id=0, resid_dropout=0.1)
+    fresh = copy.deepcopy(ours)
+    how = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    whole = curve(trainer_of(ours, cls, tmp_path, **how))
+    resumed = curve(trainer_of(fresh, cls, tmp_path, **how), resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    np.testing.assert_allclose(resumed, whole, rtol=2e-4, atol=2e-4)
+    for name, p in fresh.state_dict().items():
+        torch.testing.assert_close(p, ours.state_dict()[name], rtol=1e-4, atol=1e-4)
+    with_config = getattr(gptneo_fast, cls).from_pretrained(tmp_path / "checkpoint-4", config=ours.config)  # Trainer wrote none
+    assert with_config.num_labels == 3
