@@ -95,8 +95,18 @@ class GPTNeoPreTrainedModel(Watched):
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters."""
-        return next(self.parameters()).device
+        """Device of the parameters; of those that accelerate keeps elsewhere until they are needed, where they compute."""
+        found = next(self.parameters()).device
+        return found if found.type != "meta" else self._execution_device(found)
+
+    def _execution_device(self, otherwise: torch.device) -> torch.device:
+        """Where the first module that has one of accelerate's hooks computes."""
+        for module in self.modules():
+            hook = vars(module).get("_hf_hook")
+            for each in getattr(hook, "hooks", (hook,)):
+                if (place := getattr(each, "execution_device", None)) is not None:
+                    return torch.device(place)
+        return otherwise
 
     @property
     def dtype(self) -> torch.dtype:
