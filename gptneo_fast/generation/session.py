@@ -74,7 +74,7 @@ class Session:
     def feed(self, ids: Tensor, keep: int = 1) -> Tensor:
         """Logits [B, keep, V] of the last columns of ids [B, T], which begin with the ids of the calls before."""
         T = ids.shape[1]
-        if self.begun and self.hides and self.cache is not None and not self.trace:
+        if self.begun and self.hides and self.cache is not None and not self.trace and not self.prepares:
             self.hides = not self._is_ragged_only()
         if self.prepares:
             logits = self._prepared(ids, keep)

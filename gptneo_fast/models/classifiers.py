@@ -155,6 +155,7 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
         super().__init__(config, backend=backend)
         self.transformer = GPTNeoModel(config, backend=backend)
+        self.num_labels = config.num_labels  # for those who ask: an answer has two ends
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self._init_weights(self.qa_outputs)
 
@@ -171,12 +172,18 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: Any = None,
         **unknown: Any,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
-        """Start and end logits [B, T]; with both positions (integer [B], beyond the text ignored) the mean of both losses."""
+        """Start and end logits [B, T]; with both positions (integer [B], beyond the text ignored) the mean of both losses.
+
+        Args:
+            past_key_values: of the columns before, such as a learnt prefix; transformers' class takes none.
+        """
         check_unknown(unknown, type(self))
         out = self.transformer(
             input_ids=input_ids,
+            past_key_values=past_key_values,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,

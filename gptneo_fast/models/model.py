@@ -41,8 +41,6 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
         self.h = nn.ModuleList(GPTNeoBlock(config, layer) for layer in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.requested_backend = backend
-        self.gradient_checkpointing = False
-        self.checkpointing: dict[str, Any] = {}  # keywords of torch.utils.checkpoint
         self.apply(self._init_weights)
 
     @returns_output
@@ -138,10 +136,16 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             cache=cache,
             trace=trace,
             final_norm=final_norm,
-            checkpointing={"use_reentrant": False} | self.checkpointing
-            if self.gradient_checkpointing and self.training
-            else None,
         )
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether any block is computed again in the backward pass; may be set."""
+        return any(getattr(block, "recompute", None) is not None for block in self.h)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.gradient_checkpointing_enable() if on else self.gradient_checkpointing_disable()
 
     def look(self) -> touch.Look:
         """Which parts are untouched now."""

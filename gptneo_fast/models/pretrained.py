@@ -19,6 +19,7 @@ from ..errors import InputError, UnknownOptionError, warn_once
 from ..files.hub import Source
 from ..generation.config import GenerationConfig
 from ..network.cache import cache_bytes
+from ..network.modules import GPTNeoBlock, checkpoints
 from ..network.touch import Watched
 from ..ops import backends
 from . import loading, resizing, saving
@@ -90,8 +91,18 @@ class GPTNeoPreTrainedModel(Watched):
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters."""
-        return next(self.parameters()).device
+        """Device of the parameters; of those that accelerate keeps elsewhere until they are needed, where they compute."""
+        found = next(self.parameters()).device
+        return found if found.type != "meta" else self._execution_device(found)
+
+    def _execution_device(self, otherwise: torch.device) -> torch.device:
+        """Where the first module that has one of accelerate's hooks computes."""
+        for module in self.modules():
+            hook = vars(module).get("_hf_hook")
+            for each in getattr(hook, "hooks", (hook,)):
+                if (place := getattr(each, "execution_device", None)) is not None:
+                    return torch.device(place)
+        return otherwise
 
     @property
     def dtype(self) -> torch.dtype:
@@ -201,22 +212,38 @@ class GPTNeoPreTrainedModel(Watched):
     # Training
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         """Whether blocks are recomputed in the backward pass."""
         return self.base_model.gradient_checkpointing
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    is_gradient_checkpointing = is_activation_checkpointing
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations.
 
         Args:
             gradient_checkpointing_kwargs: of torch.utils.checkpoint.checkpoint; use_reentrant is False where it is not given.
+            every_n_layers: recompute each n-th block, from the first on, and no other.
+            offload: keep the inputs of those blocks in host memory.
         """
         given = gradient_checkpointing_kwargs or {}
         if unknown := given.keys() - {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"}:
             raise UnknownOptionError(f"gradient_checkpointing_kwargs has no {sorted(unknown)[0]!r}; see torch.utils.checkpoint")
-        self.base_model.gradient_checkpointing, self.base_model.checkpointing = True, dict(given)
+        if not isinstance(every_n_layers, int) or every_n_layers < 1:
+            raise InputError(f"every_n_layers {every_n_layers!r} is not a positive integer")
+        blocks = [m for m in self.modules() if isinstance(m, GPTNeoBlock)]
+        for i, block in enumerate(blocks):
+            block.recompute = None if i % every_n_layers else checkpoints(offload, **given)
         if given.get("use_reentrant"):
             self.enable_input_require_grads()  # a reentrant block passes gradients on to an input that has some only
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """As gradient_checkpointing_enable."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def enable_input_require_grads(self) -> None:
         """Make the embeddings' output require gradients, so that they reach adapters over frozen weights."""
@@ -231,8 +258,14 @@ class GPTNeoPreTrainedModel(Watched):
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations."""
-        self.base_model.gradient_checkpointing = False
+        for module in self.modules():
+            if isinstance(module, GPTNeoBlock):
+                module.recompute = None
         self.disable_input_require_grads()
+
+    def activation_checkpointing_disable(self) -> None:
+        """As gradient_checkpointing_disable."""
+        self.gradient_checkpointing_disable()
 
     def _init_weights(self, module: nn.Module) -> None:
         """The initialisation of transformers: normal weights, zero biases, ones for norms."""

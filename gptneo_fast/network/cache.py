@@ -272,12 +272,12 @@ class LayerCache:
         cache, layer = self.cache, self.layer
         keys, values = cache.in_order(layer)
         slots = cache.writable(layer)
-        lengths, dtype = cache.lengths + cache._ahead[layer], slots[0].dtype
-        reference.kv_append(*slots, key_states.to(dtype), value_states.to(dtype), lengths, self.starts)
+        lengths, slot = cache.lengths + cache._ahead[layer], slots[0]  # a block may be of another dtype, or device
+        reference.kv_append(*slots, key_states.to(slot), value_states.to(slot), lengths, self.starts)
         B, H, _, D = key_states.shape
         gone = cache.get_seq_length(layer) - keys.shape[2]
         hidden = [key_states.new_zeros(B, H, gone, D)] if gone else []
         return (
-            torch.cat([*hidden, keys.to(key_states.dtype), key_states], 2),
-            torch.cat([*hidden, values.to(value_states.dtype), value_states], 2),
+            torch.cat([*hidden, keys.to(key_states), key_states], 2),
+            torch.cat([*hidden, values.to(value_states), value_states], 2),
         )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from ..config import GPTNeoConfig
-from ..errors import InputError
+from ..errors import InputError, warn_once
 from ..ops import reference
 from .activations import NewGELU, activation
 from .touch import Watched, ours
@@ -133,7 +136,13 @@ class GPTNeoMLP(Watched):
 
 
 class GPTNeoBlock(Watched):
-    """One layer."""
+    """One layer.
+
+    recompute: calls a function of x [B, T, C] so that the backward pass computes it again, see `checkpoints`; None keeps what
+        it computes.
+    """
+
+    recompute: Callable[..., Any] | None = None
 
     def __init__(self, config: GPTNeoConfig, layer_id: int = 0) -> None:
         super().__init__()
@@ -152,6 +161,21 @@ class GPTNeoBlock(Watched):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """[B, T, C] to [B, T, C], and the attention weights; arguments as of GPTNeoSelfAttention."""
+        if self.recompute is not None and self.training:
+            if layer_past is not None:
+                warn_once("a cache does not go with gradient checkpointing; a block keeps none")
+            out: tuple[Tensor, Tensor] = self.recompute(partial(self._forward, attention_mask=attention_mask), hidden_states)
+            return out
+        return self._forward(hidden_states, layer_past, attention_mask, use_cache, output_attentions)
+
+    def _forward(
+        self,
+        hidden_states: Tensor,
+        layer_past: Past | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         y, weights = self.attn(
             self.ln_1(hidden_states),
             layer_past=layer_past,
@@ -161,6 +185,16 @@ class GPTNeoBlock(Watched):
         )
         hidden_states = y + hidden_states
         return hidden_states + self.mlp(self.ln_2(hidden_states)), weights
+
+
+def checkpoints(offload: bool, **how: Any) -> Callable[..., Any]:
+    """What `GPTNeoBlock.recompute` is for these keywords of torch's `checkpoint`; `offload` keeps inputs in host memory."""
+    return partial(_offloaded if offload else checkpoint, **({"use_reentrant": False} | how))
+
+
+def _offloaded(function: Callable[..., Any], *args: Any, **how: Any) -> Any:
+    with save_on_cpu(pin_memory=args[0].is_cuda):
+        return checkpoint(function, *args, **how)
 
 
 ours(GPTNeoSelfAttention, methods=("forward", "_attn", "_split_heads", "_merge_heads"))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..ops import reference
 from . import fused, masks, touch
@@ -29,7 +28,6 @@ def run(
     cache: Any,
     trace: Trace | None = None,
     final_norm: bool = True,
-    checkpointing: dict[str, Any] | None = None,
     kinds: fused.Kinds = fused.OURS,
 ) -> Tensor:
     """Hidden states [B, T, C] after ln_f, or with `final_norm=False` before it.
@@ -43,7 +41,6 @@ def run(
         rows: which columns are tokens.
         cache: read, appended to and advanced by T columns: a KVCache, or what else has its `update`.
         trace: filled with what it has lists for.
-        checkpointing: keywords of torch's checkpoint where blocks are to be computed again in the backward pass.
         kinds: the classes that blocks are made of.
     """
     trace = trace or Trace()
@@ -63,18 +60,18 @@ def run(
             window = kinds.window(block)
             chosen = reference if flows else op
             call = partial(fused.block, block, rows=rows, cache=own, layer=i, window=window, op=chosen)
-            x = call(x) if checkpointing is None else checkpoint(call, x, **checkpointing)
+            recompute = getattr(block, "recompute", None) if block.training else None
+            x = call(x) if recompute is None else recompute(call, x)
             continue
         if mask is None:
             mask = masks.dense(rows, B, T, cache, x.dtype, x.device)
-        call = partial(
-            block,
+        out: Any = block(
+            x,
             layer_past=cache if own is None else own.at(i, rows.starts),
             attention_mask=mask,
             use_cache=cache is not None,
             output_attentions=trace.attentions is not None,
         )
-        out: Any = call(x) if checkpointing is None else checkpoint(call, x, **checkpointing)
         x, weights = (out[0], out[1] if len(out) > 1 else None) if isinstance(out, tuple) else (out, None)
         if trace.attentions is not None:
             trace.attentions.append(weights)
