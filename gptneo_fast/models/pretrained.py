@@ -19,10 +19,9 @@ from ..errors import InputError, UnknownOptionError, warn_once
 from ..files.hub import Source
 from ..generation.config import GenerationConfig
 from ..network.cache import cache_bytes
-from ..network.modules import GPTNeoBlock, checkpoints
-from ..network.touch import Watched
 from ..ops import backends
 from . import loading, resizing, saving
+from .training import Training
 
 if TYPE_CHECKING:
     from .model import GPTNeoModel
@@ -53,7 +52,7 @@ def returns_output(forward: Forward) -> Forward:
     return cast(Forward, call)
 
 
-class GPTNeoPreTrainedModel(Watched):
+class GPTNeoPreTrainedModel(Training):
     """Base of the five classes."""
 
     base_model_prefix: ClassVar[str] = "transformer"
@@ -70,7 +69,6 @@ class GPTNeoPreTrainedModel(Watched):
     _keep_in_fp32_modules: ClassVar[list[str]] = []
     _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
-    _require_grads_hook: Any = None
     config: GPTNeoConfig
     tokenizer: Any = None  # attached by `load`
 
@@ -208,64 +206,6 @@ class GPTNeoPreTrainedModel(Watched):
                 False draws them as a fresh model does.
         """
         return resizing.resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
-
-    # Training
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass."""
-        return self.base_model.gradient_checkpointing
-
-    is_gradient_checkpointing = is_activation_checkpointing
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations.
-
-        Args:
-            gradient_checkpointing_kwargs: of torch.utils.checkpoint.checkpoint; use_reentrant is False where it is not given.
-            every_n_layers: recompute each n-th block, from the first on, and no other.
-            offload: keep the inputs of those blocks in host memory.
-        """
-        given = gradient_checkpointing_kwargs or {}
-        if unknown := given.keys() - {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"}:
-            raise UnknownOptionError(f"gradient_checkpointing_kwargs has no {sorted(unknown)[0]!r}; see torch.utils.checkpoint")
-        if not isinstance(every_n_layers, int) or every_n_layers < 1:
-            raise InputError(f"every_n_layers {every_n_layers!r} is not a positive integer")
-        blocks = [m for m in self.modules() if isinstance(m, GPTNeoBlock)]
-        for i, block in enumerate(blocks):
-            block.recompute = None if i % every_n_layers else checkpoints(offload, **given)
-        if given.get("use_reentrant"):
-            self.enable_input_require_grads()  # a reentrant block passes gradients on to an input that has some only
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
-        """As gradient_checkpointing_enable."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
-
-    def enable_input_require_grads(self) -> None:
-        """Make the embeddings' output require gradients, so that they reach adapters over frozen weights."""
-        if self._require_grads_hook is None:
-            self._require_grads_hook = self.get_input_embeddings().register_forward_hook(_require_grads)
-
-    def disable_input_require_grads(self) -> None:
-        """Take that back."""
-        if self._require_grads_hook is not None:
-            self._require_grads_hook.remove()
-        self._require_grads_hook = None
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations."""
-        for module in self.modules():
-            if isinstance(module, GPTNeoBlock):
-                module.recompute = None
-        self.disable_input_require_grads()
-
-    def activation_checkpointing_disable(self) -> None:
-        """As gradient_checkpointing_disable."""
-        self.gradient_checkpointing_disable()
 
     def _init_weights(self, module: nn.Module) -> None:
         """The initialisation of transformers: normal weights, zero biases, ones for norms."""
@@ -415,8 +355,3 @@ class GPTNeoPreTrainedModel(Watched):
             UnknownOptionError: save to a folder, then upload it with huggingface_hub.
         """
         raise UnknownOptionError("push_to_hub is not offered; save_pretrained(folder), then huggingface_hub.upload_folder")
-
-
-def _require_grads(module: nn.Module, args: Any, output: Tensor) -> None:
-    """A hook that has gradients flow from here."""
-    output.requires_grad_(True)
