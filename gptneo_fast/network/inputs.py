@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import GPTNeoConfig
 from ..errors import CacheError, InputError, UnknownOptionError, nearest
 from .cache import KVCache
+from .touch import is_readable
 
 # transformers' callers pass them to every class: positions are known here, and a class without cache keeps none
 _HARMLESS = ("cache_position", "use_cache")
@@ -43,7 +44,7 @@ def check_ids(name: str, ids: Tensor, limit: int, device: torch.device) -> Tenso
         raise InputError(f"{name} is on {ids.device}, the model on {device}; move it with .to({str(device)!r})")
     ids = ids.view(1, -1) if ids.dim() == 1 else ids
     # Out of range, a gather is an assertion on the device that ends the process, or silent garbage.
-    if not torch.compiler.is_compiling() and bool(((ids < 0) | (ids >= limit)).any()):
+    if is_readable() and bool(((ids < 0) | (ids >= limit)).any()):
         row, column = ((ids < 0) | (ids >= limit)).nonzero()[0].tolist()
         raise InputError(f"{name}[{row}, {column}] is {int(ids[row, column])}; it must be from 0 to {limit - 1}")
     return ids.long()
@@ -56,7 +57,7 @@ def check_labels(labels: Tensor, limit: int, ignore: int = -100) -> Tensor:
         InputError: another value; names the first and its place.
     """
     bad = (labels != ignore) & ((labels < 0) | (labels >= limit))
-    if not torch.compiler.is_compiling() and bool(bad.any()):  # the loss would end the process on a device
+    if is_readable() and bool(bad.any()):  # the loss would end the process on a device
         place = bad.nonzero()[0].tolist()
         raise InputError(
             f"labels{place} is {labels[tuple(place)].item()}; it must be from 0 to {limit - 1}, or {ignore} to be ignored"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import CacheError, InputError
 from .cache import KVCache
+from .touch import is_readable
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: Any) -> Rows:
     held = attention_mask != 0  # [B, S]
     if not isinstance(cache, KVCache | None):  # another library's, which stores padding, too
         return Rows(mask=held[:, None, None])
-    if torch.compiler.is_compiling():  # reading values would break the graph
+    if not is_readable():
         return Rows(mask=held[:, None, None])
     if bool(held.all()) and (cache is None or not cache.ragged):
         return Rows()
@@ -115,5 +116,5 @@ def dense(rows: Rows, B: int, T: int, cache: Any, dtype: torch.dtype, device: to
         mask = held[:, None, None]
     causal = columns <= torch.arange(past, past + T, device=device)[:, None]  # [T, S]
     seen = causal & mask
-    seen = seen.expand(B, -1, -1, -1)
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
+    return torch.where(seen.expand(B, -1, -1, -1), torch.zeros_like(hidden), hidden)

@@ -88,6 +88,11 @@ def observed(device: torch.device) -> bool:
     return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in _get_current_dispatch_mode_stack())
 
 
+def is_readable() -> bool:
+    """Whether the values of tensors may be looked at: not while they are traced, nor under vmap and the like."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
 def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module runs the `forward` of `kind` and nothing else."""
     own = vars(module)

@@ -545,7 +545,7 @@ def test_dropout_of_a_module_counts_when_it_is_set_afterwards(where):
     close(found[1], found[0])
 
 
-def test_forward_mode_and_vmap_go_through_the_modules():
+def test_forward_mode_goes_through_the_modules():
     theirs, ours = peers(**LAYERS)
     embeds, tangent = torch.randn(1, 7, 32), torch.randn(1, 7, 32)
     found = []
@@ -553,6 +553,24 @@ def test_forward_mode_and_vmap_go_through_the_modules():
         model.requires_grad_(False)
         run = lambda e, model=model: model(inputs_embeds=e, use_cache=False).logits  # noqa: E731
         found.append(torch.func.jvp(run, (embeds,), (tangent,))[1])
+    assert found[0].abs().max() > 0
+    close(found[1], found[0])
+
+
+def test_vmap_over_texts_and_gradients_of_each():
+    found = []
+    for model in peers(**LAYERS):
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(weights, ids, mask, model=model):
+            labels = torch.where(mask > 0, ids, -100)[None]
+            options = {"attention_mask": mask[None], "labels": labels, "use_cache": False}
+            return torch.func.functional_call(model, weights, (ids[None],), options).loss
+
+        mask = torch.ones_like(IDS)
+        mask[0, 11:] = 0
+        grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, IDS, mask)
+        found.append(torch.cat([g.flatten() for g in grads.values()]))
     assert found[0].abs().max() > 0
     close(found[1], found[0])
 
