@@ -74,7 +74,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
                 row, [B, n] for each, or a boolean [B, T] (then the logits are [number of True, V]).
             num_items_in_batch: divide the summed loss by this instead of averaging it.
         """
-        check_unknown(unknown, type(self))
+        check_unknown(unknown, type(self), position_ids)
         single = isinstance(input_ids, Tensor) and input_ids.dim() == 1
         out = self.transformer(
             input_ids=input_ids.unsqueeze(0) if single and input_ids is not None else input_ids,

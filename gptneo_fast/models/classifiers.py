@@ -52,7 +52,7 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
         Raises:
             InputError: more than one row and no `config.pad_token_id` to find their ends by.
         """
-        check_unknown(unknown, type(self))
+        check_unknown(unknown, type(self), position_ids)
         given = input_ids if input_ids is not None else inputs_embeds
         if isinstance(given, Tensor) and given.dim() > 1 and given.shape[0] != 1 and self.config.pad_token_id is None:
             raise InputError(
@@ -127,7 +127,7 @@ class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
         **unknown: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Logits [B, T, num_labels], and with labels (integer [B, T], -100 ignored) the loss."""
-        check_unknown(unknown, type(self))
+        check_unknown(unknown, type(self), position_ids)
         out = self.transformer(
             input_ids=input_ids,
             past_key_values=past_key_values,
@@ -180,7 +180,7 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
         Args:
             past_key_values: of the columns before, such as a learnt prefix; transformers' class takes none.
         """
-        check_unknown(unknown, type(self))
+        check_unknown(unknown, type(self), position_ids)
         out = self.transformer(
             input_ids=input_ids,
             past_key_values=past_key_values,

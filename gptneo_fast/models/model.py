@@ -18,7 +18,7 @@ from ..errors import warn_once
 from ..network import fused, touch, trunk
 from ..network.cache import KVCache
 from ..network.inputs import check_cache, check_inputs, check_unknown
-from ..network.masks import Rows, rows_of
+from ..network.masks import Rows, packed_mask, rows_of
 from ..network.modules import GPTNeoBlock, parameters
 from ..network.outputs import BaseModelOutputWithPast, Trace
 from ..ops import backends
@@ -66,7 +66,9 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             attention_mask: [B, past + T], zero for padding; or [B, 1, T, past + T], boolean or additive. None: no padding.
                 Ranges (left and right padding) run on the fast path, holes and 4-D masks on the reference path.
             token_type_ids: integer [B, T]; they index the token embedding.
-            position_ids: integer [B or 1, T]; None counts columns from the past length on, whatever the mask says.
+            position_ids: integer [B or 1, T]; None counts columns from the past length on, whatever the mask says. With no
+                mask and no cache, a position that is not one more than that before it begins another text, which sees
+                nothing of those before it in its row.
             inputs_embeds: [B, T, C] instead of input_ids.
             use_cache: return a KVCache; None takes the configuration's.
             output_attentions: return the weights [B, H, T, past + T] of each layer; runs on the reference path.
@@ -77,7 +79,8 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             InputError: a shape, dtype, device or value out of range; more than max_position_embeddings positions.
             CacheError: a cache of another batch size or one that cannot be continued.
         """
-        check_unknown(unknown, type(self))
+        check_unknown(unknown, type(self), position_ids)
+        packed = attention_mask is None and position_ids is not None
         past_key_values = check_cache(past_key_values, self)
         x, position_ids, token_type_ids = check_inputs(
             self.config, self.device, input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
@@ -94,6 +97,8 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             [] if (self.config.output_hidden_states if output_hidden_states is None else output_hidden_states) else None,
             [] if (self.config.output_attentions if output_attentions is None else output_attentions) else None,
         )
+        if packed and cache is None:
+            attention_mask = packed_mask(position_ids)
         rows = rows_of(attention_mask, B, T, cache)
         hidden = self.run(x, position_ids, token_type_ids, rows, cache, trace)
         return BaseModelOutputWithPast(

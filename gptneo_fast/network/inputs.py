@@ -16,10 +16,17 @@ from .touch import is_readable
 # transformers' callers pass them to every class: positions are known here, and a class without cache keeps none
 _HARMLESS = ("cache_position", "use_cache")
 
+# where the texts of a packed row begin, for kernels that need it said so, too
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
-def check_unknown(keywords: dict[str, Any], owner: type) -> None:
+
+def check_unknown(keywords: dict[str, Any], owner: type, position_ids: Tensor | None = None) -> None:
     """Refuse keywords that no argument of `owner.forward` takes, with the nearest that one does."""
     for name, value in keywords.items():
+        if name in _PACKED:
+            if position_ids is None:
+                raise InputError(f"{name} says where packed texts begin; give position_ids that begin anew with each instead")
+            continue
         if name not in _HARMLESS and not (name == "head_mask" and value is None):  # None masks no head
             known = [k for k in inspect.signature(owner.forward).parameters if k not in ("self", "unknown")]  # type: ignore[attr-defined]
             raise UnknownOptionError(f"{owner.__name__}.forward has no argument {name!r}{nearest(name, known)}")

@@ -82,6 +82,18 @@ def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: Any) -> Rows:
     return Rows(starts.int() if left else None, ends.int() if right else None)
 
 
+def packed_mask(position_ids: Tensor) -> Tensor | None:
+    """What keeps apart the texts that stand one behind another in a row: boolean [B or 1, 1, T, T]; None where a row is one.
+
+    Args:
+        position_ids: [B or 1, T]; a text goes on where they go on by one.
+    """
+    text = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)  # [B or 1, T], its number in the row
+    if not torch.compiler.is_compiling() and not bool(text.any()):
+        return None
+    return text[:, None, :, None] == text[:, None, None, :]
+
+
 def _four_dims(mask: Tensor, B: int, T: int, past: int) -> Tensor:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise InputError(f"a 4-D attention_mask is boolean or additive (floating point), not {mask.dtype}")

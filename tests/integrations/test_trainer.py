@@ -184,3 +184,21 @@ def test_trainer_keeps_the_weights_of_our_classifiers_and_goes_on_with_them(cls,
         torch.testing.assert_close(p, ours.state_dict()[name], rtol=1e-4, atol=1e-4)
     with_config = getattr(gptneo_fast, cls).from_pretrained(tmp_path / "checkpoint-4", config=ours.config)  # Trainer wrote none
     assert with_config.num_labels == 3
+
+
+@pytest.mark.parametrize("cls", ["GPTNeoModel", "GPTNeoForCausalLM", "GPTNeoForTokenClassification"])
+def test_texts_packed_into_a_row_are_kept_apart_by_their_positions(cls):
+    theirs, ours = peers(cls)
+    texts = [torch.randint(3, 97, (T,)) for T in (5, 11, 1, 9)]
+    batch = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
+        [{"input_ids": t.tolist(), "labels": t.tolist()} for t in texts]
+    )
+    batch.pop("labels")
+    batch = {k: torch.as_tensor(v) if k != "max_length_q" and k != "max_length_k" else v for k, v in batch.items()}
+    apart = torch.cat([ours(t[None])[0] for t in texts], 1)
+    for model in (theirs, ours):
+        torch.testing.assert_close(model(**batch, use_cache=False)[0], apart, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(**batch)[0], theirs(**batch)[0], rtol=1e-4, atol=1e-4)  # with a cache, neither does
+    batch.pop("position_ids")
+    with pytest.raises(gptneo_fast.errors.InputError, match="position_ids"):
+        ours(**batch, use_cache=False)
