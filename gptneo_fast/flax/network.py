@@ -7,7 +7,7 @@ that and the embeddings.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ def trunk(
         if banded[window]:
             y = attend_banded(q, k, v, window, held)
         else:
-            y, w = attend(q, k, v, seen[window], attention)
+            y, w = attend(q, k, v, cast(Array, seen[window]), attention)
             weights += [w] if want_weights else []
         x = x + drop(spec.resid_dropout, linear(p["out_proj"], _merge(y), spec))
         y = linear(layer["mlp"]["c_fc"], layer_norm(layer["ln_2"], x, spec), spec)
