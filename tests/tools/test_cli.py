@@ -112,11 +112,14 @@ def test_help_answers_without_torch_and_at_once():
 
 
 def test_ctrl_c_ends_quietly_with_130():
-    process = command("generate", "Once upon a time", "-n", "480", "--seed", "0", "--device", "cpu",
-                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    process.stdout.read(40)
-    os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    for _ in range(5):
+        process = command("generate", "Once upon a time", "-n", "480", "--seed", "0", "--device", "cpu",
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        process.stdout.read(40)
+        os.kill(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        if process.returncode:  # else it had ended before it could be interrupted, as on a busy machine
+            break
     assert process.returncode == 130
     assert "Traceback" not in err
 
