@@ -3,6 +3,7 @@
 # make test-slow  the long ones                      make clean  remove .venv and caches
 # make fuzz  a minute of damaged files against the loaders; fuzz-long SECONDS=3600
 # make test-flax  the Flax classes, with jax of the index
+# make test-extras  the libraries that train and inspect models, newest, on our modules
 # make gpu  correctness and speed on this machine's GPU in 8 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
 # make sanitize  the extension under AddressSanitizer and UBSan
 # make budgets  the error budgets with every instruction set that this CPU has, with one thread and two
@@ -17,7 +18,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)/triton-3.6.0
 
-.PHONY: demo test test-slow fuzz fuzz-long test-flax lint bench results tables compile-report compile-samples compile-samples-newest compile-samples-oldest gpu gpu-quick gpu-full install-matrix budgets sanitize clean
+.PHONY: demo test test-slow fuzz fuzz-long test-flax test-extras lint bench results tables compile-report compile-samples compile-samples-newest compile-samples-oldest gpu gpu-quick gpu-full install-matrix budgets sanitize clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +47,10 @@ test-slow: $(VENV)/test.stamp
 test-flax: $(VENV)/test.stamp
 	$(BIN)/python -m pip install -q -e ".[flax]"
 	$(BIN)/python -m pytest -n auto -q tests/flax tests/checkpoint/test_msgpack.py
+
+test-extras: $(VENV)/test.stamp
+	$(BIN)/python -m pip install -q --upgrade -e ".[extras]"
+	$(BIN)/python -m pytest -n auto -q tests/integrations
 
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/support/fuzz_loaders.py --seconds 60

@@ -161,15 +161,43 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         """Keywords of `forward` for a step of `generate`, which calls an override of this one, and forward with what it gives.
 
         Args:
-            input_ids: [B, T], all so far. next_sequence_length: how many of them are new; None for all.
+            input_ids: [B, T], all so far. next_sequence_length: how many of them are new; None for those that the cache,
+                by the attention mask where there is one, does not hold.
             inputs_embeds: of the prompt, which the first step takes in place of ids.
-            others: handed on; position_ids and token_type_ids are of the new columns.
+            others: handed on; position_ids and token_type_ids of the new columns, or of all.
         """
         found = {"past_key_values": past_key_values, "attention_mask": attention_mask} | others
         found = {name: value for name, value in found.items() if value is not None}
         if inputs_embeds is not None and is_first_iteration:
             return {"input_ids": None, "inputs_embeds": inputs_embeds} | found
-        return {"input_ids": input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]} | found
+        T = input_ids.shape[1]
+        new = next_sequence_length
+        if new is None and past_key_values is not None:
+            columns = attention_mask.shape[1] if attention_mask is not None and attention_mask.dim() == 2 else T
+            new = columns - int(past_key_values.get_seq_length())
+        new = T if new is None or not 0 < new < T else new
+        for name in ("position_ids", "token_type_ids"):
+            if name in found and found[name].shape[1] > new:
+                found[name] = found[name][:, -new:]
+        return {"input_ids": input_ids[:, T - new :]} | found
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        """The keywords of a loop of one's own over `prepare_inputs_for_generation`, for so many columns more: as in
+        transformers, where such loops have the name from."""
+        new = num_new_tokens
+        found = dict(model_kwargs)
+        if outputs.get("past_key_values") is not None:
+            found["past_key_values"] = outputs["past_key_values"]
+        if (mask := found.get("attention_mask")) is not None:
+            found["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), new)], 1)
+        if (types := found.get("token_type_ids")) is not None:
+            found["token_type_ids"] = torch.cat([types, types[:, -1:].expand(-1, new)], 1)
+        if (places := found.get("position_ids")) is not None:
+            more = places[:, -1:] + torch.arange(1, new + 1, device=places.device)
+            found["position_ids"] = torch.cat([places, more], 1)
+        return found
 
     def step(
         self,

@@ -427,3 +427,23 @@ def test_an_unknown_option_is_a_type_error_with_the_nearest_name(models):
         models[1].generate(**prompt("one"), temprature=5)
     with pytest.raises(UnknownOptionError, match="did you mean 'top_k'"):
         gptneo_fast.GenerationConfig().topk = 3
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_a_loop_of_ones_own_over_prepared_inputs_gives_the_tokens_of_generate(padded):
+    _, ours = peers()
+    ids = torch.randint(3, 97, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[1, : 3 * padded] = 0
+    expected = ours.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    for more in ({}, {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}):
+        if padded and not more:
+            continue  # columns are counted then, padding among them
+        text, keywords = ids, {"attention_mask": mask, "use_cache": True, **more}
+        for _ in range(9):
+            out = ours(**ours.prepare_inputs_for_generation(text, **keywords))
+            text = torch.cat([text, out.logits[:, -1:].argmax(-1)], 1)
+            keywords = ours._update_model_kwargs_for_generation(out, keywords)
+        assert torch.equal(text, expected)
+        assert out.past_key_values.get_seq_length() == 14 and keywords["attention_mask"].shape == text.shape
