@@ -151,7 +151,7 @@ class _Accelerated:
         if kv is not None and kv.windows != self._windows():
             raise CacheError("past_key_values was made for other attention than the blocks have now; start a new cache")
         x, position_ids, token_type_ids = check_inputs(
-            self.config, wte.device, input_ids, inputs_embeds, position_ids, token_type_ids, kv
+            self.config, wte.device, input_ids, inputs_embeds, position_ids, token_type_ids, kv, model.wte
         )
         trace = Trace([] if _or(output_hidden_states, config.output_hidden_states) else None)
         hidden = trunk.run(

@@ -136,7 +136,10 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         trunk = self.transformer
         return replace(
             trunk.look(),
-            head=touch.is_plain(head, nn.Linear) and head.bias is None and head.weight.dtype is self.dtype,
+            head=touch.is_plain(head, nn.Linear)
+            and head.bias is None
+            and head.weight.dtype is self.dtype
+            and head.weight.shape[0] == self.config.vocab_size,
             forward=touch.own_forward(self, GPTNeoForCausalLM) and touch.own_forward(trunk, GPTNeoModel),
         )
 

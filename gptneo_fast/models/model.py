@@ -83,7 +83,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
         packed = attention_mask is None and position_ids is not None
         past_key_values = check_cache(past_key_values, self)
         x, position_ids, token_type_ids = check_inputs(
-            self.config, self.device, input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
+            self.config, self.device, input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values, self.wte
         )
         B, T = x.shape[:2]
         use_cache = self.config.use_cache if use_cache is None else use_cache

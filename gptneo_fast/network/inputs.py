@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
 from ..errors import CacheError, InputError, UnknownOptionError, nearest
@@ -80,16 +80,21 @@ def check_inputs(
     position_ids: Tensor | None,
     token_type_ids: Tensor | None,
     cache: Any,
+    wte: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked ids [B, T] or embeddings [B, T, C], position ids [B or 1, T] and token type ids [B, T] of a forward call.
+
+    Args:
+        wte: what ids are looked up in; another one may have another number of rows than the configuration says.
 
     Raises:
         InputError, CacheError: what does not fit.
     """
     if (ids is None) == (embeds is None):
         raise InputError("give exactly one of input_ids and inputs_embeds")
+    vocabulary = wte.num_embeddings if isinstance(wte, nn.Embedding) else config.vocab_size
     if ids is not None:
-        x = check_ids("input_ids", ids, config.vocab_size, device)
+        x = check_ids("input_ids", ids, vocabulary, device)
     else:
         assert embeds is not None
         x = embeds
@@ -115,7 +120,7 @@ def check_inputs(
         if position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
             raise InputError(f"position_ids has shape {list(position_ids.shape)}; expected [{B} or 1, {T}]")
     if token_type_ids is not None:
-        token_type_ids = check_ids("token_type_ids", token_type_ids, config.vocab_size, device).reshape(-1, T)
+        token_type_ids = check_ids("token_type_ids", token_type_ids, vocabulary, device).reshape(-1, T)
     return x, position_ids, token_type_ids
 
 

@@ -88,12 +88,13 @@ def run(
 
 def look(trunk: Any, kinds: fused.Kinds = fused.OURS) -> touch.Look:
     """Which parts of a trunk are untouched now."""
-    wte, wpe, norm = trunk.wte, trunk.wpe, trunk.ln_f
+    wte, wpe, norm, config = trunk.wte, trunk.wpe, trunk.ln_f, trunk.config
     dtype = wte.weight.dtype if isinstance(wte, nn.Embedding) else None
     return touch.Look(
         blocks=tuple([fused.is_untouched(block, kinds) for block in trunk.h]),
         embeddings=touch.is_plain_embedding(wte)
         and touch.is_plain_embedding(wpe)
+        and (wte.num_embeddings, wpe.num_embeddings) == (config.vocab_size, config.max_position_embeddings)
         and touch.is_idle_dropout(trunk.drop)
         and wpe.weight.dtype is dtype,
         norm=touch.is_plain_norm(norm) and norm.weight.dtype is dtype,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from gptneo_fast.errors import InputError
 from gptneo_fast.network import fused, touch
 from gptneo_fast.network.modules import GPTNeoBlock
 from tests.support.peers import peers
@@ -463,6 +464,20 @@ def test_a_cache_knows_what_attention_it_was_made_for():
 
     with pytest.raises(CacheError, match="windows"):
         ours(IDS[:, :1], past_key_values=past)
+
+
+@torch.no_grad()
+def test_an_embedding_with_other_rows_than_the_configuration_says():
+    """More rows are used; ids beyond fewer are refused, and no kernel reads past them."""
+    for rows, ids in ((120, torch.tensor([[5, 110]])), (40, torch.tensor([[5, 39]]))):
+        theirs, ours = peers(**LAYERS)
+        for model in (theirs, ours):
+            torch.manual_seed(0)
+            model.set_input_embeddings(nn.Embedding(rows, 32))
+        assert not ours.looked(anew=True).embeddings
+        close(ours(ids).logits, theirs(ids).logits)
+        with pytest.raises(InputError, match=f"it must be from 0 to {rows - 1}"):
+            ours(ids + rows)
 
 
 # Training
