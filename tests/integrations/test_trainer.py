@@ -226,3 +226,18 @@ def test_an_adapter_is_trained_saved_and_resumed(tmp_path):
     ids = rows(cls, 1)[0]["input_ids"][None]
     found = [peft.PeftModel.from_pretrained(m, tmp_path / "ours" / "checkpoint-4").eval()(ids).logits for m in (theirs, ours)]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_of_ours_stops_trainers_own_saving_and_is_saved_by_the_model(tmp_path):
+    cls = "GPTNeoForCausalLM"
+    _, ours = peers(cls)
+    with pytest.raises(RuntimeError, match="share memory"):  # said by safetensors: Trainer asks for a PreTrainedModel
+        curve(trainer_of(ours, cls, tmp_path / "run", save_strategy="steps", save_steps=1))
+    curve(trainer_of(ours, cls, tmp_path / "run"))
+    ours.save_pretrained(tmp_path / "model")
+    ids = rows(cls, 1)[0]["input_ids"][None]
+    with torch.no_grad():
+        expected = ours.eval()(ids).logits
+        for library in (gptneo_fast, transformers):
+            loaded = getattr(library, cls).from_pretrained(tmp_path / "model")
+            torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
