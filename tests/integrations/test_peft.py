@@ -252,6 +252,7 @@ def test_a_learnt_prompt_computes_trains_and_generates_as_on_transformers(name):
     same_tokens(theirs, ours, num_beams=3)
 
 
+@pytest.mark.filterwarnings("ignore:padding cannot be told")
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("cls", [c for c in TASKS if c != "GPTNeoForCausalLM"])
 def test_classifiers_take_a_learnt_prompt(name, cls):

@@ -149,3 +149,13 @@ def test_adapters_train_over_quantised_weights(way):
     assert found[1][1].keys() == found[0][1].keys() and len(found[0][1]) == 12
     for name, grad in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], grad, rtol=1e-2, atol=1e-3 * float(grad.abs().max()))
+
+
+@torch.no_grad()
+def test_a_head_that_was_tied_is_quantised_beside_its_embedding():
+    models = [dynamic_int8(m) for m in peers(hidden_size=64, num_heads=4, scale=8.0)]
+    theirs, ours = models
+    assert type(ours.lm_head) is type(theirs.lm_head) is not nn.Linear and type(ours.transformer.wte) is nn.Embedding
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-3, atol=1e-3)
+    how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(ours.generate(IDS, **how), theirs.generate(IDS, **how))

@@ -202,3 +202,42 @@ def test_texts_packed_into_a_row_are_kept_apart_by_their_positions(cls):
     batch.pop("position_ids")
     with pytest.raises(gptneo_fast.errors.InputError, match="position_ids"):
         ours(**batch, use_cache=False)
+
+
+def test_an_adapter_is_trained_saved_and_resumed(tmp_path):
+    peft = pytest.importorskip("peft")
+    cls, losses = "GPTNeoForCausalLM", []
+    how = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+
+    def adapted(model):
+        torch.manual_seed(4)
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "c_fc"], r=4, lora_dropout=0.1)
+        return peft.get_peft_model(model, lora)
+
+    for name, model in zip(("theirs", "ours"), peers(cls, pad_token_id=0), strict=True):
+        fresh = copy.deepcopy(model)
+        losses.append(curve(trainer_of(adapted(model), cls, tmp_path / name, **how)))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4, atol=2e-4)
+    again = trainer_of(adapted(fresh), cls, tmp_path / "ours", **how)
+    np.testing.assert_allclose(
+        curve(again, resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2")), losses[0], rtol=2e-4, atol=2e-4
+    )
+    theirs, ours = peers(cls, pad_token_id=0)
+    ids = rows(cls, 1)[0]["input_ids"][None]
+    found = [peft.PeftModel.from_pretrained(m, tmp_path / "ours" / "checkpoint-4").eval()(ids).logits for m in (theirs, ours)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_of_ours_stops_trainers_own_saving_and_is_saved_by_the_model(tmp_path):
+    cls = "GPTNeoForCausalLM"
+    _, ours = peers(cls)
+    with pytest.raises(RuntimeError, match="share memory"):  # said by safetensors: Trainer asks for a PreTrainedModel
+        curve(trainer_of(ours, cls, tmp_path / "run", save_strategy="steps", save_steps=1))
+    curve(trainer_of(ours, cls, tmp_path / "run"))
+    ours.save_pretrained(tmp_path / "model")
+    ids = rows(cls, 1)[0]["input_ids"][None]
+    with torch.no_grad():
+        expected = ours.eval()(ids).logits
+        for library in (gptneo_fast, transformers):
+            loaded = getattr(library, cls).from_pretrained(tmp_path / "model")
+            torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
