@@ -67,7 +67,7 @@ CASES = [
 
 CHECK = """
 import sys, torch, gptneo_fast
-from gptneo_fast import extension, reference
+from gptneo_fast.ops import extension, reference
 from gptneo_fast.demo import FOLDER
 import gptneo_fast.kernels
 assert extension.LIBRARY.is_file() == (sys.argv[1] == "True"), extension.LIBRARY
