@@ -37,8 +37,7 @@ class Session:
         self.model, self.prompt, self.chunk, self.trace = model, prompt, chunk, trace
         self.cache = prompt.cache
         self.use_cache = use_cache or self.cache is not None
-        self.prepares = _is_overridden(model, "prepare_inputs_for_generation")
-        model.looked(anew=True)
+        self.prepares = not model.looked(anew=True).prepare
         self.seen = 0  # columns of ids that the cache holds
         self.begun = False  # whether some call has filled the cache
         self.offset = 0
@@ -181,9 +180,3 @@ class Session:
             return None
         columns = torch.arange(T - new, T, device=types.device) + (self.offset if self.prompt.embeds is not None else 0)
         return types[:, columns.clamp(max=types.shape[1] - 1)]
-
-
-def _is_overridden(model: LanguageModel, method: str) -> bool:
-    """Whether a method is another than the one of our own class: a subclass's, or set on the model by a library."""
-    kinds = [kind for kind in type(model).__mro__ if method in vars(kind)]
-    return method in vars(model) or not kinds or not kinds[0].__module__.startswith(f"{__package__.partition('.')[0]}.")

@@ -28,7 +28,7 @@ from ..network.outputs import Trace
 from ..ops import backends
 
 touch.ours(theirs.GPTNeoSelfAttention, methods=("forward", "_attn", "_split_heads", "_merge_heads"))
-touch.ours(theirs.GPTNeoAttention, theirs.GPTNeoMLP, theirs.GPTNeoBlock, NewGELUActivation)
+touch.ours(theirs.GPTNeoAttention, theirs.GPTNeoMLP, theirs.GPTNeoBlock, theirs.GPTNeoModel, NewGELUActivation, GELUTanh)
 
 
 # The name of a cache among arguments and outputs: "past_key_values" until transformers 5.23, "cache" from 5.24 on
@@ -64,11 +64,15 @@ def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
         The model.
 
     Raises:
-        InputError: no GPT-Neo of transformers.
+        InputError: no GPT-Neo of transformers, or one whose trunk has a `forward` of its own already, which would be lost.
         ConfigError: one that we do not compute.
     """
-    found = _trunk(model)
-    undo(model)
+    found = _trunk(undo(model))
+    if not touch.has_own(found, theirs.GPTNeoModel, "forward"):
+        raise InputError(
+            f"the {type(found).__name__} has a forward of its own (a subclass's, a patch, a hook of accelerate), which would "
+            "be lost; take it away first"
+        )
     backends.check(backend)
     found.forward = _Accelerated(found, backend).forward
     return model
@@ -76,7 +80,9 @@ def accelerate(model: nn.Module, backend: str = "auto") -> nn.Module:
 
 def undo(model: nn.Module) -> nn.Module:
     """Take `accelerate` back. A cache that it made can be continued."""
-    vars(_trunk(model)).pop("forward", None)
+    own = vars(_trunk(model))
+    if isinstance(getattr(own.get("forward"), "__self__", None), _Accelerated):  # and not a patch that came later
+        del own["forward"]
     return model
 
 
@@ -143,25 +149,25 @@ class _Accelerated:
                 **{_CACHE: past_key_values},
                 **kwargs,
             )
-        wte = model.wte.weight
+        first = next(model.parameters())
         past = past_key_values if isinstance(past_key_values, BoundedCache) else None
         if past is None and _or(use_cache, config.use_cache):
             past = BoundedCache(self._new_cache(len(given)))
         kv = None if past is None else past.kv
-        if kv is not None and kv.windows != self._windows():
+        if kv is not None and kv.windows != trunk.windows(model, KINDS):
             raise CacheError("past_key_values was made for other attention than the blocks have now; start a new cache")
-        x, position_ids, token_type_ids = check_inputs(
-            self.config, wte.device, input_ids, inputs_embeds, position_ids, token_type_ids, kv, model.wte
+        x, places, token_type_ids = check_inputs(
+            self.config, first.device, input_ids, inputs_embeds, position_ids, token_type_ids, kv, model.wte
         )
         trace = Trace([] if _or(output_hidden_states, config.output_hidden_states) else None)
         hidden = trunk.run(
             model,
             x,
-            position_ids,
+            places,
             token_type_ids,
-            op=backends.choose(self.backend, wte.device, wte.dtype, x.requires_grad and torch.is_grad_enabled()).functions,
+            op=backends.choose(self.backend, first.device, first.dtype, x.requires_grad and torch.is_grad_enabled()).functions,
             look=look,
-            rows=rows_of(attention_mask, x.shape[0], x.shape[1], kv),
+            rows=rows_of(attention_mask, x.shape[0], x.shape[1], kv, None if position_ids is None else places),
             cache=kv,
             trace=trace,
             kinds=KINDS,
@@ -184,11 +190,8 @@ class _Accelerated:
         return touch.Look(tuple(blocks), found.embeddings, found.norm)
 
     def _new_cache(self, rows: int) -> KVCache:
-        weight = self.trunk.wte.weight
-        return KVCache(self.config, rows, dtype=weight.dtype, device=weight.device, windows=self._windows())
-
-    def _windows(self) -> tuple[int, ...]:
-        return tuple([fused.window_of(block, KINDS) for block in self.trunk.h])
+        first = next(self.trunk.parameters())
+        return KVCache(self.config, rows, dtype=first.dtype, device=first.device, windows=trunk.windows(self.trunk, KINDS))
 
 
 class BoundedCache(Cache):

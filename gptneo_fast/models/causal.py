@@ -141,6 +141,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
             and head.weight.dtype is self.dtype
             and head.weight.shape[0] == self.config.vocab_size,
             forward=touch.own_forward(self, GPTNeoForCausalLM) and touch.own_forward(trunk, GPTNeoModel),
+            prepare=touch.has_own(self, GPTNeoForCausalLM, "prepare_inputs_for_generation"),
         )
 
     def looked(self, anew: bool = False) -> touch.Look:
@@ -229,6 +230,9 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
             norm = trunk.ln_f
             logits: Tensor = trunk.functions(x).lm_head(x, norm.weight, norm.bias, head.weight, norm.eps)
         return logits
+
+
+touch.ours(GPTNeoForCausalLM, methods=("forward", "prepare_inputs_for_generation"))
 
 
 def wide(logits: Tensor) -> Tensor:

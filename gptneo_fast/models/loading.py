@@ -44,8 +44,8 @@ def screen(others: dict[str, Any], attn_implementation: str | None, loader: Call
 
 
 def built(cls: Any, config: GPTNeoConfig, backend: str) -> Any:
-    """A model to load weights into: ours without memory, another's with what its own `__init__(config)` gives its modules."""
-    if cls.__module__.startswith(f"{__package__}."):
+    """A model to load weights into: without memory where our `__init__` makes it, else as its own `__init__(config)` does."""
+    if cls.__init__.__module__.startswith(f"{__package__}."):
         with torch.device("meta"):
             return cls(config, backend=backend)
     model = cls(config)

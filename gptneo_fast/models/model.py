@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
 from ..errors import warn_once
-from ..network import fused, touch, trunk
+from ..network import touch, trunk
 from ..network.cache import KVCache
 from ..network.inputs import check_cache, check_inputs, check_unknown
-from ..network.masks import Rows, packed_mask, rows_of
+from ..network.masks import Rows, rows_of
 from ..network.modules import GPTNeoBlock, parameters
 from ..network.outputs import BaseModelOutputWithPast, Trace
 from ..ops import backends
@@ -80,9 +80,8 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             CacheError: a cache of another batch size or one that cannot be continued.
         """
         check_unknown(unknown, type(self), position_ids)
-        packed = attention_mask is None and position_ids is not None
         past_key_values = check_cache(past_key_values, self)
-        x, position_ids, token_type_ids = check_inputs(
+        x, places, token_type_ids = check_inputs(
             self.config, self.device, input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values, self.wte
         )
         B, T = x.shape[:2]
@@ -97,10 +96,8 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             [] if (self.config.output_hidden_states if output_hidden_states is None else output_hidden_states) else None,
             [] if (self.config.output_attentions if output_attentions is None else output_attentions) else None,
         )
-        if packed and cache is None:
-            attention_mask = packed_mask(position_ids)
-        rows = rows_of(attention_mask, B, T, cache)
-        hidden = self.run(x, position_ids, token_type_ids, rows, cache, trace)
+        rows = rows_of(attention_mask, B, T, cache, None if position_ids is None else places)
+        hidden = self.run(x, places, token_type_ids, rows, cache, trace)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,
@@ -164,10 +161,13 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
 
     def windows(self) -> tuple[int, ...]:
         """Columns that a query of each block sees; 0 for all."""
-        return tuple(map(fused.window_of, self.h))
+        return trunk.windows(self)
 
     def functions(self, x: Tensor) -> ModuleType:
         """The namespace that computes a call with these inputs."""
         p = next(parameters(self))
         grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters(self)))
         return backends.choose(self.requested_backend, p.device, p.dtype, grad).functions
+
+
+touch.ours(GPTNeoModel)

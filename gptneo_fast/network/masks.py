@@ -27,19 +27,20 @@ class Rows:
     mask: Tensor | None = None
 
 
-def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: Any) -> Rows:
+def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: Any, position_ids: Tensor | None = None) -> Rows:
     """Read an attention mask as `transformers` means it: over the columns already cached and the T new ones.
 
     Args:
         attention_mask: [B, S] of zeros (padding) and others, or [B or 1, H or 1, T, S], boolean or additive, S being
             the cached columns + T; None where every new column is a token.
+        position_ids: [B or 1, T] as the caller gave them; with neither mask nor cache they keep texts of one row apart.
 
     Raises:
         InputError: another shape or dtype.
         CacheError: the mask shows columns that were padding when they were cached, and so were never stored.
     """
     if attention_mask is None:
-        return Rows()
+        return Rows(mask=_packed(position_ids) if position_ids is not None and cache is None else None)
     past = cache.get_seq_length() if cache is not None else 0
     if attention_mask.dim() == 4:
         return Rows(mask=_four_dims(attention_mask, B, T, past))
@@ -82,7 +83,7 @@ def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: Any) -> Rows:
     return Rows(starts.int() if left else None, ends.int() if right else None)
 
 
-def packed_mask(position_ids: Tensor) -> Tensor | None:
+def _packed(position_ids: Tensor) -> Tensor | None:
     """What keeps apart the texts that stand one behind another in a row: boolean [B or 1, 1, T, T]; None where a row is one.
 
     Args:

@@ -34,19 +34,12 @@ class Watched(nn.Module):
         super().__delattr__(name)
 
 
-Stamp = tuple[int, int]
-
-
-def stamp() -> Stamp:
-    """Two counters that a new hook, a replaced layer or a patched forward raises: while they stand, so does a look."""
-    return RemovableHandle.next_id, Watched.changes
-
-
 @dataclass(frozen=True)
 class Look:
     """What was found untouched. blocks: one entry a block; embeddings: wte, wpe and drop; norm: ln_f.
 
-    head: lm_head. forward: the model's and the trunk's own, which steps of generation go around.
+    head: lm_head. forward: the model's and the trunk's own, which steps of generation go around. prepare:
+    `prepare_inputs_for_generation`, which they go around, too.
     """
 
     blocks: tuple[bool, ...]
@@ -54,31 +47,42 @@ class Look:
     norm: bool
     head: bool = True
     forward: bool = True
+    prepare: bool = True
 
     def __bool__(self) -> bool:
-        return self.embeddings and self.norm and self.head and self.forward and all(self.blocks)
+        return self.embeddings and self.norm and self.head and self.forward and self.prepare and all(self.blocks)
 
 
-_methods: list[tuple[type, str, Any]] = []  # (class, name, what it was when it was imported)
+_methods: dict[tuple[type, str], Any] = {}  # (class, name): what it was when it was imported
 
 
 def ours(*kinds: type[nn.Module], methods: tuple[str, ...] = ("forward",)) -> None:
     """From now on a patch of one of these methods, for all modules of a class, counts as a touch."""
-    _methods.extend((kind, name, vars(kind)[name]) for kind in kinds for name in methods)
+    _methods.update({(kind, name): vars(kind)[name] for kind in kinds for name in methods})
 
 
 ours(nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)
 ours(nn.Module, methods=("__call__", "__getattr__"))  # tracers patch them
 
 
+def patched() -> bool:
+    """Whether a method that `ours` was told of is another now."""
+    return any(kind.__dict__[name] is not method for (kind, name), method in _methods.items())
+
+
+Stamp = tuple[int, int, bool]
+
+
+def stamp() -> Stamp:
+    """What a new hook, a replaced layer or a patched method changes: while it stands, so does a look."""
+    return RemovableHandle.next_id, Watched.changes, patched()
+
+
 def observed(device: torch.device) -> bool:
     """Whether something watches or changes every module or operation of this call: autocast, forward-mode AD, vmap, FLOP
     counters, hooks on all modules, patched classes."""
-    if torch.is_autocast_enabled(device.type) or _has_any_global_hook():
+    if torch.is_autocast_enabled(device.type) or _has_any_global_hook() or patched():
         return True
-    for kind, name, method in _methods:
-        if kind.__dict__[name] is not method:
-            return True
     if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
@@ -93,12 +97,17 @@ def is_readable() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
+def has_own(module: nn.Module, kind: type[nn.Module], method: str) -> bool:
+    """Whether a method of a module is the one that `kind`, known to `ours`, was made with."""
+    return getattr(type(module), method) is _methods[kind, method] and method not in vars(module)
+
+
 def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module runs the `forward` of `kind` and nothing else."""
+    """Whether calling a module runs the `forward` that `kind` was made with and nothing else."""
     own = vars(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
-    return type(module).forward is kind.forward and "forward" not in own
+    return has_own(module, kind, "forward")
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -80,7 +80,8 @@ def run(
     if not final_norm:
         return x
     norm = trunk.ln_f
-    x = op.layer_norm(x, norm.weight, norm.bias, norm.eps) if look.norm and fusing else norm(x)
+    plain = look.norm and fusing and not (torch.is_grad_enabled() and x.requires_grad)
+    x = op.layer_norm(x, norm.weight, norm.bias, norm.eps) if plain else norm(x)
     if trace.hidden_states is not None:
         trace.hidden_states.append(x)
     return x
@@ -99,6 +100,13 @@ def look(trunk: Any, kinds: fused.Kinds = fused.OURS) -> touch.Look:
         and wpe.weight.dtype is dtype,
         norm=touch.is_plain_norm(norm) and norm.weight.dtype is dtype,
     )
+
+
+def windows(trunk: Any, kinds: fused.Kinds = fused.OURS) -> tuple[int, ...]:
+    """Columns that a query of each block sees; 0 for all, and where a patch of the classes may have changed that."""
+    if touch.patched():
+        return (0,) * len(trunk.h)
+    return tuple([fused.window_of(block, kinds) for block in trunk.h])
 
 
 def _embed(trunk: Any, x: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, op: ModuleType | None) -> Tensor:

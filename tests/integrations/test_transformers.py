@@ -177,6 +177,25 @@ def test_our_models_become_theirs_with_the_same_weights(cls, tmp_path):
     torch.testing.assert_close(first(fast(IDS)), first(theirs(IDS)), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_forward_of_somebody_elses_is_neither_replaced_nor_taken_away():
+    plain, fast = both()
+    patch = plain.transformer.forward = lambda *args, **kw: type(plain.transformer).forward(plain.transformer, *args, **kw)
+    with pytest.raises(InputError, match="has a forward of its own"):
+        accelerate(plain)
+    fast.transformer.forward = patch
+    assert undo(fast).transformer.forward is patch
+
+
+@torch.no_grad()
+def test_texts_packed_into_a_row_stay_apart(fused_calls):
+    plain, fast = both()
+    places = torch.cat([torch.arange(9), torch.arange(8)])[None].expand(3, -1)
+    for use_cache in (True, False):
+        options = {"position_ids": places, "use_cache": use_cache}
+        torch.testing.assert_close(fast(IDS, **options).logits, plain(IDS, **options).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_our_tokenizer_becomes_theirs():
     from pathlib import Path
 

@@ -201,6 +201,62 @@ def test_hooks_on_all_modules_and_patched_classes_count(monkeypatch):
     assert torch.equal(generate(ours), generate(theirs))
 
 
+@pytest.mark.parametrize("cls", ["GPTNeoForCausalLM", "GPTNeoModel", "GPTNeoSelfAttention"])
+@torch.no_grad()
+def test_a_forward_patched_for_a_whole_class_is_obeyed_at_every_token(cls, monkeypatch):
+    """Attention that looks past its window among them: the cache then keeps every key."""
+    import transformers
+    from transformers.models.gpt_neo import modeling_gpt_neo
+
+    import gptneo_fast
+    from gptneo_fast.network import modules
+
+    theirs, ours = peers(**LAYERS | {"max_position_embeddings": 400})
+    ids = torch.randint(3, 97, (1, 300), generator=torch.Generator().manual_seed(1))
+    homes = [(modules, modeling_gpt_neo)] if cls == "GPTNeoSelfAttention" else [(gptneo_fast, transformers)]
+    for kind in (getattr(home, cls) for pair in homes for home in pair):
+        plain = kind.forward
+        if cls == "GPTNeoForCausalLM":
+
+            def changed(self, *args, plain=plain, **kw):
+                out = plain(self, *args, **kw)
+                out.logits = out.logits.roll(3, -1)
+                return out
+
+        elif cls == "GPTNeoModel":
+
+            def changed(self, *args, plain=plain, **kw):
+                out = plain(self, *args, **kw | {"return_dict": True})
+                out.last_hidden_state = out.last_hidden_state.flip(-1)
+                return out
+
+        else:
+
+            def changed(self, hidden_states, attention_mask=None, layer_past=None, **kw):
+                q, k, v = (
+                    p(hidden_states).unflatten(-1, (4, 8)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+                )
+                k, v = (k, v) if layer_past is None else layer_past.update(k, v, self.layer_id)
+                weights = (q @ k.transpose(-1, -2) * 0 + attention_mask).softmax(-1)  # the mean of all before
+                return self.out_proj((weights @ v).transpose(1, 2).flatten(2)), weights
+
+        monkeypatch.setattr(kind, "forward", changed)
+    tokens = [
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        for model in (theirs, ours)
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_inputs_prepared_in_another_way_are_no_matter_for_a_captured_step():
+    _, ours = peers(**LAYERS)
+    ours.prepare_inputs_for_generation = ours.prepare_inputs_for_generation
+    look = ours.looked()
+    assert not look and not look.prepare and look.forward
+
+
 # Surgery
 
 
