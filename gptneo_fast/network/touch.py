@@ -65,9 +65,9 @@ ours(nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)
 ours(nn.Module, methods=("__call__", "__getattr__"))  # tracers patch them
 
 
-def patched() -> bool:
-    """Whether a method that `ours` was told of is another now."""
-    return any(kind.__dict__[name] is not method for (kind, name), method in _methods.items())
+def patched(*kinds: type[nn.Module]) -> bool:
+    """Whether a method that `ours` was told of is another now: of these classes, or where none is given of any."""
+    return any(k.__dict__[name] is not method for (k, name), method in _methods.items() if not kinds or k in kinds)
 
 
 Stamp = tuple[int, int, bool]

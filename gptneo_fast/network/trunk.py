@@ -103,8 +103,8 @@ def look(trunk: Any, kinds: fused.Kinds = fused.OURS) -> touch.Look:
 
 
 def windows(trunk: Any, kinds: fused.Kinds = fused.OURS) -> tuple[int, ...]:
-    """Columns that a query of each block sees; 0 for all, and where a patch of the classes may have changed that."""
-    if touch.patched():
+    """Columns that a query of each block sees; 0 for all, and where a patch of attention's classes may have changed that."""
+    if touch.patched(kinds.attn, kinds.attention):
         return (0,) * len(trunk.h)
     return tuple([fused.window_of(block, kinds) for block in trunk.h])
 
