@@ -122,7 +122,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         """
         head: Any = self.lm_head
         kernels = not torch.is_grad_enabled() and self.backend.name == "triton" and not torch.compiler.is_compiling()
-        if not kernels or touch.observed(hidden.device) or not touch.is_plain(head, nn.Linear) or head.bias is not None:
+        if not kernels or touch.observed(hidden.device) or not _is_plain_head(head):
             logits: Tensor = head(hidden)
             return logits
         V = head.weight.shape[0]
@@ -136,10 +136,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         trunk = self.transformer
         return replace(
             trunk.look(),
-            head=touch.is_plain(head, nn.Linear)
-            and head.bias is None
-            and head.weight.dtype is self.dtype
-            and head.weight.shape[0] == self.config.vocab_size,
+            head=_is_plain_head(head) and head.weight.dtype is self.dtype and head.weight.shape[0] == self.config.vocab_size,
             forward=touch.own_forward(self, GPTNeoForCausalLM) and touch.own_forward(trunk, GPTNeoModel),
             prepare=touch.has_own(self, GPTNeoForCausalLM, "prepare_inputs_for_generation"),
         )
@@ -233,6 +230,11 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
 
 
 touch.ours(GPTNeoForCausalLM, methods=("forward", "prepare_inputs_for_generation"))
+
+
+def _is_plain_head(head: Any) -> bool:
+    """Whether a head is a linear layer without bias that nobody touched."""
+    return touch.is_plain(head, nn.Linear) and head.bias is None
 
 
 def wide(logits: Tensor) -> Tensor:

@@ -345,6 +345,7 @@ class GPTNeoPreTrainedModel(Training):
 
         Raises:
             SetupError: transformers is not installed.
+            InputError: a class of one's own, or layers that were replaced. Hooks stay behind, with a warning.
         """
         return saving.as_transformers(self)
 

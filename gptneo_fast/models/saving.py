@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..errors import CheckpointError, SetupError, UnknownOptionError
+from ..errors import CheckpointError, InputError, SetupError, UnknownOptionError, warn_once
 from ..generation.config import GenerationConfig
 
 
@@ -55,23 +55,26 @@ def as_transformers(model: Any) -> Any:
         import transformers
     except ImportError as error:
         raise SetupError(f"to_transformers needs transformers ({error}); pip install transformers") from error
+    if not type(model).__module__.startswith(f"{__package__}."):
+        raise InputError(f"to_transformers knows our five classes and no {type(model).__name__}; save its weights instead")
     config = transformers.GPTNeoConfig.from_dict(model.config.to_dict())
     with torch.device("meta"):
         made = getattr(transformers, type(model).__name__)._from_config(config, attn_implementation="eager")
-    made.load_state_dict(model.state_dict(), assign=True)
-    for block in made.base_model.h:  # the one thing besides weights that a block holds
-        block.attn.attention.bias = _visible(config, block.attn.attention.attention_type, model.device)
+    weights = model.state_dict()
+    if differing := sorted(weights.keys() ^ made.state_dict().keys()):
+        raise InputError(
+            f"to_transformers takes over weights, and {len(differing)} are of replaced layers ({differing[0]!r}, ...); merge "
+            "adapters first, or wrap what it gives"
+        )
+    if any(vars(m)["_forward_hooks"] or vars(m)["_forward_pre_hooks"] or "forward" in vars(m) for m in model.modules()):
+        warn_once("to_transformers takes over weights; hooks and patched forwards stay with this model")
+    made.load_state_dict(weights, assign=True)
+    for block, own in zip(made.base_model.h, model.base_model.h, strict=True):
+        block.attn.attention.bias = own.attn.attention.bias  # the one thing besides weights that a block holds
     made.tie_weights()
     if made.can_generate() and isinstance(generation := getattr(model, "generation_config", None), GenerationConfig):
         made.generation_config = transformers.GenerationConfig.from_dict(generation.to_dict())
     return made.train(model.training)
-
-
-def _visible(config: Any, attention_type: str, device: torch.device) -> Tensor:
-    """Boolean [1, 1, P, P], which column sees which, as transformers' attention keeps it."""
-    P = config.max_position_embeddings
-    seen = torch.ones(P, P, dtype=torch.bool, device=device).tril_()
-    return (seen.triu_(1 - config.window_size) if attention_type == "local" else seen)[None, None]
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

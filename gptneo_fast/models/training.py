@@ -17,10 +17,6 @@ class Training(Watched):
     _require_grads_hook: Any = None
     base_model: Any
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        raise NotImplementedError
-
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether blocks are recomputed in the backward pass."""
@@ -58,7 +54,7 @@ class Training(Watched):
     def enable_input_require_grads(self) -> None:
         """Make the embeddings' output require gradients, so that they reach adapters over frozen weights."""
         if self._require_grads_hook is None:
-            self._require_grads_hook = self.get_input_embeddings().register_forward_hook(_require_grads)
+            self._require_grads_hook = self.base_model.get_input_embeddings().register_forward_hook(_require_grads)
 
     def disable_input_require_grads(self) -> None:
         """Take that back."""

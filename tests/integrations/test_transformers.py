@@ -196,6 +196,24 @@ def test_texts_packed_into_a_row_stay_apart(fused_calls):
         torch.testing.assert_close(fast(IDS, **options).logits, plain(IDS, **options).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_what_cannot_go_over_to_transformers_is_said():
+    from gptneo_fast.errors import GPTNeoFastWarning
+
+    _, ours = peers()
+    ours.transformer.h[0].mlp.register_forward_hook(lambda module, args, out: out)
+    with pytest.warns(GPTNeoFastWarning, match="hooks and patched forwards stay"):
+        ours.to_transformers()
+    ours.transformer.h[0].mlp.c_fc = nn.Sequential(ours.transformer.h[0].mlp.c_fc)
+    with pytest.raises(InputError, match="4 are of replaced layers"):
+        ours.to_transformers()
+
+    class Reward(gptneo_fast.GPTNeoModel):
+        pass
+
+    with pytest.raises(InputError, match="no Reward"):
+        Reward(ours.config).to_transformers()
+
+
 def test_our_tokenizer_becomes_theirs():
     from pathlib import Path
 
