@@ -70,7 +70,7 @@ def as_transformers(model: Any) -> Any:
         warn_once("to_transformers takes over weights; hooks and patched forwards stay with this model")
     made.load_state_dict(weights, assign=True)
     for block, own in zip(made.base_model.h, model.base_model.h, strict=True):
-        block.attn.attention.bias = own.attn.attention.bias  # the one thing besides weights that a block holds
+        block.attn.attention.bias = own.attn.attention.visible()  # the one thing besides weights that a block holds
     made.tie_weights()
     if made.can_generate() and isinstance(generation := getattr(model, "generation_config", None), GenerationConfig):
         made.generation_config = transformers.GenerationConfig.from_dict(generation.to_dict())

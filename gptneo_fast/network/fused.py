@@ -16,7 +16,8 @@ from .masks import Rows
 from .modules import GPTNeoAttention, GPTNeoBlock, GPTNeoMLP, GPTNeoSelfAttention
 from .touch import PLAIN
 
-_PRIVATE = ("_attn", "_split_heads", "_merge_heads")  # of GPTNeoSelfAttention: patched by those who change attention
+# Of GPTNeoSelfAttention: patched, or asked for, by those who change attention
+_PRIVATE = ("_attn", "_split_heads", "_merge_heads", "_bias")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def is_untouched(block: nn.Module, kinds: Kinds = OURS) -> bool:
     except (KeyError, AttributeError):  # a part is gone
         return False
     own = inner.__dict__
-    return "_attn" not in own and "_split_heads" not in own and "_merge_heads" not in own
+    return "_attn" not in own and "_split_heads" not in own and "_merge_heads" not in own and "_bias" not in own
 
 
 def window_of(block: nn.Module, kinds: Kinds = OURS) -> int:

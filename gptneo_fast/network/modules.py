@@ -12,7 +12,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from ..config import GPTNeoConfig
-from ..errors import InputError, warn_once
+from ..errors import warn_once
 from ..ops import reference
 from .activations import NewGELU, activation
 from .touch import Watched, ours
@@ -26,6 +26,8 @@ class Past(Protocol):
 
 class GPTNeoSelfAttention(Watched):
     """q, k and v without bias, heads, out_proj with bias; scores are not divided by sqrt(D)."""
+
+    _bias: Tensor | None = None
 
     def __init__(self, config: GPTNeoConfig, attention_type: str = "global", layer_id: int = 0) -> None:
         super().__init__()
@@ -73,20 +75,33 @@ class GPTNeoSelfAttention(Watched):
 
     def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[B, H, T, D] of queries that are the last T of the S columns of key and value; and the weights [B, H, T, S]."""
-        weights = reference.attention_weights(query, key, attention_mask, self.window).to(value.dtype)
+        T, S = query.shape[2], key.shape[2]
+        seen = None if self._bias is None else self._bias[:, :, S - T : S, :S].to(query.device)
+        weights = reference.attention_weights(query, key, attention_mask, self.window, seen).to(value.dtype)
         weights = self.attn_dropout(weights)
         return weights @ value, weights
 
-    @property
-    def bias(self) -> Tensor:
-        """Boolean [1, 1, P, P], which column sees which, P being max_position_embeddings: a copy, to read."""
+    def visible(self) -> Tensor:
+        """A copy of `bias`, which leaves a block untouched."""
+        if self._bias is not None:
+            return self._bias.clone()
         P = self.config.max_position_embeddings
         visible = torch.ones(P, P, dtype=torch.bool, device=self.k_proj.weight.device).tril_()
         return (visible.triu_(1 - self.window) if self.window else visible)[None, None]
 
+    @property
+    def bias(self) -> Tensor:
+        """Boolean [1, 1, P, P], which column sees which, P being max_position_embeddings. It is made when it is first asked
+        for, and obeyed from then on: it may be changed, or set."""
+        if self._bias is None:
+            self.bias = self.visible()
+        assert self._bias is not None
+        return self._bias
+
     @bias.setter
-    def bias(self, value: Any) -> None:
-        raise InputError("attention.bias is worked out, not stored; pass a 4-D attention_mask, or set attention.window")
+    def bias(self, value: Tensor) -> None:
+        object.__setattr__(self, "_bias", value)
+        Watched.changes += 1
 
 
 class GPTNeoAttention(Watched):

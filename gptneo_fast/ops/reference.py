@@ -231,7 +231,7 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, e
     return F.pad(logits, (0, -weight.shape[0] % LOGITS_ALIGN))[..., : weight.shape[0]]
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, window: int) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, window: int, seen: Tensor | None = None) -> Tensor:
     """What attention multiplies the values with, under any mask: [B, H, T, S], float32 or wider; it is no op and has no kernel.
 
     Args:
@@ -239,13 +239,14 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, window: int) ->
         mask: [B or 1, H or 1, T or 1, S], boolean (True: may be seen) or additive; None for none. The causal window
             holds besides.
         window: columns a query sees; 0 for all.
+        seen: boolean [1, 1, T, S], in the place of the causal window.
 
     Returns:
         Rows that sum to one, or to zero for a query that sees nothing.
     """
     T, S = q.shape[2], k.shape[2]
     columns = torch.arange(S, device=q.device)
-    visible = _visible(columns[S - T :, None], columns[None], window)  # [T, S]
+    visible = _visible(columns[S - T :, None], columns[None], window) if seen is None else seen  # [T, S]
     bias = None
     if mask is not None and mask.dtype == torch.bool:
         visible = visible & mask

@@ -418,7 +418,18 @@ def mixed_dtypes(model):
     model.transformer.h[1].ln_2.register_forward_hook(lambda module, args, out: out.float())
 
 
+def a_wider_mask(model):
+    model.transformer.h[1].attn.attention.bias[..., 12:, :3] = True  # in place
+
+
+def another_mask(model):
+    attention = model.transformer.h[1].attn.attention
+    attention.bias = torch.ones_like(attention.bias).tril().triu(-2)
+
+
 SURGERY = {
+    "a wider mask": a_wider_mask,
+    "another mask": another_mask,
     "LoRA on q_proj": in_block("attn.attention.q_proj", Lora),
     "LoRA with a weight on c_fc": in_block("mlp.c_fc", lambda old: Lora(old, weight=True)),
     "LoRA on out_proj": in_block("attn.attention.out_proj", Lora),
