@@ -3,6 +3,7 @@
 from .config import GPTNeoConfig as GPTNeoConfig
 from .rules import (
     ACTIVATIONS as ACTIVATIONS,
+    GELU_NEW as GELU_NEW,
     GENERATION as GENERATION,
     LIMITS as LIMITS,
     is_int as is_int,

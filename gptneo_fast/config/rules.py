@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+GELU_NEW = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # names of one function, which kernels and flax compute
 ACTIVATIONS = (  # names that transformers gives; `network.activations` computes them
     "gelu_new gelu_pytorch_tanh gelu_python_tanh gelu gelu_python gelu_10 gelu_fast gelu_accurate quick_gelu laplace relu "
     "relu2 relu6 leaky_relu prelu hardswish linear mish sigmoid silu swish sqrtsoftplus tanh"

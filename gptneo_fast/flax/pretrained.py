@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..checkpoint import save
-from ..config import GPTNeoConfig
+from ..config import GELU_NEW, GPTNeoConfig
 from ..errors import InputError
 from ..generation.config import GenerationConfig
 from ..models import causal as heads
@@ -67,6 +67,11 @@ class FlaxGPTNeoPreTrainedModel:
             raise InputError(f"config is a {type(config).__name__}; give a gptneo_fast.GPTNeoConfig")
         if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
             raise InputError(f"dtype {jnp.dtype(dtype)} is not floating point; use jnp.float32, jnp.bfloat16 or jnp.float16")
+        if config.activation_function not in GELU_NEW:
+            raise InputError(
+                f"activation_function {config.activation_function!r} is not offered by the Flax classes, which compute "
+                f"{GELU_NEW[0]}; use the torch class of the same name"
+            )
         self.config, self.input_shape = config, input_shape
         self.dtype = dtype
         self.key = jax.random.PRNGKey(seed)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import GELU_NEW
+
 
 class NewGELU(nn.Module):
     """gelu_new(x) = x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), Hendrycks and Gimpel 2016, section 2."""
@@ -77,9 +79,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": _itself,
 }
 _MODULES: dict[str, Callable[[], nn.Module]] = {
-    "gelu_new": NewGELU,
-    "gelu_pytorch_tanh": NewGELU,
-    "gelu_python_tanh": NewGELU,
+    **dict.fromkeys(GELU_NEW, NewGELU),
     "gelu": nn.GELU,
     "gelu_python": nn.GELU,
     "hardswish": nn.Hardswish,

@@ -340,3 +340,8 @@ def test_the_names_resolve_at_the_root():
     assert gptneo_fast.FlaxGPTNeoModel is FlaxGPTNeoModel
     assert gptneo_fast.FlaxGPTNeoForCausalLM is FlaxGPTNeoForCausalLM
     assert "FlaxGPTNeoModel" in dir(gptneo_fast)
+
+
+def test_an_activation_that_is_not_computed_is_refused():
+    with pytest.raises(InputError, match="activation_function 'relu' is not offered by the Flax classes"):
+        gptneo_fast.FlaxGPTNeoModel(gptneo_fast.GPTNeoConfig(**SMALL, activation_function="relu"))
