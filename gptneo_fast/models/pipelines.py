@@ -89,12 +89,12 @@ class TextClassificationPipeline:
             InputError: an option out of range.
         """
         settings = {"top_k": 1, "function_to_apply": None} | self.options | options
-        top_k, function, batch = settings.pop("top_k"), settings.pop("function_to_apply"), settings.pop("batch_size", None)
+        top_k, function = settings.pop("top_k"), settings.pop("function_to_apply")
+        settings.pop("batch_size", None)  # texts run one by one, as transformers does by default
         if top_k is not None and not (is_int(top_k) and top_k > 0):
             raise InputError(f"top_k={top_k!r} is not an integer from 1, or None")
         if function not in (None, *_SCORES):
             raise InputError(f"function_to_apply={function!r} is not one of {', '.join(_SCORES)}")
-        del batch  # texts run one by one, as transformers does by default
         single = isinstance(inputs, str)
         texts = [str(inputs)] if single else inputs
         found = [self._labels(text, function or self._usual(), settings)[:top_k] for text in texts]

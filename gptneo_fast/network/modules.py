@@ -216,14 +216,16 @@ ours(GPTNeoSelfAttention, methods=("forward", "_attn", "_split_heads", "_merge_h
 ours(GPTNeoAttention, GPTNeoMLP, GPTNeoBlock, NewGELU)
 
 
-def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """What `module.parameters()` gives, a shared one each time, without the names that make that slow: for every call."""
+def walk(module: nn.Module) -> Iterator[nn.Module]:
+    """What `module.modules()` gives, a shared one each time, without the names that make that slow: for every call."""
     modules = [module]
     while modules:
         found = modules.pop()
-        for p in found._parameters.values():
-            if p is not None:
-                yield p
-        for m in found._modules.values():
-            if m is not None:
-                modules.append(m)
+        yield found
+        modules += [m for m in found._modules.values() if m is not None]
+
+
+def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """What `module.parameters()` gives, in the same way."""
+    for found in walk(module):
+        yield from [p for p in found._parameters.values() if p is not None]

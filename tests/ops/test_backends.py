@@ -309,6 +309,21 @@ def test_rows_of_forward_s_logits_begin_on_sixteen_bytes_and_are_the_module_s_on
     assert model(ids).logits.is_contiguous()
 
 
+@interpreted
+def test_gradients_that_a_hook_begins_pass_what_kernels_would_compute():
+    """A frozen model on kernels, a vector that is to be learnt: from its block on plain torch computes, the last norm too."""
+    plain, model = on_kernels("GPTNeoForCausalLM")
+    grads, x = [], torch.randint(3, 61, (1, 6))
+    for each in (plain, model):
+        each.requires_grad_(False)
+        vector = torch.zeros(16, requires_grad=True)
+        each.transformer.h[0].register_forward_hook(lambda module, args, out, v=vector: (out[0] + v, *out[1:]))
+        each(x, labels=x).loss.backward()
+        grads.append(vector.grad)
+    assert grads[0].abs().max() > 0
+    close(grads[1], grads[0])
+
+
 # Tracing
 
 

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from ...network.modules import walk
 from ..request import LanguageModel, Request
 from .memory import check_memory
 from .runner import BUCKETS, Runner
@@ -84,11 +85,8 @@ class Pool:
 def weights_of(model: LanguageModel) -> Weights:
     """What captured steps have burnt in: addresses, shapes and dtypes of the parameters, and the norms' epsilons."""
     found: list[tuple[int, torch.Size, torch.dtype] | float] = []
-    modules: list[nn.Module] = [cast(nn.Module, model)]
-    while modules:  # by hand: names and duplicates make the modules' own walks slow
-        module = modules.pop()
+    for module in walk(cast(nn.Module, model)):
         found += [(p.data_ptr(), p.shape, p.dtype) for p in module._parameters.values() if p is not None]
         if "eps" in vars(module):
             found.append(vars(module)["eps"])
-        modules += [child for child in module._modules.values() if child is not None]
     return tuple(found)
