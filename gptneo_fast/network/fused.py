@@ -54,8 +54,11 @@ def is_untouched(block: nn.Module, kinds: Kinds = OURS) -> bool:
         plain, biased = (a["q_proj"], a["k_proj"], a["v_proj"]), (a["out_proj"], m["c_fc"], m["c_proj"])
         act, dropouts = m["act"], (a["attn_dropout"], a["resid_dropout"], m["dropout"])
         dtype = ln_1._parameters["weight"].dtype  # type: ignore[union-attr]
-        if type(ln_1) is not nn.LayerNorm or type(ln_2) is not nn.LayerNorm or type(act) not in kinds.activations:
+        if type(act) not in kinds.activations:
             return False
+        for norm in (ln_1, ln_2):
+            if type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1:
+                return False
         for linear in (*plain, *biased):
             if type(linear) is not nn.Linear:
                 return False

@@ -143,9 +143,6 @@ def check_cache(cache: Any, model: Any) -> Any:
     if not isinstance(cache, KVCache):
         return cache
     config, windows, keys = model.config, model.windows(), cache.keys[0]
-    alike = cache.windows == windows and keys.shape[1] == config.num_heads and keys.shape[3] == config.head_dim
-    if alike and keys.dtype is model.dtype and keys.device == model.device:
-        return cache
     pairs = {
         "layers": (len(cache), len(windows)),
         "windows": (cache.windows, windows),
@@ -155,7 +152,9 @@ def check_cache(cache: Any, model: Any) -> Any:
         "device": (keys.device, model.device),
     }
     differing = [f"{name} {has} and not {wants}" for name, (has, wants) in pairs.items() if has != wants]
-    raise CacheError(f"past_key_values was made for another model: {'; '.join(differing)}; start a new cache")
+    if differing:
+        raise CacheError(f"past_key_values was made for another model: {'; '.join(differing)}; start a new cache")
+    return cache
 
 
 def _is_pair(entry: Any) -> bool:

@@ -223,6 +223,31 @@ def test_what_the_host_must_do_takes_the_stepwise_path_and_says_so(model, captur
     assert model.last_generation.path == "stepwise" and why in model.last_generation.why
 
 
+def test_a_touched_model_is_not_captured_and_a_touch_ends_what_was(model, captured):
+    ids = torch.randint(1, 211, (1, 9), generator=torch.Generator().manual_seed(0))
+    plain = model.generate(ids, max_new_tokens=20)
+    assert model.last_generation.path == "captured"
+
+    def halve(module, args, out):
+        return out * -0.5
+
+    handle = model.transformer.h[1].mlp.c_fc.register_forward_hook(halve)
+    touched = model.generate(ids, max_new_tokens=20)
+    assert model.last_generation.path == "stepwise" and "hooked" in model.last_generation.why
+    assert not torch.equal(touched, plain)
+    handle.remove()
+    assert torch.equal(model.generate(ids, max_new_tokens=20), plain) and model.last_generation.path == "captured"
+    model.prepare_inputs_for_generation = model.prepare_inputs_for_generation  # as peft does
+    assert torch.equal(model.generate(ids, max_new_tokens=20), plain) and model.last_generation.path == "stepwise"
+    del model.prepare_inputs_for_generation
+
+    steps = captured_path.captured(model, request(model, max_new_tokens=60))
+    next(steps)
+    model.transformer.h[1].mlp.c_fc.register_forward_hook(halve)
+    with pytest.raises(InputError, match="hooked, replaced or patched while captured steps"):
+        list(steps)
+
+
 def test_bad_requests_fail_before_anything_is_launched(model, captured):
     with pytest.raises(InputError):
         model.generate(**ragged(), max_new_tokens=5000)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from ...network.cache import KVCache, lasting
 from ...network.masks import rows_of
 from ...ops.constants import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
@@ -138,6 +139,7 @@ class Runner:
             while looks:
                 with on_stream(stream):
                     while len(looks) < AHEAD and launched < most:
+                        self.require_untouched()
                         n = min(replays, most - launched)
                         for _ in range(n):
                             step.replay()
@@ -151,6 +153,18 @@ class Runner:
                 known = end
                 if bool((status != 0).all()):
                     return
+
+    def require_untouched(self) -> None:
+        """Refuse to go on with steps that were captured before the model was touched.
+
+        Raises:
+            InputError: says what to do instead.
+        """
+        if not self.model.looked():
+            raise InputError(
+                "a module of the model was hooked, replaced or patched while captured steps generated with it; do that "
+                "before generate, or pass a logits_processor, with which the host takes every step"
+            )
 
     def begin(self, ids: Tensor, mask: Tensor | None, params: SamplingParams) -> None:
         """Read the prompts into the cache, set the state, draw the first tokens."""

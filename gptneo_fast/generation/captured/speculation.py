@@ -148,6 +148,9 @@ class Speculation:
                     fits = bound + self.n + 1 <= most  # a draft must not be longer than what is left
                     if not fits and bound > known and looks:
                         break  # look first: less may have been drawn than could
+                    for each in (r, self.assistant):
+                        if each is not None:
+                            each.require_untouched()
                     if fits:
                         step.replay()
                         bound += self.n + 1

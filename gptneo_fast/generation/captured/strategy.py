@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...errors import InputError, NonFiniteLogitsError
+from ...errors import NonFiniteLogitsError
 from ..request import Generation, LanguageModel, Request, broken_message, joined
 from .params import SamplingParams, why_stepwise
 from .runner import BUCKETS, broken_rows
@@ -40,7 +40,7 @@ def captured(model: LanguageModel, request: Request) -> Iterator[Tensor]:
 
     Raises:
         NonFiniteLogitsError: after the other rows have ended, names the rows whose logits were NaN or infinite.
-        OutOfMemoryError: see `check_memory`.
+        OutOfMemoryError: see `check_memory`. InputError: the model was touched before its last step.
     """
     prompt = request.prompt
     B, P = prompt.ids.shape
@@ -51,11 +51,6 @@ def captured(model: LanguageModel, request: Request) -> Iterator[Tensor]:
     columns, broken, drawn = 0, [], torch.zeros(B, dtype=torch.int64)
     try:
         for tokens, status, drawn in runner.run(prompt.ids, prompt.mask, params, replays):
-            if not model.looked():
-                raise InputError(
-                    "a module of the model was hooked, replaced or patched while captured steps generated with it; do that "
-                    "before generate, or pass a logits_processor, with which the host takes every step"
-                )
             if not pieces:
                 model.last_generation = _generation(runner.why_launched)
             places = torch.arange(columns, columns + tokens.shape[1])

@@ -1,0 +1,206 @@
+"""What transformers' scripts pass, set and take apart, with the results that they get there."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import gptneo_fast
+from gptneo_fast.errors import CheckpointError, InputError, UnknownOptionError
+from tests.support.peers import peers
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return peers(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]])
+
+
+def tokens(model, **options):
+    torch.manual_seed(1)
+    options = {"attention_mask": torch.ones_like(IDS), "pad_token_id": 0, "eos_token_id": None} | options
+    return model.generate(IDS, **options)
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+# Numbers, lists and caches of other libraries
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(max_length=np.int64(16)),
+        dict(max_length=torch.tensor(16)),
+        dict(max_new_tokens=np.int32(4)),
+        dict(max_new_tokens=4, eos_token_id=(1, 2)),
+        dict(max_new_tokens=4, eos_token_id=torch.tensor([1, 2])),
+        dict(max_new_tokens=3, num_beams=2, num_return_sequences=np.int64(2)),
+        dict(max_new_tokens=3, do_sample=True, temperature=np.float64(0.7), top_k=np.int64(5)),
+        dict(max_new_tokens=3, do_sample=np.bool_(True), top_p=torch.tensor(0.5)),
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_and_torch_and_tuples_are_numbers_and_lists(pair, options):
+    theirs, ours = pair
+    plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in options.items()}
+    assert torch.equal(tokens(ours, **options), tokens(theirs, **plain))
+
+
+@torch.no_grad()
+def test_caches_of_transformers_and_tuples_are_continued(pair):
+    theirs, ours = pair
+    want = theirs(IDS).logits[:, 7:]
+    foreign = theirs(IDS[:, :7], past_key_values=transformers.DynamicCache()).past_key_values
+    close(ours(IDS[:, 7:], past_key_values=copy.deepcopy(foreign)).logits, want)
+    close(ours(IDS[:, 7:], past_key_values=tuple((layer.keys, layer.values) for layer in foreign.layers)).logits, want)
+    own = ours(IDS[:, :7]).past_key_values
+    close(ours(IDS[:, 7:], past_key_values=tuple(own)).logits, want)  # iterated, and built anew
+    assert len(own) == 2 and own[1][0].shape == (2, 4, 7, 8)
+    fresh = transformers.DynamicCache()
+    assert torch.equal(tokens(ours, max_new_tokens=5, past_key_values=fresh), tokens(theirs, max_new_tokens=5))
+    assert fresh.get_seq_length() == 16
+
+
+@torch.no_grad()
+def test_one_text_without_a_batch_gives_logits_without_one(pair):
+    _, ours = pair
+    close(ours(IDS[0]).logits, ours(IDS[:1]).logits[0])
+    close(ours(IDS[0], labels=IDS[0]).loss, ours(IDS[:1], labels=IDS[:1]).loss)
+
+
+# Outputs
+
+
+@torch.no_grad()
+def test_outputs_are_dicts_and_trees_and_are_built_anew_from_mappings(pair):
+    out = pair[1](IDS, labels=IDS, output_hidden_states=True, use_cache=False)
+    assert isinstance(out, dict) and list(out) == ["loss", "logits", "hidden_states"] == list(dict(out))
+    doubled = pytree.tree_map(lambda t: t * 2, out)
+    assert type(doubled) is type(out) and torch.equal(doubled.logits, out.logits * 2) and len(doubled.hidden_states) == 3
+    again = type(out)(dict(out))  # as accelerate does
+    assert torch.equal(again.loss, out.loss) and again.to_tuple()[1] is out.logits
+    again.loss = None
+    assert "loss" not in again and again[0] is out.logits
+    del again["hidden_states"]
+    assert again.hidden_states is None and len(copy.deepcopy(again)) == 1
+    with pytest.raises(KeyError, match="no field 'other'"):
+        again["other"] = 1
+
+
+# Loading and saving
+
+
+@pytest.fixture(scope="module")
+def folder(pair, tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    pair[0].save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(device_map="auto", low_cpu_mem_usage=True, torch_dtype="auto"),
+        dict(device_map={"transformer": "cpu", "lm_head": "cpu"}, offload_folder="x", max_memory={"cpu": "4GiB"}),
+        dict(variant=None, offload_state_dict=True, revision="main", trust_remote_code=True),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_arguments_of_loading_that_mean_nothing_here_are_taken(pair, folder, options):
+    close(gptneo_fast.GPTNeoForCausalLM.from_pretrained(folder, **options)(IDS).logits, pair[0](IDS).logits)
+
+
+def test_arguments_of_loading_that_would_be_lost_are_refused(folder):
+    load = gptneo_fast.GPTNeoForCausalLM.from_pretrained
+    with pytest.raises(InputError, match="splits the model"):
+        load(folder, device_map={"transformer": "cpu", "lm_head": "meta"})
+    with pytest.raises(UnknownOptionError, match="variant"):
+        load(folder, variant="fp16")
+
+
+def test_what_callers_of_save_pretrained_pass(pair, tmp_path):
+    _, ours = pair
+    ours.save_pretrained(tmp_path / "other process", is_main_process=False)
+    assert not (tmp_path / "other process").exists()
+    other = {name: value + 1 for name, value in ours.state_dict().items()}
+    ours.save_pretrained(tmp_path, True, other, torch.save, False, "40KB", token=None)
+    loaded = gptneo_fast.GPTNeoForCausalLM.from_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert torch.equal(loaded.transformer.wpe.weight, ours.transformer.wpe.weight + 1)
+    for option, error in (
+        ({"push_to_hub": True}, "push_to_hub"),
+        ({"variant": "fp16"}, "variant"),
+        ({"max_shardsize": 1}, "max_shardsize"),
+    ):
+        with pytest.raises(UnknownOptionError, match=error):
+            ours.save_pretrained(tmp_path, **option)
+    with pytest.raises(CheckpointError, match="safetensors are all that is written"):
+        ours.save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_a_head_that_came_apart_from_the_embedding_is_saved_and_loaded(pair, tmp_path):
+    ours = copy.deepcopy(pair[1])
+    ours.lm_head.weight = nn.Parameter(torch.randn_like(ours.lm_head.weight))
+    ours.save_pretrained(tmp_path)
+    for library in (gptneo_fast, transformers):
+        loaded = library.GPTNeoForCausalLM.from_pretrained(tmp_path)
+        close(loaded(IDS).logits, ours(IDS).logits)
+
+
+# Heads of one's own
+
+
+@pytest.mark.parametrize("post_init", [True, False])
+def test_a_head_of_ones_own_is_built_loaded_saved_and_initialised_as_in_transformers(folder, tmp_path, post_init):
+    found = []
+    for library in (transformers, gptneo_fast):
+
+        class Reward(library.GPTNeoPreTrainedModel):
+            def __init__(self, config):
+                super().__init__(config)
+                self.transformer = (gptneo_fast if isinstance(config, gptneo_fast.GPTNeoConfig) else transformers).GPTNeoModel(
+                    config
+                )
+                self.value = nn.Linear(config.hidden_size, 1, bias=False)
+                self.scale = nn.Parameter(torch.full((3,), 0.5))
+                if post_init or hasattr(config, "transformers_version"):  # theirs cannot do without
+                    self.post_init()
+
+            def forward(self, input_ids=None):
+                return self.value(self.transformer(input_ids)[0]).squeeze(-1) * self.scale.sum()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("warnings.warn", lambda *args, **kw: None)
+            model = Reward.from_pretrained(folder)
+        if library is gptneo_fast:
+            assert torch.equal(model.scale, torch.full((3,), 0.5)) and 0.005 < float(model.value.weight.std()) < 0.05
+        with torch.no_grad():
+            model.value.weight.copy_(torch.linspace(-1, 1, 32)[None])
+            model.scale.fill_(0.5)
+        model.save_pretrained(tmp_path / library.__name__)
+        found.append(Reward.from_pretrained(tmp_path / library.__name__)(IDS).detach())
+    close(found[1], found[0])
+
+
+def test_names_that_libraries_ask_a_model_for(pair):
+    theirs, ours = pair
+    for name in (
+        "get_memory_footprint prepare_inputs_for_generation enable_input_require_grads set_output_embeddings "
+        "post_init init_weights get_position_embeddings push_to_hub name_or_path main_input_name "
+        "config_class _no_split_modules _tied_weights_keys supports_gradient_checkpointing _from_config "
+        "loss_function warn_if_padding_and_no_attention_mask add_model_tags"
+    ).split():
+        assert hasattr(theirs, name) and hasattr(ours, name), name
+    assert ours.get_memory_footprint() == sum(p.nbytes for p in ours.parameters())
+    assert type(ours).can_generate() and not gptneo_fast.GPTNeoModel.can_generate()
+    ours.add_model_tags(["a", "b"])
+    assert ours.model_tags == ["a", "b"] and gptneo_fast.GPTNeoForCausalLM.model_tags == []
