@@ -169,6 +169,21 @@ def test_unknown_fields_are_kept_saved_and_searched():
     assert {"vocab_size", "window_size"} <= ours.to_diff_dict().keys() and "use_cache" not in ours.to_diff_dict()
 
 
+@pytest.mark.parametrize("name", ["head_dim", "to_dict", "check", "in_use", "use_return_dict", "is_encoder_decoder", "replace"])
+def test_a_file_cannot_put_a_value_in_the_place_of_what_the_class_works_out(name):
+    values = GPTNeoConfig(**SMALL).to_dict() | {name: "x"}
+    for ours in (GPTNeoConfig.from_dict(values), GPTNeoConfig(**values)):
+        assert ours == GPTNeoConfig(**SMALL) and ours.replace().to_dict() == GPTNeoConfig(**SMALL).to_dict()
+        assert ours.head_dim == 8 and not ours.in_use and GPTNeoForCausalLM(ours)
+
+
+def test_what_json_has_no_form_for_is_refused_by_name_when_it_is_saved(tmp_path):
+    ours = GPTNeoConfig(**SMALL)
+    ours.my_field = {1, 2}
+    with pytest.raises(ConfigError, match=r"my_field cannot be saved in config\.json"):
+        ours.save_pretrained(tmp_path)
+
+
 def test_what_is_said_in_loading_wins_over_the_file(tmp_path):
     GPTNeoConfig(**SMALL).save_pretrained(tmp_path)
     ours = GPTNeoConfig.from_pretrained(tmp_path, num_layers=2, attention_types=[[["local"], 2]])

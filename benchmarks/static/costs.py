@@ -146,13 +146,8 @@ class Shape:
 
     def kv_append(self, layer: int) -> Cost:
         """The newest tokens, as many as the layer has slots."""
-        moved = (
-            2
-            * self.B
-            * min(self.T, ring_slots(self.config, self.config.window(layer)))
-            * self.config.hidden_size
-            * self.element
-        )
+        columns = min(self.T, ring_slots(self.config, self.config.window(layer)))
+        moved = 2 * self.B * columns * self.config.hidden_size * self.element
         return Cost("kv_append", 0, moved, moved)
 
     def head(self, rows: int, *, op: str = "lm_head", stored: bool = True) -> Cost:

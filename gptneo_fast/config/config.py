@@ -81,8 +81,7 @@ class GPTNeoConfig:
         names = {f.name for f in dataclasses.fields(self)}
         for name in [k for k in given if k not in names]:
             _check_extra(name)
-            if name not in NOT_KEPT:
-                object.__setattr__(self, name, given[name])
+            self._keep(name, given[name])
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, given.get(field.name, field.default))
         faults: list[str] = []
@@ -209,12 +208,28 @@ class GPTNeoConfig:
         usual = GPTNeoConfig().to_dict()
         return {k: v for k, v in self.to_dict().items() if k == "model_type" or k not in usual or usual[k] != v}
 
+    def _keep(self, name: str, value: Any) -> None:
+        """A value under a name that no field has; not where the class has the name for what it works out itself."""
+        if name not in NOT_KEPT and not hasattr(GPTNeoConfig, name):
+            object.__setattr__(self, name, value)
+
     def _extras(self) -> dict[str, Any]:
         """What was given under names that no field has."""
         return {k: v for k, v in vars(self).items() if k not in self.__dataclass_fields__ and k != "in_use"}
 
     def to_json_string(self) -> str:
-        """The text of `config.json`."""
+        """The text of `config.json`.
+
+        Raises:
+            ConfigError: a value under a name of one's own is nothing that JSON has.
+        """
+        for name, value in self._extras().items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{name} cannot be saved in config.json: {error}; delete it, or give it another form"
+                ) from error
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -230,7 +245,7 @@ class GPTNeoConfig:
             raise ConfigError(f"model_type is {short(found)}; gptneo_fast runs 'gpt_neo' only")
         if values.get("rotary"):
             raise ConfigError("rotary is set: these are the weights of a GPT-J under the name of gpt_neo, which cannot be run")
-        kept = {k: v for k, v in values.items() if k not in ("name_or_path", "_name_or_path", *NOT_KEPT)}
+        kept = {k: v for k, v in values.items() if k not in ("name_or_path", "_name_or_path")}
         if kept.get("id2label") is None and kept.get("num_labels") is None:
             kept.pop("label2id", None)
         kept = _by_name(kept)
@@ -244,7 +259,7 @@ class GPTNeoConfig:
         names = {*cls.__dataclass_fields__, *cls.aliases, "num_labels"}
         config = cls(**({k: v for k, v in kept.items() if k in names} | overrides))
         for name in kept.keys() - names:  # as they stand, near to a field's name or not
-            object.__setattr__(config, name, kept[name])
+            config._keep(name, kept[name])
         return config
 
     @classmethod

@@ -98,8 +98,9 @@ class TextClassificationPipeline:
         single = isinstance(inputs, str)
         texts = [str(inputs)] if single else inputs
         found = [self._labels(text, function or self._usual(), settings)[:top_k] for text in texts]
-        listed = "top_k" in self.options | options
-        return [labels if listed else labels[0] for labels in found] if not (single and listed) else found[0]
+        if "top_k" not in self.options | options:
+            return [labels[0] for labels in found]
+        return found[0] if single else found
 
     def _usual(self) -> str:
         """What makes scores of this model's logits."""

@@ -23,8 +23,12 @@ def template_of(own: Any, asked: str | None, tools: bool) -> str:
     Raises:
         SetupError: there is none.
         InputError: several, none of them named "default".
+        TokenizerError: a list of anything else than names and templates.
     """
-    named = own if isinstance(own, Mapping) else {t["name"]: t["template"] for t in own} if isinstance(own, list) else None
+    try:
+        named = own if isinstance(own, Mapping) else {t["name"]: t["template"] for t in own} if isinstance(own, list) else None
+    except (KeyError, TypeError) as error:
+        raise TokenizerError(f"chat_template {own!r:.80} is no list of {{'name': ..., 'template': ...}}") from error
     if asked is not None:
         return str(named[asked]) if named and asked in named else asked
     if named:

@@ -25,7 +25,7 @@ TALK = [
 TOOLS = [{"type": "function", "function": {"name": "größe", "parameters": {}}}]
 
 
-def pair(folder, template, as_file=False):
+def written(folder, template, as_file=False):
     shutil.copy(DEMO / "tokenizer.json", folder)
     settings = json.loads((DEMO / "tokenizer_config.json").read_text())
     if as_file:
@@ -33,6 +33,11 @@ def pair(folder, template, as_file=False):
     else:
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def pair(folder, template, as_file=False):
+    written(folder, template, as_file)
     return transformers.AutoTokenizer.from_pretrained(folder), gptneo_fast.AutoTokenizer.from_pretrained(folder)
 
 
@@ -71,6 +76,7 @@ def test_several_templates_have_names(tmp_path):
 @pytest.mark.parametrize(
     ("template", "talk", "options", "error", "message"),
     [
+        ([{"name": "default"}], TALK, {}, TokenizerError, "is no list of"),
         ("{{ raise_exception('no system, please') }}", TALK, {}, TokenizerError, "no system, please"),
         ("{% for %}", TALK, {}, TokenizerError, "TemplateSyntaxError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", TALK, {}, TokenizerError, "SecurityError"),
@@ -82,6 +88,6 @@ def test_several_templates_have_names(tmp_path):
     ],
 )
 def test_what_goes_wrong_is_said(tmp_path, template, talk, options, error, message):
-    _, ours = pair(tmp_path, template)
+    ours = gptneo_fast.AutoTokenizer.from_pretrained(written(tmp_path, template))
     with pytest.raises(error, match=message):
         ours.apply_chat_template(talk, tokenize=False, **options)
