@@ -31,7 +31,7 @@ def as_device(device: Any) -> torch.device:
 
     Raises:
         InputError: a map that splits the model.
-        DeviceError: CUDA was asked for and there is none; says why.
+        DeviceError: a device that is not there, with the reason; or "meta".
     """
     if isinstance(device, dict):
         if len(set(device.values())) != 1:
@@ -49,6 +49,13 @@ def as_device(device: Any) -> torch.device:
         raise DeviceError(f"device {str(found)!r} was asked for, but {why_no_cuda()}; use device='cpu'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {str(found)!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    if found.type == "meta":
+        raise DeviceError("device 'meta' has no memory for weights; use 'cpu' or 'cuda'")
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is one
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise DeviceError(f"device {str(found)!r} was asked for, but torch has none here ({reason}); use 'cpu'") from error
     return found
 
 

@@ -16,7 +16,8 @@ REPO = ROOT.parent
 FLOORS = [
     ["errors", "demo"],
     ["files", "device", "kernels"],
-    ["config", "ops", "checkpoint", "tokenizer"],
+    ["config"],
+    ["ops", "checkpoint", "tokenizer"],
     ["network"],
     ["generation"],
     ["models"],

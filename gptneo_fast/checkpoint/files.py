@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import short
 from ..errors import CheckpointError, InputError, UnsafeCheckpointError, UnsafePathError, warn_once
 from ..files.hub import Source
 from ..files.strict_json import read_object
@@ -91,6 +92,8 @@ def find(
         UnsafeCheckpointError: only a `pytorch_model.bin` is there, and `allow_pickle` is False.
     """
     looked: list[str] = []
+    if use_safetensors not in (True, False, None):
+        raise InputError(f"use_safetensors is {short(use_safetensors)}; use True, False, or None for either kind of file")
     wanted = {True: (SAFETENSORS,), False: (PICKLE,), None: (SAFETENSORS, PICKLE, FLAX)}[use_safetensors]
     if from_flax and use_safetensors is not None:
         raise InputError(f"from_flax=True and use_safetensors={use_safetensors} ask for different files; leave one out")

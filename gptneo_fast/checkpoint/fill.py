@@ -6,8 +6,10 @@ check to the conversion, so that each byte of the file crosses memory once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from .weight_file import Stored
 BLOCK = 1 << 18  # elements; of float32 a megabyte, which the second-level cache holds
 STAGE = 16 << 20  # bytes of each of the two pinned buffers
 WORKERS = 4  # threads at most; reading from memory is bound by it sooner
+_STARTING = threading.Lock()
 
 
 class Copier:
@@ -37,18 +40,14 @@ class Copier:
         Raises:
             CheckpointError: a value that is not finite or too large, or a file is no longer whole.
         """
-        threads = torch.get_num_threads()
-        try:  # a worker is a team of its own: torch's, one for each, would wait for each other where processors are few
-            with ThreadPoolExecutor(max(1, min(WORKERS, threads)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                jobs = [pool.submit(self.fill, stored, target) for stored, target in pairs]
-                try:
-                    for job in jobs:
-                        job.result()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        finally:
-            torch.set_num_threads(threads)  # a worker's call is what threads that start later would begin with
+        with _workers() as pool:
+            jobs = [pool.submit(self.fill, stored, target) for stored, target in pairs]
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def fill(self, stored: Stored, target: Tensor) -> None:
         """Read one tensor into `target`."""
@@ -132,6 +131,33 @@ class CudaCopier(Copier):
                 if self.check_finite:
                     self._bounds.append((stored, target.dtype, torch.stack(torch.aminmax(there))))
                 part.copy_(there)
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads in each of which torch has one: teams of torch's would wait for each other where processors are few.
+
+    A thread's own number becomes that of all threads which begin later, so it is put back before another load asks for it.
+    """
+    with _STARTING:
+        threads = torch.get_num_threads()
+        count = max(1, min(WORKERS, threads))
+        begun = threading.Barrier(count + 1)
+
+        def begin() -> None:
+            torch.set_num_threads(1)
+            begun.wait()
+
+        pool = ThreadPoolExecutor(count)
+        try:
+            for _ in range(count):  # none is idle before all have begun, so each begins in a thread of its own
+                pool.submit(begin)
+            begun.wait()
+        finally:
+            begun.abort()  # where the system gives no more threads, those that wait go on
+            torch.set_num_threads(threads)
+    with pool:
+        yield pool
 
 
 def copier_for(device: torch.device, check_finite: bool = True) -> Copier:

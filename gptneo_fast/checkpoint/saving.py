@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..config import is_int, short
+from ..errors import CheckpointError, InputError
 from ..files.atomic import appearing, write_into
 
 _OURS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
@@ -23,8 +26,17 @@ def save(
         texts: other files of the checkpoint, name -> contents.
 
     Raises:
-        CheckpointError: the folder cannot be written to, or the disk is full; what was there still is.
+        InputError: no such size. CheckpointError: the folder cannot be written to, or the disk is full; what was there
+            still is.
     """
+    size: Any = max_shard_size
+    good = (
+        re.fullmatch(r"\d+(\.\d+)? *[KMGT]B", size.strip(), re.IGNORECASE)
+        if isinstance(size, str)
+        else is_int(size) and size > 0
+    )
+    if not good:
+        raise InputError(f"max_shard_size {short(max_shard_size)} is no size; give bytes above 0, or a text such as '5GB'")
     from huggingface_hub import save_torch_state_dict
     from safetensors import SafetensorError
 

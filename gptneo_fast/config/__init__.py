@@ -8,4 +8,5 @@ from .rules import (
     LIMITS as LIMITS,
     is_int as is_int,
     is_number as is_number,
+    short as short,
 )

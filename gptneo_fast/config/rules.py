@@ -47,7 +47,12 @@ def is_int(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """A finite number that is no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def fault_of(name: str, value: Any) -> str | None:

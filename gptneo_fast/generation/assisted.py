@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NonFiniteLogitsError
+from ..errors import NonFiniteLogitsError
 from ..network.cache import SLACK
 from .processors import MinLength
-from .request import LanguageModel, Prompt, Record, Request, broken_message
+from .prompt import Prompt
+from .request import LanguageModel, Record, Request, broken_message
 from .session import Session
 from .stepwise import sample
 from .stopping import EndToken, MaxLength, StoppingCriteriaList, Unlikely
@@ -111,18 +112,11 @@ def assisted(model: LanguageModel, request: Request) -> Iterator[Tensor]:
     """New tokens [1, n] int64 of each round, until the text has ended.
 
     Raises:
-        InputError: several prompts, no cache, or an assistant of another vocabulary.
         NonFiniteLogitsError: the next token's logits were NaN or infinite.
     """
-    session, V = Session.of(model, request), model.config.vocab_size
-    if (rows := len(request.prompt.ids)) > 1 or session.cache is None:
-        raise InputError(f"drafts are for one text and need the cache; this call has {rows} rows")
+    session = Session.of(model, request)
     if request.assistant is None:
-        return _verified(session, request, PromptLookup(request, V))
-    if (other := request.assistant.config.vocab_size) != V:
-        raise InputError(
-            f"assistant_model has a vocabulary of {other} tokens, this model one of {V}; they must share a tokenizer"
-        )
+        return _verified(session, request, PromptLookup(request, model.config.vocab_size))
     return _verified(session, request, Assistant(request.assistant, request))
 
 
@@ -140,6 +134,12 @@ def _verified(session: Session, request: Request, drafter: Drafter) -> Iterator[
             n, logits = good - 1, logits[:, :good]  # what breaks further on is met again, if the text gets there
             guess, drawn_from = guess[:, :n], None if drawn_from is None else drawn_from[:, :n]
         scores = torch.stack([request.processors(whole[:, : T + i], logits[:, i]) for i in range(n + 1)], 1)
+        if request.processors:
+            usable = int(request.usable(scores[0]).int().cumprod(0).sum())
+            request.require(torch.tensor([usable > 0]))
+            n = min(n, usable - 1)  # behind a guess that will not be taken nothing may be left
+            logits, scores, guess = logits[:, : n + 1], scores[:, : n + 1], guess[:, :n]
+            drawn_from = None if drawn_from is None else drawn_from[:, :n]
         if options.do_sample and drawn_from is not None:
             tokens = _accept(guess, drawn_from, scores, request.generator)
         else:

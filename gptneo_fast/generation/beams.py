@@ -68,7 +68,7 @@ def _search(session: Session, request: Request) -> Iterator[Tensor]:
     options, total, device = request.options, request.total, ids.device
     K, P = options.num_beams, ids.shape[1]
     N, length = len(ids) // K, P
-    kept = max(2, 1 + len(options.eos_ids)) * K
+    kept = min(max(2, 1 + len(options.eos_ids)) * K, K * session.model.config.vocab_size)
     fill = (options.pad_id or options.eos_ids[0]) if options.eos_ids else -1  # a pad id of 0 counts as none, as in transformers
     running = _empty(N, K, P, total, ids, fill)
     done = running.take(torch.arange(K, device=device).expand(N, K))
@@ -83,7 +83,7 @@ def _search(session: Session, request: Request) -> Iterator[Tensor]:
             logits = broken.out_of(logits, texts, improvable)
         scores = request.processors(texts, logits.log_softmax(-1))
         request.record.step(session, logits, scores)
-        candidates = _continue(running, scores, kept, length, P, request)
+        candidates = _continue(running, scores, kept, (length, P), improvable, request)
         candidates.finished = request.criteria(candidates.ids[:, :, : length + 1].flatten(0, 1), request.record.scores).view(
             N, kept
         )
@@ -157,11 +157,19 @@ def _empty(N: int, K: int, P: int, total: int, ids: Tensor, fill: int) -> Beams:
     )
 
 
-def _continue(running: Beams, scores: Tensor, kept: int, length: int, P: int, request: Request) -> Beams:
-    """The `kept` best continuations of each prompt by one token, or as many drawn without replacement."""
+def _continue(running: Beams, scores: Tensor, kept: int, place: tuple[int, int], wanted: Tensor, request: Request) -> Beams:
+    """The `kept` best continuations of each prompt by one token, or as many drawn without replacement.
+
+    Args:
+        place: columns of texts and of prompts. wanted: boolean [N, 1], False for prompts whose search has ended.
+    """
+    length, P = place
     N, K = running.scores.shape
     V = scores.shape[-1]
     summed = (scores.view(N, K, V) + running.scores[:, :, None]).view(N, K * V)
+    if not bool((usable := request.usable(summed)).all()):
+        request.require((usable | ~wanted[:, 0]).repeat_interleave(K))
+        summed = torch.where(usable[:, None], summed, _WORST)
     if request.options.do_sample:
         index = torch.multinomial(summed.softmax(-1), kept, generator=request.generator)
         best, order = summed.gather(1, index).sort(1, descending=True)  # the first K are the best, as from transformers 5.24 on

@@ -188,7 +188,7 @@ class GenerationConfig:
         """End-of-text ids; empty for none."""
         if self.eos_token_id is None:
             return []
-        return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return list(dict.fromkeys(self.eos_token_id)) if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
     @property
     def pad_id(self) -> int | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..config import GPTNeoConfig
+from ..config import GPTNeoConfig, short
 from ..errors import InputError
 from ..network.cache import KVCache
 from ..network.inputs import check_ids
@@ -21,9 +22,11 @@ from ..network.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnly
 from . import captured
 from .assisted import assisted
 from .beams import beams
+from .callbacks import check_functions
 from .config import OFF, GenerationConfig, Options, total_length
 from .processors import Context, processors_of
-from .request import Generation, LanguageModel, Prompt, Record, Request, padding_of
+from .prompt import Prompt, prompt_of
+from .request import Generation, LanguageModel, Record, Request
 from .session import Session
 from .stepwise import stepwise
 from .stopping import criteria_of
@@ -88,27 +91,34 @@ class GenerationMixin:
             UnknownOptionError: no such option.
             NonFiniteLogitsError: NaN or infinite logits in some rows; the others are complete.
         """
-        if inputs is not None and input_ids is not None:
-            raise InputError("inputs and input_ids are two names of one argument; give one")
-        past_key_values = options.pop("cache", None) if past_key_values is None else past_key_values  # its name from 5.24 on
         model = cast(LanguageModel, self)
-        settled = settle(model, generation_config, options | {"synced_gpus": synced_gpus})
-        given = prompt_of(model, input_ids if inputs is None else inputs, attention_mask, inputs_embeds, settled)
-        given.position_ids, given.token_type_ids, given.cache = position_ids, token_type_ids, past_key_values
-        prompt = given.leftwards().expand(max(settled.num_beams, settled.num_return_sequences))
-        request = request_of(
-            model,
-            prompt,
-            settled,
-            tokenizer=tokenizer,
-            criteria=stopping_criteria,
-            own=list(logits_processor or []),
-            negative=(negative_prompt_ids, negative_prompt_attention_mask),
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            assistant=assistant_model,
-            streamed=streamer is not None,
-        )
-        return _output(given.ids, complete(model, request, streamer), request)
+        with _telling(streamer):
+            if inputs is not None and input_ids is not None:
+                raise InputError("inputs and input_ids are two names of one argument; give one")
+            settled = settle(model, generation_config, options | {"synced_gpus": synced_gpus})
+            given = prompt_of(
+                model,
+                input_ids if inputs is None else inputs,
+                attention_mask,
+                inputs_embeds,
+                settled,
+                position_ids=position_ids,
+                token_type_ids=token_type_ids,
+                cache=options.pop("cache", None) if past_key_values is None else past_key_values,  # its name from 5.24 on
+            )
+            request = request_of(
+                model,
+                given.leftwards().expand(max(settled.num_beams, settled.num_return_sequences)),
+                settled,
+                tokenizer=tokenizer,
+                criteria=stopping_criteria,
+                own=check_functions("logits_processor", logits_processor),
+                negative=(negative_prompt_ids, negative_prompt_attention_mask),
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                assistant=assistant_model,
+                streamed=streamer is not None,
+            )
+            return _output(given.ids, complete(model, request, streamer), request)
 
     def compute_transition_scores(
         self, sequences: Tensor, scores: Sequence[Tensor], beam_indices: Tensor | None = None, normalize_logits: bool = False
@@ -148,6 +158,8 @@ def settle(model: LanguageModel, config: GenerationConfig | None, said: dict[str
     Raises:
         InputError, UnknownOptionError: a value out of range, an option that does not exist or goes not with another.
     """
+    if config is not None and not hasattr(config, "to_dict"):
+        raise InputError(f"generation_config is {short(config)}; give a GenerationConfig, or the options as keywords")
     own = model.generation_config if config is None else model.generation_config.under(config)
     options, vocabulary = GenerationConfig.of(said), model.config.vocab_size
     for token in options.eos_ids:
@@ -158,23 +170,6 @@ def settle(model: LanguageModel, config: GenerationConfig | None, said: dict[str
         if value is None and name in vars(merged) and name not in ("max_length", "max_new_tokens"):
             setattr(merged, name, OFF.get(name))
     return merged.resolved()
-
-
-def prompt_of(model: LanguageModel, ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None, options: Options) -> Prompt:
-    """The prompt, checked, with its padding.
-
-    Raises:
-        InputError: ids, a mask or an empty prompt that will not do.
-    """
-    if embeds is not None:
-        ids = torch.empty(len(embeds), 0, dtype=torch.long, device=model.device) if ids is None else ids
-        return Prompt(ids, None if mask is None or bool(mask.all()) else mask, embeds=embeds)
-    if ids is None:
-        if options.bos_token_id is None:
-            raise InputError("no prompt and no bos_token_id to begin with; give input_ids")
-        ids = torch.tensor([[options.bos_token_id]], device=model.device)
-    ids = check_ids("input_ids", ids, model.config.vocab_size, model.device)
-    return Prompt(ids, padding_of(ids, mask, options))
 
 
 def request_of(
@@ -205,20 +200,25 @@ def request_of(
     if prompt.embeds is None and prompt.mask is not None and prompt.mask.shape[1] > P and prompt.cache is not None:
         embedded = prompt.cache.get_seq_length()
     total = total_length(options, P + embedded, model.config.max_position_embeddings) - embedded
+    _check_together(model, prompt, options, total, assistant, streamed)
     starts = None if prompt.starts is None else (prompt.starts - embedded).clamp(min=0)  # in columns of ids
+    if prefix_allowed_tokens_fn is not None and not callable(prefix_allowed_tokens_fn):
+        raise InputError(f"prefix_allowed_tokens_fn is {short(prefix_allowed_tokens_fn)}, which cannot be called")
+    guided = options.guidance_scale not in (None, 1)
     context = Context(
         prompt=P,
         total=total,
         vocabulary=model.config.vocab_size,
         starts=starts,
-        unconditional=_Guide(model, prompt, *negative) if options.guidance_scale not in (None, 1) else None,
+        unconditional=_Guide(model, prompt, *negative, new=total - P) if guided else None,
         prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
         own=own,
     )
     generator = None if options.seed is None else torch.Generator(device).manual_seed(options.seed)
     processors = processors_of(options, context)
     processors.extend(warpers_of(options))
-    stops = criteria_of(options, total, tokenizer if tokenizer is not None else model.tokenizer, criteria, device)
+    own_stops = check_functions("stopping_criteria", criteria)
+    stops = criteria_of(options, total, tokenizer if tokenizer is not None else model.tokenizer, own_stops, device)
 
     def kept(wanted: bool | None) -> list[Any] | None:
         return [] if options.return_dict_in_generate and wanted else None
@@ -243,16 +243,55 @@ def request_of(
     )
 
 
+def _check_together(
+    model: LanguageModel, prompt: Prompt, options: Options, total: int, assistant: LanguageModel | None, streamed: bool
+) -> None:
+    """Refuse what no strategy can serve.
+
+    Args:
+        total: columns of ids at most.
+    """
+    limit, V, rows, new = (
+        model.config.max_position_embeddings,
+        model.config.vocab_size,
+        len(prompt.ids),
+        total - prompt.ids.shape[1],
+    )
+    if options.num_beams > 1 and (assistant is not None or streamed):
+        raise InputError("num_beams above 1 goes neither with assistant_model nor with streamer")
+    if not options.use_cache and prompt.cache is None and (prompt.embeds is not None or options.prefill_chunk_size is not None):
+        raise InputError("inputs_embeds and prefill_chunk_size need use_cache=True")
+    if prompt.position_ids is not None and (last := int(prompt.position_ids[:, -1].max())) + new > limit:
+        raise InputError(
+            f"position_ids end at {last} and {new} new tokens go on from there, past the model's {limit} positions; "
+            f"ask for at most {limit - last} new tokens"
+        )
+    if assistant is None and options.prompt_lookup_num_tokens is None:
+        return
+    if rows > 1 or (prompt.cache is None and not options.use_cache):
+        raise InputError(f"drafts are for one text and need the cache; this call has {rows} rows")
+    if assistant is None:
+        return
+    if not isinstance(getattr(assistant, "config", None), GPTNeoConfig):
+        raise InputError(f"assistant_model is a {type(assistant).__name__}; give a GPTNeoForCausalLM")
+    if (other := assistant.config.vocab_size) != V:
+        raise InputError(
+            f"assistant_model has a vocabulary of {other} tokens, this model one of {V}; they must share a tokenizer"
+        )
+    if (held := assistant.config.max_position_embeddings) < total - 1:
+        raise InputError(
+            f"prompt and continuation come to {total} tokens and assistant_model has {held} positions; "
+            "ask for fewer new tokens, or leave it out"
+        )
+
+
 def new_tokens(model: LanguageModel, request: Request) -> Iterator[Tensor]:
     """New tokens [rows, n] as they are found, on the device or the host, by the strategy that the request asks for;
-    `last_generation` tells which.
-
-    Raises:
-        InputError: the strategy cannot serve the request.
-    """
+    `last_generation` tells which. The caller's cache is first touched here."""
+    cache, rows = request.prompt.cache, len(request.prompt.ids)
+    if isinstance(cache, KVCache) and cache.batch_size != rows:
+        cache.batch_repeat_interleave(rows // cache.batch_size)
     if request.options.num_beams > 1:
-        if request.assistant is not None or request.streamed:
-            raise InputError("num_beams above 1 goes neither with assistant_model nor with streamer")
         model.last_generation = Generation("stepwise", "beams run on the host")
         return beams(model, request)
     why = captured.why_not(model, request)
@@ -288,13 +327,25 @@ def _output(prompts: Tensor, new: Tensor, request: Request) -> Any:
 
 
 def _shown(ids: Tensor, steps: Iterator[Tensor], streamer: Any) -> Iterator[Tensor]:
-    """The same steps, each shown to the streamer, as is an error where it can take one."""
+    """The same steps, each shown to the streamer."""
+    streamer.put(ids.cpu())
+    for tokens in steps:
+        streamer.put(tokens[:, 0].cpu() if tokens.shape[1] == 1 else tokens.cpu())
+        yield tokens
+    streamer.end()
+
+
+@contextmanager
+def _telling(streamer: Any) -> Iterator[None]:
+    """Hand an error to the streamer, too, where it can take one: somebody may wait for it in another thread.
+
+    Raises:
+        InputError: no streamer.
+    """
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise InputError(f"streamer is {short(streamer)}; give an object with put(ids) and end()")
     try:
-        streamer.put(ids.cpu())
-        for tokens in steps:
-            streamer.put(tokens[:, 0].cpu() if tokens.shape[1] == 1 else tokens.cpu())
-            yield tokens
-        streamer.end()
+        yield
     except BaseException as error:
         if hasattr(streamer, "fail"):
             streamer.fail(error)
@@ -304,14 +355,20 @@ def _shown(ids: Tensor, steps: Iterator[Tensor], streamer: Any) -> Iterator[Tens
 class _Guide:
     """Logits of the unconditional prompt, extended by what is generated. ids [B, T'] default to the prompts' last token."""
 
-    def __init__(self, model: LanguageModel, prompt: Prompt, ids: Tensor | None, mask: Tensor | None) -> None:
+    def __init__(self, model: LanguageModel, prompt: Prompt, ids: Tensor | None, mask: Tensor | None, new: int) -> None:
         self.ids = (
             prompt.ids[:, -1:] if ids is None else check_ids("negative_prompt_ids", ids, model.config.vocab_size, model.device)
         )
         if len(self.ids) != len(prompt.ids):
             raise InputError(f"negative_prompt_ids has {len(self.ids)} rows, the input {len(prompt.ids)}")
-        self.prompt = prompt.ids.shape[1]
-        total = model.config.max_position_embeddings
+        if mask is not None and tuple(mask.shape) != tuple(self.ids.shape):
+            raise InputError(f"negative_prompt_attention_mask has shape {list(mask.shape)}, its ids {list(self.ids.shape)}")
+        self.prompt, total = prompt.ids.shape[1], self.ids.shape[1] + new
+        if total > (limit := model.config.max_position_embeddings):
+            raise InputError(
+                f"negative_prompt_ids has {self.ids.shape[1]} tokens and {new} new ones make {total}, past the model's {limit} "
+                "positions; shorten it, or ask for fewer new tokens"
+            )
         self.session = Session(model, Prompt(self.ids, mask), total)
 
     def __call__(self, input_ids: Tensor) -> Tensor:

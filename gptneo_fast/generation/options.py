@@ -57,7 +57,7 @@ def _ids(value: Any) -> bool:
 def _biases(value: Any) -> bool:
     pairs = value.items() if isinstance(value, dict) else value
     try:
-        return len(value) > 0 and all(_ids(ids) and is_number(bias) for ids, bias in pairs)
+        return len(value) > 0 and all(_ids(ids) and (is_number(bias) or bias == float("-inf")) for ids, bias in pairs)
     except (TypeError, ValueError):
         return False
 
@@ -75,6 +75,7 @@ _Rule = tuple[Callable[[Any], bool], str]
 _flag: _Rule = (lambda v: isinstance(v, bool), "True or False")
 _count: _Rule = (lambda v: is_int(v) and 0 <= v < 2**31, "an integer from 0")
 _positive: _Rule = (lambda v: is_int(v) and 1 <= v < 2**31, "an integer from 1")
+_rows: _Rule = (lambda v: is_int(v) and 1 <= v <= 4096, "an integer from 1 to 4096")
 _rate: _Rule = (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 _above_0: _Rule = (lambda v: is_number(v) and v > 0, "a finite number above 0")
 _cutoff: _Rule = (lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
@@ -87,7 +88,8 @@ _id_list: _Rule = (_ids, "a list of token ids")
 
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size"), _count),
-    **dict.fromkeys(("num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "max_matching_ngram_size"), _positive),
+    **dict.fromkeys(("num_beams", "num_return_sequences"), _rows),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "max_matching_ngram_size"), _positive),
     **dict.fromkeys(("num_assistant_tokens", "prefill_chunk_size"), _positive),
     **dict.fromkeys(
         ("do_sample", "use_cache", "remove_invalid_values", "renormalize_logits", "return_dict_in_generate"), _flag
@@ -102,7 +104,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _id_list),
     "temperature": (lambda v: is_number(v) and v >= 0, "a finite number from 0 (0 is greedy)"),
     "top_k": (lambda v: is_int(v) and v >= 0, "an integer from 0 (0 keeps all tokens)"),
-    "length_penalty": (is_number, "a finite number"),
+    "length_penalty": (lambda v: is_number(v) and abs(v) <= 50, "a number from -50 to 50"),  # the length ** 50 is a float
     "seed": (lambda v: is_int(v) and 0 <= v < 2**64, "an integer from 0 to 2**64 - 1"),
     "early_stopping": (lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
     "stop_strings": (_stops, "a string or up to 256 of them, each of 1 to 4096 characters"),

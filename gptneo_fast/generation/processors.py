@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from .callbacks import scores_of, tokens_of
 from .config import Options
 
 NEVER = float("-inf")
@@ -33,9 +34,13 @@ class LogitsProcessorList(list[Callable[[Tensor, Tensor], Tensor]]):
     """Processors that run one after the other."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] after every processor."""
+        """Scores [B, V] after every processor.
+
+        Raises:
+            InputError: one of them returned something else.
+        """
         for processor in self:
-            scores = processor(input_ids, scores)
+            scores = scores_of(processor, input_ids, scores)
         return scores
 
 
@@ -139,10 +144,7 @@ class PrefixAllowedTokens(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         mask = torch.full_like(scores, NEVER)
         for row, ids in enumerate(input_ids):
-            tokens = self.allowed(row // self.rows_per_prompt, ids)
-            if len(tokens) == 0:
-                raise InputError(f"prefix_allowed_tokens_fn allows no token for row {row} after {len(ids)} tokens")
-            mask[row, tokens] = 0
+            mask[row, tokens_of(self.allowed, row // self.rows_per_prompt, ids, scores.shape[1])] = 0
         allowed = scores + mask
         # Where all that is allowed had been removed before, what is allowed wins.
         stuck = allowed.amax(-1).isneginf().view(-1, self.rows_per_prompt).all(1)
@@ -231,7 +233,8 @@ def processors_of(options: Options, about: Context) -> LogitsProcessorList:
         out.append(ClassifierFreeGuidance(o.guidance_scale, about.unconditional))
     if o.sequence_bias is not None:
         pairs = o.sequence_bias.items() if isinstance(o.sequence_bias, dict) else o.sequence_bias
-        out.append(SequenceBias([(_within(ids, about, "sequence_bias"), float(value)) for ids, value in pairs]))
+        biases = {tuple(_within(ids, about, "sequence_bias")): float(value) for ids, value in pairs}  # of two, the last
+        out.append(SequenceBias([(list(ids), value) for ids, value in biases.items()]))
     if o.repetition_penalty != 1:
         out.append(RepetitionPenalty(o.repetition_penalty, about.starts))
     if o.no_repeat_ngram_size > 0:

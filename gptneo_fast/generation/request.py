@@ -1,9 +1,9 @@
-"""One call of `generate`: what it begins with (Prompt), how it goes on (Request), what is kept of it (Record)."""
+"""One call of `generate`: how it goes on (Request), what is kept of it (Record)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from ..config import GPTNeoConfig
 from ..errors import InputError
 from ..network.cache import KVCache
+from .callbacks import named
 from .config import GenerationConfig, Options
 from .processors import LogitsProcessorList
+from .prompt import Prompt
 from .stopping import EndToken, StoppingCriteriaList
 
 if TYPE_CHECKING:
@@ -58,97 +60,6 @@ class LanguageModel(Protocol):
         self, ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, cache: Any, keep: int = 1, **how: Any
     ) -> Tensor: ...
     def __call__(self, *args: Any, **keywords: Any) -> Any: ...
-
-
-@dataclass
-class Prompt:
-    """What a generation begins with; every tensor has B rows.
-
-    ids: int64 [B, P]. mask: int64 [B, P] or wider by the columns of `cache`, zero for padding; None for none.
-    """
-
-    ids: Tensor
-    mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    token_type_ids: Tensor | None = None
-    embeds: Tensor | None = None  # [B, P', C] in place of ids, which then may be [B, 0]
-    cache: KVCache | None = None
-    places: list[int] | None = None  # of the rows in the caller's list; None for 0 ... B - 1
-
-    def expand(self, times: int) -> Prompt:
-        """Every row `times` times."""
-        if times == 1:
-            return self
-        rows = torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(times)
-
-        def wide(tensor: Tensor | None) -> Tensor | None:  # one row stands for all
-            return tensor if tensor is None else tensor.expand(len(self.ids), *tensor.shape[1:])[rows]
-
-        if self.cache is not None:
-            self.cache.reorder_cache(rows)
-        return Prompt(
-            self.ids[rows], wide(self.mask), wide(self.position_ids), wide(self.token_type_ids), wide(self.embeds), self.cache
-        )
-
-    def leftwards(self) -> Prompt:
-        """The same texts with the padding that stands behind them put before them, where a continuation can follow.
-
-        Raises:
-            InputError: some columns are in a cache, which cannot be moved.
-        """
-        if self.mask is None or bool((self.mask[:, -1] != 0).all()):
-            return self
-        if self.cache is not None:
-            raise InputError("a text padded on the right cannot continue past_key_values; pad it on the left")
-        T = self.mask.shape[1]
-        columns = torch.arange(T, device=self.mask.device)
-        behind = T - 1 - ((self.mask != 0) * columns).argmax(1)  # [B] columns of padding behind the last token
-        source = (columns - behind[:, None]) % T  # [B, T]
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or tensor.shape[1] != T:
-                return tensor
-            tensor = tensor.expand(len(source), *tensor.shape[1:])
-            return tensor.take_along_dim(source if tensor.dim() == 2 else source[..., None], 1)
-
-        ids, mask, embeds = moved(self.ids), moved(self.mask), moved(self.embeds)
-        assert ids is not None
-        return replace(
-            self,
-            ids=ids,
-            mask=mask,
-            position_ids=moved(self.position_ids),
-            token_type_ids=moved(self.token_type_ids),
-            embeds=embeds,
-        )
-
-    @property
-    def starts(self) -> Tensor | None:
-        """int64 [B], columns before the first token of each row."""
-        return None if self.mask is None else (self.mask != 0).int().argmax(1)
-
-
-def padding_of(ids: Tensor, mask: Tensor | None, options: Options) -> Tensor | None:
-    """The mask [B, T] of the prompts' padding, or None where there is none.
-
-    Raises:
-        InputError: another shape, or a row of nothing but padding.
-    """
-    if mask is None:
-        pad = options.pad_token_id
-        if pad is None or pad in options.eos_ids or not bool((ids == pad).any()):
-            return None
-        mask = ids != pad
-    if mask.dim() == 1:
-        mask = mask[None]
-    if mask.dim() != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
-        raise InputError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}; they must agree")
-    held = (mask != 0).to(ids.device)
-    if bool(held.all()) and held.shape[1] == ids.shape[1]:
-        return None
-    if empty := (~held.any(1)).nonzero().flatten().tolist():
-        raise InputError(f"row {empty[0]} of attention_mask is all padding; a prompt needs at least one token")
-    return held.long()
 
 
 @dataclass
@@ -213,21 +124,39 @@ class Request:
         """Whether a row can end by a token, so that finished rows need filling."""
         return any(isinstance(c, EndToken) for c in self.criteria)
 
-    def draw(self, scores: Tensor) -> Tensor:
+    def draw(self, scores: Tensor, running: Tensor) -> Tensor:
         """Tokens [B] int64 from processed scores [B, V]: one multinomial over the softmax, or the likeliest.
 
+        Args:
+            running: boolean [B]; of the other rows nothing is expected.
+
         Raises:
-            InputError: processors left a row without tokens.
+            InputError: processors left a running row without tokens.
         """
+        if self.processors and not bool((usable := self.usable(scores)).all()):
+            self.require(usable | ~running)
+            scores = torch.where(usable[:, None], scores, 0.0)
         if not self.options.do_sample:
             return scores.argmax(-1)
-        try:
-            return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
-        except RuntimeError as error:
+        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
+
+    def usable(self, scores: Tensor) -> Tensor:
+        """Boolean [...]: where a token can be chosen of processed scores [..., V]."""
+        best = scores.amax(-1)  # NaN where one is
+        return best.isfinite() if self.options.do_sample else best > float("-inf")
+
+    def require(self, usable: Tensor) -> None:
+        """Raise for rows [B] of which no token can be chosen.
+
+        Raises:
+            InputError: names the rows, and what may have left them so.
+        """
+        if rows := (~usable).nonzero().flatten().tolist():
+            names = ", ".join(dict.fromkeys(map(named, self.processors)))
             raise InputError(
-                f"no token can be drawn: processors left scores that are all -inf or not numbers in rows "
-                f"{(~scores.softmax(-1).isfinite().all(-1)).nonzero().flatten().tolist()}"
-            ) from error
+                f"no token can be chosen for row {', '.join(map(str, rows))}: {names} left scores that are all -inf, or not "
+                "numbers; remove fewer tokens, or end such texts with a stopping criterion"
+            )
 
 
 def broken_message(rows: list[int], columns: list[int]) -> str:

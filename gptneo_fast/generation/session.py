@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..errors import CacheError, InputError
-from .request import LanguageModel, Prompt, Request
+from .prompt import Prompt
+from .request import LanguageModel, Request
 
 
 class Session:
@@ -47,16 +47,10 @@ class Session:
         if self.cache is not None:
             past = self.cache.get_seq_length()
             columns = P if prompt.mask is None else prompt.mask.shape[1]
-            if columns not in (P, P + past):
-                raise InputError(f"attention_mask has {columns} columns; give {P}, or {P + past} with those cached")
             self.offset = columns - P
             self.seen = past - self.offset
-            if not self.seen < P:
-                raise CacheError(f"past_key_values holds {past} columns and input_ids has {P}: nothing is left to run")
         elif use_cache and not self.prepares:  # else it comes with the first call
             self.cache = model.transformer.new_cache(B, total + self.offset - 1)
-        if not self.use_cache and (prompt.embeds is not None or chunk is not None):
-            raise InputError("inputs_embeds and prefill_chunk_size need use_cache=True")
         self.hides = prompt.mask is not None  # whether some column must be hidden at every call
         self.attentions: tuple[Tensor, ...] | None = None
         self.hidden_states: tuple[Tensor, ...] | None = None

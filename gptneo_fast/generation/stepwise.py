@@ -41,7 +41,7 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
             logits = torch.where(finite[:, None], logits, 0.0)
         scores = request.processors(ids, logits)
         request.record.step(session, logits, scores)
-        token = request.draw(scores)
+        token = request.draw(scores, running)
         if request.may_end_early or broken:
             token = torch.where(running, token, pad if pad is not None else 0)
         ids = torch.cat([ids, token[:, None]], 1)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import short
 from ..errors import InputError
+from .callbacks import ended_of
 from .config import Options
 
 
@@ -27,10 +29,14 @@ class StoppingCriteriaList(list[Callable[..., Any]]):
     """Criteria of which any may end a text."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Boolean [B]: the texts that have ended."""
+        """Boolean [B]: the texts that have ended.
+
+        Raises:
+            InputError: one of them returned something else.
+        """
         ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for criterion in self:
-            ended = ended | criterion(input_ids, scores, **kwargs)
+            ended = ended | ended_of(criterion, input_ids, scores, **kwargs)
         return ended
 
 
@@ -118,6 +124,7 @@ def criteria_of(
 def _token_bytes(tokenizer: Any) -> Callable[[int], bytes]:
     from ..tokenizer.stream import bytes_of
 
-    if tokenizer is None:
-        raise InputError("stop_strings needs a tokenizer: set model.tokenizer, or pass tokenizer=...")
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        given = "" if tokenizer is None else f", and {short(tokenizer)} is none"
+        raise InputError(f"stop_strings needs a tokenizer{given}: set model.tokenizer, or pass tokenizer=...")
     return lambda token: bytes_of(tokenizer.convert_ids_to_tokens(token) or "")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import InputError, SetupError
 from .config import NEW_TOKENS, Options
-from .generate import complete, new_tokens, prompt_of, request_of, settle
-from .request import LanguageModel, Prompt
+from .generate import complete, new_tokens, request_of, settle
+from .prompt import Prompt, prompt_of
+from .request import LanguageModel
 
 _BATCH = 32  # prompts that run together
 

@@ -110,7 +110,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         Args:
             num_items_in_batch: divide the summed loss by this instead.
         """
-        labels = check_labels(labels.to(logits.device), vocab_size, ignore_index)
+        labels = check_labels(labels, logits.shape[:-1], vocab_size, ignore_index, logits.device)
         shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].flatten()
         how = "mean" if num_items_in_batch is None else "sum"
         loss = F.cross_entropy(logits.float().view(-1, vocab_size), shifted, ignore_index=ignore_index, reduction=how)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
 from ..errors import InputError, warn_once
-from ..network.cache import KVCache
+from ..network.cache import KVCache, kind
 from ..network.inputs import check_labels, check_unknown
 from ..network.outputs import QuestionAnsweringModelOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 from .model import GPTNeoModel
@@ -80,11 +80,14 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
         elif self.config.pad_token_id is not None:
             warn_once("padding cannot be told in inputs_embeds: the last position of each row is classified")
         logits = self.score(hidden)[torch.arange(B, device=hidden.device), last]
-        loss = None if labels is None else self._loss(logits, labels.to(logits.device))
+        loss = None if labels is None else self._loss(logits, labels)
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits, **out.beside("last_hidden_state"))
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of the problem type, which is chosen by number of labels and label dtype and then kept."""
+        if not isinstance(labels, Tensor):
+            raise InputError(f"labels is {kind(labels)}; give a tensor")
+        labels = labels.to(logits.device)
         if self.config.problem_type is None:
             if self.num_labels == 1:
                 self.config.problem_type = "regression"
@@ -95,7 +98,9 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
         if self.config.problem_type == "regression":
             return F.mse_loss(logits.squeeze(), labels.squeeze()) if self.num_labels == 1 else F.mse_loss(logits, labels)
         if self.config.problem_type == "single_label_classification":
-            return F.cross_entropy(logits.view(-1, self.num_labels), check_labels(labels, self.num_labels).view(-1))
+            return F.cross_entropy(
+                logits.view(-1, self.num_labels), check_labels(labels, logits.shape[:1], self.num_labels).view(-1)
+            )
         return F.binary_cross_entropy_with_logits(logits, labels)
 
 
@@ -143,9 +148,8 @@ class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
         logits = self.classifier(self.dropout(out.last_hidden_state))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(
-                logits.view(-1, self.num_labels), check_labels(labels.to(logits.device), self.num_labels).view(-1)
-            )
+            labels = check_labels(labels, logits.shape[:2], self.num_labels, device=logits.device)
+            loss = F.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1))
         return TokenClassifierOutput(loss=loss, logits=logits, **out.beside("last_hidden_state", "past_key_values"))
 
 

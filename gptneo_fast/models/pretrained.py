@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..config import GPTNeoConfig
+from ..config import GPTNeoConfig, short
 from ..device import as_device, as_dtype
 from ..errors import InputError, UnknownOptionError, warn_once
 from ..files.hub import Source
@@ -272,6 +272,8 @@ class GPTNeoPreTrainedModel(Training):
             force_download=force_download,
             subfolder=subfolder,
         )
+        if not isinstance(config, GPTNeoConfig | None):
+            raise InputError(f"config is {short(config)}; give a GPTNeoConfig, or None for the checkpoint's own")
         config = GPTNeoConfig.from_source(source, **overrides) if config is None else config.replace(**overrides)
         wanted = dtype if dtype is not None else torch_dtype
         chosen = as_dtype("auto" if wanted is None else wanted) or as_dtype(config.dtype or "auto")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ..config import GPTNeoConfig
-from ..errors import CacheError
+from ..config import GPTNeoConfig, is_int
+from ..errors import CacheError, InputError
 from ..ops import reference
+from .touch import is_readable
 
 SLACK = 128  # slots of a ring beyond its window
 STEP = SLACK + 1  # longest step that may be appended before it attends: window - 1 + STEP slots
@@ -56,6 +58,9 @@ class KVCache:
         dtype, device: of the model.
         max_length: columns to allocate for at once; without it the cache grows as it fills.
         windows: columns that a query of each layer sees, 0 for all; None for those of the configuration.
+
+    Raises:
+        InputError: another kind of value.
     """
 
     def __init__(
@@ -68,6 +73,13 @@ class KVCache:
         max_length: int | None = None,
         windows: Sequence[int] | None = None,
     ) -> None:
+        limit = config.max_position_embeddings
+        if not is_int(batch_size) or batch_size < 0:
+            raise InputError(f"batch_size {batch_size!r} is not a number of rows")
+        if max_length is not None and not (is_int(max_length) and 0 <= max_length <= limit):
+            raise InputError(f"max_length {max_length!r} is not an integer from 0 to {limit}, the model's positions")
+        if not dtype.is_floating_point:
+            raise InputError(f"dtype {dtype} holds no keys and values; give the model's")
         self.config = config
         self.windows = windows_of(config) if windows is None else tuple(windows)
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)  # tokens of each row
@@ -168,8 +180,15 @@ class KVCache:
         """Forget all columns from `max_length` on; a negative number forgets that many.
 
         Raises:
+            InputError: no integer.
             CacheError: the ring of a local layer no longer holds the window before that place.
         """
+        try:
+            max_length = operator.index(max_length)
+        except TypeError as error:
+            raise InputError(
+                f"max_length {max_length!r} is no integer: columns to keep, or below 0 columns to forget"
+            ) from error
         length = max_length if max_length >= 0 else self._seen + max_length
         if length >= self._seen:
             return
@@ -191,10 +210,22 @@ class KVCache:
 
     @lasting()
     def reorder_cache(self, rows: Tensor) -> None:
-        """Keep these rows in this order, repeats allowed. rows: int64 [B']."""
+        """Keep these rows in this order, repeats allowed. rows: integer [B'], each from 0 to B - 1.
+
+        Raises:
+            InputError: another kind of tensor, or a row that there is not.
+        """
+        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"rows is {kind(rows)}; give an integer tensor [B'] of rows to keep")
+        if is_readable() and bool(((rows < 0) | (rows >= self.batch_size)).any()):
+            raise InputError(f"rows {rows.tolist()} are not all from 0 to {self.batch_size - 1}, the rows of this cache")
         self.lengths = self.lengths.index_select(0, rows)
         self.keys = [t.index_select(0, rows) for t in self.keys]
         self.values = [t.index_select(0, rows) for t in self.values]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, one behind another."""
+        self.reorder_cache(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(repeats))
 
     @lasting()
     def fork(self) -> KVCache:
@@ -255,6 +286,11 @@ class KVCache:
 
     def __repr__(self) -> str:
         return f"KVCache({self.batch_size} rows, {self._seen} columns, {self.nbytes / 2**20:.1f} MiB)"
+
+
+def kind(value: object) -> str:
+    """What was given, for an error."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 class LayerCache:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import GPTNeoConfig
+from ..config import GPTNeoConfig, short
 from ..errors import CacheError, InputError, UnknownOptionError, nearest
-from .cache import KVCache
+from .cache import KVCache, kind
 from .touch import is_readable
 
 # transformers' callers pass them to every class: positions are known here, and a class without cache keeps none
@@ -36,7 +38,7 @@ def check_ids(name: str, ids: Tensor, limit: int, device: torch.device) -> Tenso
     """Integer ids as int64 [B, T] on the model's device.
 
     Args:
-        ids: integer [B, T] or [T], of any strides, each from 0 to limit - 1.
+        ids: integer [B, T] or [T], of any strides, each from 0 to limit - 1; B may be 0.
 
     Raises:
         InputError: another kind, shape, device or value; names the first bad value and its place.
@@ -57,12 +59,42 @@ def check_ids(name: str, ids: Tensor, limit: int, device: torch.device) -> Tenso
     return ids.long()
 
 
-def check_labels(labels: Tensor, limit: int, ignore: int = -100) -> Tensor:
-    """Class labels of any shape as int64: each from 0 to limit - 1, or `ignore` for what is not to be learnt.
+def check_embeds(embeds: Any, config: GPTNeoConfig, dtype: torch.dtype | None) -> Tensor:
+    """Embeddings of a prompt, floating point [B, T, C].
+
+    Args:
+        dtype: of the model, where it is known.
 
     Raises:
-        InputError: another value; names the first and its place.
+        InputError: something else, or float64 for a model that is not.
     """
+    if (
+        not isinstance(embeds, Tensor)
+        or embeds.dim() != 3
+        or embeds.shape[2] != config.hidden_size
+        or not embeds.is_floating_point()
+    ):
+        raise InputError(f"inputs_embeds is {kind(embeds)}; expected floating point [B, T, {config.hidden_size}]")
+    if embeds.dtype is torch.float64 and dtype not in (None, torch.float64):
+        raise InputError(f"inputs_embeds is float64, the model {dtype}; cast it with .to({dtype})")
+    return embeds
+
+
+def check_labels(labels: Tensor, shape: Sequence[int], limit: int, ignore: int = -100, device: Any = None) -> Tensor:
+    """Class labels as int64: each from 0 to limit - 1, or `ignore` for what is not to be learnt.
+
+    Args:
+        shape: that they have, ones aside.
+        device: to have them on; None for theirs.
+
+    Raises:
+        InputError: no integer tensor, another number of labels, or another value; names the first and its place.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype in (torch.bool, torch.complex64):
+        raise InputError(f"labels is {kind(labels)}; give an integer tensor {list(shape)}")
+    labels = labels.to(device)
+    if [n for n in labels.shape if n != 1] != [n for n in shape if n != 1]:
+        raise InputError(f"labels has shape {list(labels.shape)}; expected {list(shape)}, one for each row of the logits")
     bad = (labels != ignore) & ((labels < 0) | (labels >= limit))
     if is_readable() and bool(bad.any()):  # the loss would end the process on a device
         place = bad.nonzero()[0].tolist()
@@ -96,17 +128,10 @@ def check_inputs(
     if ids is not None:
         x = check_ids("input_ids", ids, vocabulary, device)
     else:
-        assert embeds is not None
-        x = embeds
-        if x.dim() != 3 or x.shape[2] != config.hidden_size or not x.is_floating_point():
-            raise InputError(
-                f"inputs_embeds is {x.dtype} {list(x.shape)}; expected floating point [B, T, {config.hidden_size}]"
-            )
+        x = check_embeds(embeds, config, wte.weight.dtype if isinstance(wte, nn.Embedding) else None)
     B, T = x.shape[:2]
     past = 0
     if cache is not None:
-        if not isinstance(cache, KVCache) and not (hasattr(cache, "update") and hasattr(cache, "get_seq_length")):
-            raise CacheError(f"past_key_values is a {type(cache).__name__}; pass the KVCache that an earlier call returned")
         if isinstance(cache, KVCache) and cache.batch_size != B:
             raise CacheError(f"past_key_values holds {cache.batch_size} rows, the input has {B}")
         past = int(cache.get_seq_length())
@@ -120,7 +145,9 @@ def check_inputs(
         if position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
             raise InputError(f"position_ids has shape {list(position_ids.shape)}; expected [{B} or 1, {T}]")
     if token_type_ids is not None:
-        token_type_ids = check_ids("token_type_ids", token_type_ids, vocabulary, device).reshape(-1, T)
+        token_type_ids = check_ids("token_type_ids", token_type_ids, vocabulary, device)
+        if token_type_ids.shape[0] not in (1, B) or token_type_ids.shape[1] != T:
+            raise InputError(f"token_type_ids has shape {list(token_type_ids.shape)}; expected [{B} or 1, {T}]")
     return x, position_ids, token_type_ids
 
 
@@ -128,7 +155,7 @@ def check_cache(cache: Any, model: Any) -> Any:
     """A cache that a trunk can continue; a tuple of (keys, values) [B, H, S, D] a layer becomes one.
 
     Raises:
-        CacheError: made for another model, or for other attention than the blocks have now; says what differs.
+        CacheError: no cache, or made for another model, or for other attention than the blocks have now; says what differs.
     """
     if isinstance(cache, (tuple, list)):
         if len(cache) != len(model.h) or not all(_is_pair(entry) for entry in cache):
@@ -141,6 +168,8 @@ def check_cache(cache: Any, model: Any) -> Any:
             made.update(keys, values, layer)
         return made
     if not isinstance(cache, KVCache):
+        if cache is not None and not (hasattr(cache, "update") and hasattr(cache, "get_seq_length")):
+            raise CacheError(f"past_key_values is a {type(cache).__name__}; pass the KVCache that an earlier call returned")
         return cache
     config, windows, keys = model.config, model.windows(), cache.keys[0]
     pairs = {
@@ -164,7 +193,7 @@ def _is_pair(entry: Any) -> bool:
     return all(isinstance(t, Tensor) and t.dim() == 4 for t in entry) and entry[0].shape == entry[1].shape
 
 
-def select_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
+def select_positions(hidden: Tensor, keep: Any) -> Tensor:
     """The positions of [B, T, C] that logits are wanted for.
 
     Args:
@@ -172,16 +201,28 @@ def select_positions(hidden: Tensor, keep: int | Tensor) -> Tensor:
             [B, T], whose result is [number of True, C].
 
     Raises:
-        InputError: negative, or a tensor of another shape.
+        InputError: negative, or positions that there are not, or a tensor of another shape or dtype.
     """
-    if isinstance(keep, Tensor):
+    T = hidden.shape[1]
+    if isinstance(keep, (list, tuple)):
+        keep = torch.tensor(keep, device=hidden.device)
+    if isinstance(keep, Tensor) and keep.dim() > 0:
+        if keep.is_floating_point() or keep.is_complex():
+            raise InputError(f"logits_to_keep is {keep.dtype}; give integers, or a boolean [B, T]")
+        if keep.dtype != torch.bool and is_readable() and bool(((keep < -T) | (keep >= T)).any()):
+            raise InputError(f"logits_to_keep names a position beyond the {T} of the input: {short(keep.tolist())}")
         if keep.dim() == 2 and keep.dtype == torch.bool:
             return hidden[keep]
         if keep.dim() == 2:
-            return hidden.take_along_dim(keep[..., None], 1)
+            return hidden.take_along_dim(keep.remainder(T)[..., None], 1)
         if keep.dim() == 1:
             return hidden[:, keep]
         raise InputError(f"logits_to_keep has shape {list(keep.shape)}; give an integer, [n], [B, n] or a boolean [B, T]")
+    if not isinstance(keep, int):  # numpy's, or a tensor without dimensions
+        try:
+            keep = operator.index(keep)
+        except TypeError as error:
+            raise InputError(f"logits_to_keep {short(keep)} is no integer: how many of the last positions to keep") from error
     if keep < 0:
         raise InputError(f"logits_to_keep {keep} is negative; 0 keeps all")
     return hidden[:, -keep:] if keep else hidden

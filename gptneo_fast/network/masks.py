@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError, InputError
-from .cache import KVCache
+from .cache import KVCache, kind
 from .touch import is_readable
 
 
@@ -41,6 +41,8 @@ def rows_of(attention_mask: Tensor | None, B: int, T: int, cache: Any, position_
     """
     if attention_mask is None:
         return Rows(mask=_packed(position_ids) if position_ids is not None and cache is None else None)
+    if not isinstance(attention_mask, Tensor):
+        raise InputError(f"attention_mask is {kind(attention_mask)}; give a tensor [{B}, columns], zero for padding")
     past = cache.get_seq_length() if cache is not None else 0
     if attention_mask.dim() == 4:
         return Rows(mask=_four_dims(attention_mask, B, T, past))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -71,6 +72,21 @@ def test_one_thread_or_many_give_the_same_and_leave_the_number_of_threads(tmp_pa
             loaded = Causal.from_pretrained(tmp_path)
             assert torch.get_num_threads() == threads
             assert all(torch.equal(loaded.get_parameter(n), p) for n, p in want.named_parameters())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_loads_in_many_threads_leave_the_number_of_threads(tmp_path):
+    Causal(gptneo_fast.GPTNeoConfig(**SMALL)).save_pretrained(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(5):
+                list(pool.map(Causal.from_pretrained, [tmp_path] * 6))
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 

@@ -17,7 +17,8 @@ from gptneo_fast.demo import FOLDER
 from gptneo_fast.errors import InputError, NonFiniteLogitsError, OutOfMemoryError
 from gptneo_fast.generation import Generation, captured as captured_path, text
 from gptneo_fast.generation.captured import capturing, memory, runner, strategy
-from gptneo_fast.generation.generate import complete, prompt_of, request_of, settle
+from gptneo_fast.generation.generate import complete, request_of, settle
+from gptneo_fast.generation.prompt import prompt_of
 from gptneo_fast.ops import backends, ops
 from gptneo_fast.ops.constants import FINISHED, STATUS
 from tests.support.engines import CONFIG, both, captured, model, ragged, repeating  # noqa: F401 (fixtures)

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import gptneo_fast
 from gptneo_fast.generation import Generation
 from gptneo_fast.generation.captured import runner, speculation
-from gptneo_fast.generation.generate import prompt_of, request_of, settle
+from gptneo_fast.generation.generate import request_of, settle
+from gptneo_fast.generation.prompt import prompt_of
 from gptneo_fast.ops import backends, ops
 from tests.support.engines import CONFIG, both, capture, captured, model, ragged, repeating  # noqa: F401 (fixtures)
 

@@ -220,7 +220,7 @@ def test_processors_that_leave_no_token_are_named(model):
         return torch.full_like(scores, -float("inf"))
 
     ids = model.tokenizer(TALES[0], return_tensors="pt").input_ids
-    with pytest.raises(InputError, match="no token can be drawn"):
+    with pytest.raises(InputError, match=r"no token can be chosen for row 0: .*nothing"):
         model.generate(ids, logits_processor=[nothing], do_sample=True)
 
 

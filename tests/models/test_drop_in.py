@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import gptneo_fast
-from gptneo_fast.errors import CheckpointError, InputError, UnknownOptionError
+from gptneo_fast.errors import CheckpointError, DeviceError, InputError, UnknownOptionError
 from tests.support.peers import peers
 
 transformers = pytest.importorskip("transformers")
@@ -204,3 +204,29 @@ def test_names_that_libraries_ask_a_model_for(pair):
     assert type(ours).can_generate() and not gptneo_fast.GPTNeoModel.can_generate()
     ours.add_model_tags(["a", "b"])
     assert ours.model_tags == ["a", "b"] and gptneo_fast.GPTNeoForCausalLM.model_tags == []
+
+
+@pytest.mark.parametrize("size", ["abc", "", "5", "5XB", 0, -1, 1.5, None, True], ids=repr)
+def test_a_shard_size_that_is_none_is_named_and_nothing_is_written(pair, tmp_path, size):
+    with pytest.raises(InputError, match=r"max_shard_size .* is no size; give bytes above 0"):
+        pair[1].save_pretrained(tmp_path / "new", max_shard_size=size)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"use_safetensors": "x"}, InputError, "use_safetensors is 'x'"),
+        ({"config": {}}, InputError, "config is {}; give a GPTNeoConfig"),
+        ({"config": 5}, InputError, "config is 5"),
+        ({"device_map": "meta"}, DeviceError, "'meta' has no memory"),
+        ({"device_map": "mps"}, DeviceError, "device 'mps' was asked for, but torch has none here"),
+        ({"device_map": "xla"}, DeviceError, "device 'xla' was asked for, but torch has none here"),
+        ({"device_map": "nonsense"}, InputError, "device 'nonsense' is unknown"),
+    ],
+    ids=str,
+)
+def test_loading_names_an_argument_that_it_cannot_follow(pair, tmp_path, options, error, words):
+    pair[1].save_pretrained(tmp_path)
+    with pytest.raises(error, match=words):
+        gptneo_fast.GPTNeoForCausalLM.from_pretrained(tmp_path, **options)

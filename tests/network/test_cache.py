@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -258,3 +259,38 @@ def test_a_cache_made_in_inference_mode_goes_on_outside_of_it(change):
             got = model(x[:, at : at + 2], past_key_values=cache).logits
         torch.testing.assert_close(got, whole[:, at : at + 2], rtol=1e-10, atol=1e-10)
         at += 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.crop(1.5), "max_length 1.5 is no integer"),
+        (lambda c: c.crop("3"), "max_length '3' is no integer"),
+        (lambda c: c.reorder_cache([0, 1]), "rows is a list; give an integer tensor"),
+        (lambda c: c.reorder_cache(torch.tensor([0.0])), "rows is torch.float32"),
+        (lambda c: c.reorder_cache(torch.tensor([0, 2])), r"rows \[0, 2\] are not all from 0 to 1"),
+        (lambda c: c.reorder_cache(torch.tensor([-1])), r"rows \[-1\] are not all from 0 to 1"),
+        (lambda c: KVCache(c.config, 1.5, dtype=torch.float32, device="cpu"), "batch_size 1.5"),
+        (lambda c: KVCache(c.config, 1, dtype=torch.int64, device="cpu"), "torch.int64 holds no keys"),
+        (lambda c: KVCache(c.config, 1, dtype=torch.float32, device="cpu", max_length=641), "max_length 641 .* to 640"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_change_that_means_nothing_is_refused_and_changes_nothing(change, words):
+    model, x, logits = case(7)
+    cache = fresh(model)
+    feed(model, x, [20], cache)
+    with pytest.raises(InputError, match=words):
+        change(cache)
+    assert cache.get_seq_length() == 20
+    torch.testing.assert_close(feed(model, x, [5], cache, at=20), logits[:, 20:25])
+
+
+@pytest.mark.parametrize("length", [np.int64(8), torch.tensor(8)], ids=repr)
+def test_a_length_may_be_of_numpy_or_torch(length):
+    model, x, logits = case(7)
+    cache = fresh(model)
+    feed(model, x, [12], cache)
+    cache.crop(length)
+    assert cache.get_seq_length() == 8 and type(cache.get_seq_length()) is int
+    torch.testing.assert_close(feed(model, x, [5], cache, at=8), logits[:, 8:13])

@@ -1,11 +1,12 @@
 """Faults of prompts and calls, 44 to 56, beyond those in test_generate.py and test_text.py: each names value and limit."""
 
+import numpy as np
 import pytest
 import torch
 
 import gptneo_fast
 from gptneo_fast.demo import FOLDER
-from gptneo_fast.errors import InputError, NonFiniteLogitsError, UnknownOptionError
+from gptneo_fast.errors import CacheError, InputError, NonFiniteLogitsError, UnknownOptionError
 from gptneo_fast.generation.session import Session
 from tests.support.peers import SMALL, peers
 
@@ -87,6 +88,15 @@ def test_45_other_ids_have_limits_of_their_own(model, name, limit, monkeypatch):
         **{name: torch.tensor([[0, limit + 1]])},
     )
     refused(model, rf"{name} is torch\.float32", x, monkeypatch=monkeypatch, **{name: torch.tensor([[0.0, 1.0]])})
+
+
+@pytest.mark.parametrize("cls", CLASSES[1:4], ids=lambda c: c.__name__)
+def test_45_labels_of_another_kind_or_shape_are_named(cls):
+    model = cls(gptneo_fast.GPTNeoConfig(**SMALL, pad_token_id=0, num_labels=3, problem_type="single_label_classification"))
+    x = torch.randint(3, 97, (2, 4))
+    for labels in ([[1, 1]], "x", torch.ones(2, 4), torch.ones(2, 4) > 0, torch.ones(3, 4).long(), torch.ones(4, 2).long()):
+        with pytest.raises(InputError, match=r"labels (is a list|is a str|is torch\.|has shape)"):
+            model(x, labels=labels)
 
 
 @pytest.mark.parametrize("cls", CLASSES[1:4], ids=lambda c: c.__name__)
@@ -277,3 +287,43 @@ def test_56_a_broken_prompt_of_a_beam_search_leaves_the_others_whole(demo, monke
     assert torch.equal(got[2, :P], batch.input_ids[1]) and (got[2, P + 3 :] == 0).all() and (got[2, P : P + 3] != 0).all()
     calls.clear()
     assert demo.generate(**batch, **options, remove_invalid_values=True).shape == expected.shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"attention_mask": [[1] * 4] * 2}, "attention_mask is a list"),
+        ({"attention_mask": "x"}, "attention_mask is a str"),
+        ({"token_type_ids": torch.zeros(2, 9, dtype=torch.long)}, r"token_type_ids has shape \[2, 9\]; expected \[2 or 1, 4\]"),
+        ({"token_type_ids": torch.zeros(3, 4, dtype=torch.long)}, r"token_type_ids has shape \[3, 4\]"),
+        ({"logits_to_keep": 1.5}, r"logits_to_keep 1\.5 is no integer"),
+        ({"logits_to_keep": "x"}, "logits_to_keep 'x' is no integer"),
+        ({"logits_to_keep": torch.tensor([4])}, r"position beyond the 4 of the input: \[4\]"),
+        ({"logits_to_keep": torch.tensor([1.0])}, r"logits_to_keep is torch\.float32"),
+        ({"input_ids": None, "inputs_embeds": [[[0.0]]]}, "inputs_embeds is a list"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 4, 32).double()}, "inputs_embeds is float64, the model"),
+        ({"past_key_values": 5}, "past_key_values is a int"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_side_arguments_of_another_kind_or_shape_are_named(causal, arguments, words, monkeypatch):
+    monkeypatch.setattr(type(causal.transformer), "run", lambda *a, **k: pytest.fail("the model ran"))
+    if "logits_to_keep" in arguments:
+        monkeypatch.undo()
+    with pytest.raises((InputError, CacheError), match=words):
+        causal(**({"input_ids": torch.randint(3, 97, (2, 4))} | arguments))
+
+
+@torch.no_grad()
+def test_positions_to_keep_are_numbers_of_any_library(causal):
+    x = torch.randint(3, 97, (2, 4))
+    whole = causal(x).logits
+    for keep in (
+        np.int64(2),
+        torch.tensor(2),
+        torch.tensor([2, 3]),
+        [2, 3],
+        torch.tensor([-2, -1]),
+        torch.tensor([[2, 3], [-2, -1]]),
+    ):
+        torch.testing.assert_close(causal(x, logits_to_keep=keep).logits, whole[:, 2:])
