@@ -49,11 +49,12 @@ test-flax: $(VENV)/test.stamp
 	$(BIN)/python -m pip install -q -e ".[flax]"
 	$(BIN)/python -m pytest -n auto -q tests/flax tests/checkpoint/test_msgpack.py
 
-# In an environment of their own: these libraries choose the versions of others, which all other tests shall not see
-test-extras: $(BIN)/gptneo-fast
-	$(PYTHON) -m venv $(EXTRAS)
+# In an environment of their own, made anew: these libraries choose versions of others, which no other test shall see.
+# torch goes first, for the extension is built against it. What cannot be installed, or imported, fails.
+test-extras:
+	$(PYTHON) -m venv --clear $(EXTRAS)
 	$(EXTRAS)/bin/python -m pip install -q "$(TORCH)"
-	$(EXTRAS)/bin/python -m pip install -q --upgrade --upgrade-strategy eager "$(TORCH)" -e ".[test,extras]"
+	$(EXTRAS)/bin/python -m pip install -q "$(TORCH)" -e ".[test,extras]"
 	$(EXTRAS)/bin/python -m pytest -n auto -q --extras tests/integrations
 
 fuzz: $(VENV)/test.stamp
