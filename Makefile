@@ -17,6 +17,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)/triton-3.6.0
+EXTRAS := $(VENV)/extras
 
 .PHONY: demo test test-slow fuzz fuzz-long test-flax test-extras lint bench results tables compile-report compile-samples compile-samples-newest compile-samples-oldest gpu gpu-quick gpu-full install-matrix budgets sanitize clean
 
@@ -48,9 +49,13 @@ test-flax: $(VENV)/test.stamp
 	$(BIN)/python -m pip install -q -e ".[flax]"
 	$(BIN)/python -m pytest -n auto -q tests/flax tests/checkpoint/test_msgpack.py
 
-test-extras: $(VENV)/test.stamp
-	$(BIN)/python -m pip install -q --upgrade -e ".[extras]"
-	$(BIN)/python -m pytest -n auto -q tests/integrations
+# In an environment of their own, made anew: these libraries choose versions of others, which no other test shall see.
+# torch goes first, for the extension is built against it. What cannot be installed, or imported, fails.
+test-extras:
+	$(PYTHON) -m venv --clear $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install -q "$(TORCH)"
+	$(EXTRAS)/bin/python -m pip install -q "$(TORCH)" -e ".[test,extras]"
+	$(EXTRAS)/bin/python -m pytest -n auto -q --extras tests/integrations
 
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/support/fuzz_loaders.py --seconds 60

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..files import atomic
 from ..files.hub import Source
 from ..files.strict_json import read_object
-from .rules import GENERATION, LIMITS, NOT_KEPT, SHAPE, fault_of, is_int, short, structure_faults
+from .rules import GENERATION, LIMITS, NOT_KEPT, SHAPE, fault_of, instead_of_config, is_int, short, structure_faults
 
 _MAX_BYTES = 16 << 20  # of config.json; a hundred thousand labels have less
 
@@ -276,10 +276,7 @@ class GPTNeoConfig:
         """The configuration of a folder or hub repository."""
         path = source.file("config.json")
         if path is None:
-            raise ConfigError(
-                f"{source.name!r} holds no config.json ({source.holdings()}); a GPT-Neo checkpoint is config.json, weights "
-                "(model.safetensors or pytorch_model.bin) and a tokenizer (tokenizer.json, or vocab.json and merges.txt)"
-            )
+            raise ConfigError(f"{source.name!r} holds no config.json ({source.holdings()}); {instead_of_config(source.folder)}")
         with source.reading():
             return cls.from_json_file(path, **({"name_or_path": source.name} | overrides))
 

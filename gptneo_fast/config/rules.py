@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 GELU_NEW = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # names of one function, which kernels and flax compute
@@ -75,7 +76,8 @@ def fault_of(name: str, value: Any) -> str | None:
         if value is not None and not all(is_int(i) and -(2**31) < i < 2**31 for i in ids):
             return f"{name} {short(value)} is not a token id"
     elif name == "activation_function" and value not in ACTIVATIONS:
-        return f"activation_function {short(value)} is unknown; use one of {', '.join(ACTIVATIONS)}"
+        kind = "has buffers and a dtype of its own, and no GPT-Neo was released with it" if value == "xielu" else "is unknown"
+        return f"activation_function {short(value)} {kind}; use one of {', '.join(ACTIVATIONS)}"
     elif name == "attention_layers":
         if unknown := sorted({str(k) for k in value} - {"global", "local"}):
             return f"attention type {short(unknown[0])} is unknown; use 'global' or 'local'"
@@ -101,6 +103,21 @@ def structure_faults(config: Any) -> list[str]:
             f"(attention_types {short(config.attention_types)}) differ: sum(repeats * len(pattern)) = num_layers"
         )
     return faults
+
+
+def instead_of_config(folder: Path | None) -> str:
+    """What a folder is that holds no config.json, and the way out, for an error."""
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        return "it is an adapter of peft: load the model that it was trained on, then PeftModel.from_pretrained(model, folder)"
+    if folder is not None and (folder / "training_args.bin").is_file():
+        return (
+            "transformers' Trainer wrote it, which keeps the configuration of a PreTrainedModel only: give from_pretrained "
+            "config=, that of the model that was trained; to have whole checkpoints, train accelerate(model.to_transformers())"
+        )
+    return (
+        "a GPT-Neo checkpoint is config.json, weights (model.safetensors or pytorch_model.bin) and a tokenizer "
+        "(tokenizer.json, or vocab.json and merges.txt)"
+    )
 
 
 def short(value: Any) -> str:

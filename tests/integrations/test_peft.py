@@ -1,6 +1,7 @@
 """peft's adapters on our models and on transformers': the same logits, losses, gradients, tokens and files."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -74,6 +75,8 @@ def adapted(config, cls="GPTNeoForCausalLM", moved=0.3, **changes):
     """(transformers' model, ours), each under peft with the same adapter, which changes the result."""
     theirs, ours = peers(cls, num_labels=3, pad_token_id=0, scale=8.0, **changes)
     plain = theirs(IDS)[0]
+    if config.is_prompt_learning:
+        name_the_cache_as_peft_does(theirs)
     theirs = peft.get_peft_model(theirs, copy.deepcopy(config))
     ours = peft.get_peft_model(ours, copy.deepcopy(config))
     with torch.no_grad():
@@ -89,6 +92,30 @@ def adapted(config, cls="GPTNeoForCausalLM", moved=0.3, **changes):
     changed = theirs(IDS)[0]
     assert changed.shape != plain.shape or not torch.allclose(changed, plain, atol=1e-2)
     return theirs, ours
+
+
+def name_the_cache_as_peft_does(theirs):
+    """Give a model of transformers 5.24, which calls it `cache`, the argument `past_key_values` that peft 0.21 looks for.
+
+    Without it peft refuses prefixes there, and gives a prompt again at every token. Ours has kept the name.
+    """
+    if "past_key_values" in inspect.signature(transformers.GPTNeoModel.forward).parameters:
+        return
+    holder = theirs if "cache" in inspect.signature(theirs.forward).parameters else theirs.transformer  # of QuestionAnswering
+    forward, prepare = holder.forward, getattr(theirs, "prepare_inputs_for_generation", None)
+
+    def renamed(*args, past_key_values=None, **kwargs):
+        return forward(*args, cache=past_key_values, **kwargs)
+
+    def prepared(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        return inputs | {"past_key_values": inputs.pop("cache", None)}
+
+    known = inspect.signature(forward)
+    parameters = [p.replace(name="past_key_values") if p.name == "cache" else p for p in known.parameters.values()]
+    renamed.__signature__, holder.forward = known.replace(parameters=parameters), renamed
+    if prepare is not None:
+        theirs.prepare_inputs_for_generation = prepared
 
 
 def same(ours, theirs):

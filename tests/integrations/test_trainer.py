@@ -177,13 +177,18 @@ def test_trainer_keeps_the_weights_of_our_classifiers_and_goes_on_with_them(cls,
     _, ours = peers(cls, num_labels=3, pad_token_id=0, resid_dropout=0.1)
     fresh = copy.deepcopy(ours)
     how = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    whole = curve(trainer_of(ours, cls, tmp_path, **how))
+    trainer = trainer_of(ours, cls, tmp_path, **how)
+    whole, best = curve(trainer), trainer.state.best_model_checkpoint
     resumed = curve(trainer_of(fresh, cls, tmp_path, **how), resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     np.testing.assert_allclose(resumed, whole, rtol=2e-4, atol=2e-4)
     for name, p in fresh.state_dict().items():
         torch.testing.assert_close(p, ours.state_dict()[name], rtol=1e-4, atol=1e-4)
-    with_config = getattr(gptneo_fast, cls).from_pretrained(tmp_path / "checkpoint-4", config=ours.config)  # Trainer wrote none
-    assert with_config.num_labels == 3
+    with pytest.raises(gptneo_fast.errors.ConfigError, match=r"Trainer wrote it.* PreTrainedModel only.* config="):
+        getattr(gptneo_fast, cls).from_pretrained(best)
+    with_config = getattr(gptneo_fast, cls).from_pretrained(best, config=ours.config)
+    batch = {k: torch.stack([row[k] for row in rows(cls, 3)]) for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(with_config(**batch)[0], ours.eval()(**batch)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cls", ["GPTNeoModel", "GPTNeoForCausalLM", "GPTNeoForTokenClassification"])
@@ -222,6 +227,8 @@ def test_an_adapter_is_trained_saved_and_resumed(tmp_path):
     np.testing.assert_allclose(
         curve(again, resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2")), losses[0], rtol=2e-4, atol=2e-4
     )
+    with pytest.raises(gptneo_fast.errors.ConfigError, match=r"adapter of peft: .*PeftModel.from_pretrained"):
+        gptneo_fast.load(tmp_path / "ours" / "checkpoint-4")
     theirs, ours = peers(cls, pad_token_id=0)
     ids = rows(cls, 1)[0]["input_ids"][None]
     found = [peft.PeftModel.from_pretrained(m, tmp_path / "ours" / "checkpoint-4").eval()(ids).logits for m in (theirs, ours)]

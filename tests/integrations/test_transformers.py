@@ -12,7 +12,6 @@ from tests.support.peers import peers
 
 transformers = pytest.importorskip("transformers")
 from gptneo_fast.integrations.transformers import BoundedCache, accelerate, undo  # noqa: E402
-from gptneo_fast.network import fused  # noqa: E402
 
 IDS = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -28,13 +27,6 @@ def model(cls="GPTNeoForCausalLM", **changes):
 def both(**changes):
     plain = model(**changes)
     return plain, accelerate(copy.deepcopy(plain))
-
-
-@pytest.fixture
-def fused_calls(monkeypatch):
-    calls, plain = [], fused.block
-    monkeypatch.setattr(fused, "block", lambda *args, **kw: calls.append(kw["layer"]) or plain(*args, **kw))
-    return calls
 
 
 @pytest.mark.parametrize("cls", CLASSES)

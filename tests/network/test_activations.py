@@ -5,7 +5,7 @@ import torch
 
 from gptneo_fast.config import ACTIVATIONS, GELU_NEW
 from gptneo_fast.network.activations import activation
-from tests.support.peers import peers
+from tests.support.peers import SMALL, peers
 
 activations = pytest.importorskip("transformers.activations")
 
@@ -35,3 +35,18 @@ def test_a_model_computes_and_generates_with_it(name):
     torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=1e-4, rtol=1e-4)
     options = dict(attention_mask=torch.ones_like(x), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(ours.generate(x, **options), theirs.generate(x, **options))
+
+
+def test_the_one_with_buffers_and_a_dtype_of_its_own_is_refused_by_name(tmp_path):
+    import transformers
+
+    import gptneo_fast
+    from gptneo_fast.errors import ConfigError
+    from gptneo_fast.integrations.transformers import accelerate
+
+    config = transformers.GPTNeoConfig(**SMALL, activation_function="xielu")
+    theirs = transformers.GPTNeoForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    for refused in (lambda: gptneo_fast.GPTNeoForCausalLM.from_pretrained(tmp_path), lambda: accelerate(theirs)):
+        with pytest.raises(ConfigError, match=r"activation_function 'xielu' has buffers .*; use one of gelu_new"):
+            refused()

@@ -38,6 +38,27 @@ def peers(cls: str = "GPTNeoForCausalLM", scale: float = 4.0, dtype=torch.float3
     return theirs.to(dtype).eval(), ours.to(dtype).eval()
 
 
+def demo(kind: str, cls: str = "GPTNeoForCausalLM"):
+    """(the embedded model in float32, its tokenizer as transformers knows tokenizers, padding with the end token).
+
+    `kind` is "plain" for transformers' model, "accelerated" for that over our blocks, "converted" for ours that
+    `to_transformers` handed over, accelerated, or "ours" for our model as it is.
+    """
+    transformers = pytest.importorskip("transformers")
+    from gptneo_fast.demo import FOLDER
+    from gptneo_fast.integrations.transformers import accelerate
+
+    library = gptneo_fast if kind in ("converted", "ours") else transformers
+    model = getattr(library, cls).from_pretrained(FOLDER, dtype=torch.float32).eval()
+    tokenizer = library.AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer.pad_token = tokenizer.eos_token
+    if library is gptneo_fast:
+        tokenizer = tokenizer.to_transformers()
+    if kind == "converted":
+        model = model.to_transformers()
+    return accelerate(model) if kind in ("accelerated", "converted") else model, tokenizer
+
+
 def field_names(theirs) -> list[str]:
     """Names of the fields of an output of transformers, as they were before 5.24 renamed one."""
     return ["past_key_values" if name == "cache" else name for name in theirs]
