@@ -55,12 +55,15 @@ class CacheError(GPTNeoFastError, ValueError):
 class NonFiniteLogitsError(GPTNeoFastError, ArithmeticError):
     """Logits of some rows were NaN or infinite.
 
-    rows: which. sequences: int64 [B, T], what was generated; the other rows are complete.
+    rows: which. columns: tokens that each of those had, prompt included. sequences: int64 [B, T], what was generated; the
+    other rows are complete. texts: of `generate_text`, all of them in its order, the broken ones up to there.
     """
 
-    def __init__(self, message: str, rows: list[int], sequences: Any) -> None:
+    def __init__(
+        self, message: str, rows: list[int], sequences: Any, columns: list[int], texts: list[str] | None = None
+    ) -> None:
         super().__init__(message)
-        self.rows, self.sequences = rows, sequences
+        self.rows, self.sequences, self.columns, self.texts = rows, sequences, columns, texts
 
 
 class SetupError(GPTNeoFastError, RuntimeError):

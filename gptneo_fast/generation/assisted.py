@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteLogitsError
 from ..network.cache import SLACK
 from .processors import MinLength
 from .prompt import Prompt
-from .request import LanguageModel, Record, Request, broken_message
+from .request import LanguageModel, Record, Request, non_finite
 from .session import Session
 from .stepwise import sample
 from .stopping import EndToken, MaxLength, StoppingCriteriaList, Unlikely
@@ -171,7 +170,7 @@ def _good(logits: Tensor, ids: Tensor) -> int:
     """
     good = int(logits[0].isfinite().all(-1).int().cumprod(0).sum())
     if good == 0:
-        raise NonFiniteLogitsError(broken_message([0], [ids.shape[1]]), rows=[0], sequences=ids)
+        raise non_finite({0: ids.shape[1]}, ids)
     return good
 
 

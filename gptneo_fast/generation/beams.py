@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteLogitsError
 from .config import Options
-from .request import LanguageModel, Request, broken_message
+from .request import LanguageModel, Request, non_finite
 from .session import Session
 
 _WORST = -1e9  # of a beam that does not exist
@@ -141,9 +140,7 @@ class _Broken:
         for prompt, text in self.texts.items():
             sequences[prompt * R : (prompt + 1) * R] = options.pad_id or 0
             sequences[prompt * R : (prompt + 1) * R, : len(text)] = text
-        rows = [prompt * R + i for prompt in sorted(self.texts) for i in range(R)]
-        columns = [len(self.texts[row // R]) for row in rows]
-        raise NonFiniteLogitsError(broken_message(rows, columns), rows=rows, sequences=sequences)
+        raise non_finite({prompt * R + i: len(text) for prompt, text in self.texts.items() for i in range(R)}, sequences)
 
 
 def _empty(N: int, K: int, P: int, total: int, ids: Tensor, fill: int) -> Beams:

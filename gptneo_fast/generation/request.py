@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import GPTNeoConfig
-from ..errors import InputError
+from ..errors import InputError, NonFiniteLogitsError
 from ..network.cache import KVCache
 from .callbacks import named
 from .config import GenerationConfig, Options
@@ -159,12 +159,15 @@ class Request:
             )
 
 
-def broken_message(rows: list[int], columns: list[int]) -> str:
-    """What to say of rows whose logits were not finite after so many columns."""
-    return (
-        f"logits of row {', '.join(map(str, rows))} were NaN or infinite after {', '.join(map(str, columns))} "
-        "tokens; try dtype=torch.float32, or remove_invalid_values=True to go on regardless"
+def non_finite(broken: dict[int, int], sequences: Tensor | None, texts: list[str] | None = None) -> NonFiniteLogitsError:
+    """The error for rows (of prompts, where there are texts) whose logits were not finite: row -> columns that it had."""
+    rows = sorted(broken)
+    columns = [broken[row] for row in rows]
+    message = (
+        f"logits of {'row' if texts is None else 'prompt'} {', '.join(map(str, rows))} were NaN or infinite after "
+        f"{', '.join(map(str, columns))} tokens; try dtype=torch.float32, or remove_invalid_values=True to go on regardless"
     )
+    return NonFiniteLogitsError(message, rows, sequences, columns, texts)
 
 
 def joined(ids: Tensor, new: Sequence[Tensor]) -> Tensor:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteLogitsError
-from .request import LanguageModel, Request, broken_message
+from .request import LanguageModel, Request, non_finite
 from .session import Session
 
 
@@ -50,4 +49,4 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
         if not bool(running.any()):
             break
     if broken:
-        raise NonFiniteLogitsError(broken_message(list(broken), list(broken.values())), rows=sorted(broken), sequences=ids)
+        raise non_finite(broken, ids)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError, SetupError
+from ..errors import InputError, NonFiniteLogitsError, SetupError
 from .config import NEW_TOKENS, Options
 from .generate import complete, new_tokens, request_of, settle
 from .prompt import Prompt, prompt_of
-from .request import LanguageModel
+from .request import LanguageModel, non_finite
 
 _BATCH = 32  # prompts that run together
 
@@ -61,7 +62,7 @@ class TextMixin:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [self._encode(text, resolved, truncate, allow_empty) for text in texts]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # neighbours of like length need little padding
-        out = [""] * len(rows)
+        out, broken = [""] * len(rows), dict[int, int]()  # prompt -> tokens that it had
         for batch in _bar([order[i : i + _BATCH] for i in range(0, len(order), _BATCH)], progress):
             longest = len(rows[batch[0]])
             pad = [longest - len(rows[i]) for i in batch]
@@ -70,14 +71,22 @@ class TextMixin:
             prompt = prompt_of(model, ids.to(model.device), mask.to(model.device), None, resolved)
             prompt.places = batch
             prompt = prompt.expand(resolved.num_beams)
-            found = complete(model, request_of(model, prompt, resolved))
-            for i, row in zip(batch, found.tolist(), strict=True):
+            try:
+                found = complete(model, request_of(model, prompt, resolved)).tolist()
+            except NonFiniteLogitsError as error:  # the other prompts, and the batches that are left, have their texts
+                found = error.sequences[:, longest:].tolist()
+                for row, columns in zip(error.rows, error.columns, strict=True):
+                    found[row] = found[row][: columns - longest]
+                    broken[batch[row]] = columns - pad[row]
+            for i, row in zip(batch, found, strict=True):
                 out[i] = (texts[i] if return_full_text else "") + self._text(row, resolved)
+        if broken:
+            raise non_finite(broken, None, out)
         return out[0] if isinstance(prompts, str) else out
 
     def stream(
         self, prompt: str, *, truncate: Literal["left"] | None = None, allow_empty: bool = True, **options: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The continuation of one prompt piece by piece, as soon as its tokens form whole characters.
 
         The pieces joined are what `generate_text` returns. Arguments are checked at once, before the first piece is asked
@@ -92,17 +101,20 @@ class TextMixin:
         return self._pieces(steps, resolved)
 
     async def astream(self, prompt: str, **options: Any) -> AsyncIterator[str]:
-        """`stream` for `async for`: every step runs in a thread, so that the event loop stays free."""
-        pieces = self.stream(prompt, **options)
+        """`stream` for `async for`: the steps run in a thread of their own, so that the event loop stays free.
+
+        One that is cancelled, or left, waits for the step that is under way; then everything is freed.
+        """
+        pieces, loop, thread = self.stream(prompt, **options), asyncio.get_running_loop(), ThreadPoolExecutor(1)
         try:
-            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            while (piece := await loop.run_in_executor(thread, next, pieces, None)) is not None:
                 yield piece
         finally:
-            close = getattr(pieces, "close", None)
-            if close is not None:
-                close()
+            closed = thread.submit(pieces.close)  # behind the step, in the one thread that has the generator
+            thread.shutdown(wait=False)
+            await asyncio.shield(asyncio.wrap_future(closed))
 
-    def _pieces(self, steps: Iterator[Tensor], options: Options) -> Iterator[str]:
+    def _pieces(self, steps: Iterator[Tensor], options: Options) -> Generator[str, None, None]:
         decoder = self.tokenizer.stream()
         held = ""  # text that a stop string may begin in
         for tokens in steps:

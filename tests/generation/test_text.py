@@ -13,6 +13,8 @@ import torch
 import gptneo_fast
 from gptneo_fast.demo import FOLDER
 from gptneo_fast.errors import InputError, NonFiniteLogitsError, SetupError
+from gptneo_fast.generation import text as texts
+from gptneo_fast.generation.session import Session
 
 TALES = ["Once upon a time", "Long ago there was a brave", "One morning the little fox went", "The"]
 
@@ -103,6 +105,24 @@ def test_the_async_twin_gives_the_same_and_leaves_the_loop_free(model):
     assert text == model.generate_text(TALES[0], max_new_tokens=20)
 
 
+def test_an_async_stream_that_is_cancelled_in_a_step_frees_everything(model):
+    async def main(seconds):
+        async def read():
+            async for _ in model.astream(TALES[0], max_new_tokens=400):
+                pass
+
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(read(), seconds)
+
+    before = threading.active_count()
+    for i in range(12):
+        asyncio.run(main(0.01 + 0.003 * i))
+    gc.collect()
+    assert threading.active_count() <= before
+    assert not [o for o in gc.get_objects() if type(o) is Session]
+    assert "".join(model.stream(TALES[0], max_new_tokens=5)) == model.generate_text(TALES[0], max_new_tokens=5)
+
+
 def test_a_stop_string_ends_the_text_and_is_not_part_of_it(model):
     whole = model.generate_text(TALES[0], max_new_tokens=60)
     for stop in (whole[20:23], whole[30:45], [whole[40], "never said"], whole[:2]):
@@ -183,6 +203,29 @@ def test_a_streamer_of_any_kind_gets_the_prompt_and_every_token(model):
         out = model.generate(ids, streamer=keep, max_new_tokens=12, **options)
         assert torch.equal(torch.cat([v.flatten() for v in keep.values]), out[0]) and keep.ended == 1
         assert torch.equal(keep.values[0], ids)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_prompts_with_broken_logits_are_named_by_their_place_and_no_text_is_lost(model, options, monkeypatch):
+    monkeypatch.setattr(texts, "_BATCH", 2)  # several batches, sorted by length: the caller's places are others
+    tales = [TALES[0], "x", TALES[1] + TALES[2], "The dog and the cat", TALES[2]]
+    whole = model.generate_text(tales, max_new_tokens=9, **options)
+    poisoned = model.tokenizer.encode("x")[0]
+    feed, steps = Session.feed, []
+
+    def breaks(self, ids, keep=1):
+        logits, rows = feed(self, ids, keep), (ids == poisoned).any(1) & (ids[:, -1] != poisoned)
+        steps.append(int(rows.sum()))
+        return logits.masked_fill(rows[:, None, None], float("nan")) if sum(map(bool, steps)) > 3 else logits
+
+    monkeypatch.setattr(Session, "feed", breaks)
+    with pytest.raises(NonFiniteLogitsError, match="logits of prompt 1 were NaN or infinite after 5 tokens") as error:
+        model.generate_text(tales, max_new_tokens=9, **options)
+    found = error.value
+    assert (found.rows, found.columns) == ([1], [5]) and [found.texts[i] for i in (0, 2, 3, 4)] == [
+        whole[i] for i in (0, 2, 3, 4)
+    ]
+    assert found.texts[1] and len(found.texts[1]) < len(whole[1]) and (options or whole[1].startswith(found.texts[1]))
 
 
 def test_a_row_with_broken_logits_ends_and_the_others_go_on(model):

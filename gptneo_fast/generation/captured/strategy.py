@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...errors import NonFiniteLogitsError
-from ..request import Generation, LanguageModel, Request, broken_message, joined
+from ..request import Generation, LanguageModel, Request, joined, non_finite
 from .params import SamplingParams, why_stepwise
 from .runner import BUCKETS, broken_rows
 from .speculation import why_not_drafts
@@ -62,8 +61,7 @@ def captured(model: LanguageModel, request: Request) -> Iterator[Tensor]:
     finally:
         model.idle_runners.give_back(model, runner)
     if broken:
-        message = broken_message(broken, [P + int(drawn[i]) for i in broken])
-        raise NonFiniteLogitsError(message, rows=broken, sequences=joined(prompt.ids, pieces))
+        raise non_finite({i: P + int(drawn[i]) for i in broken}, joined(prompt.ids, pieces))
 
 
 def _generation(why_launched: str | None) -> Generation:
