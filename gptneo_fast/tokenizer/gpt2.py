@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
@@ -17,6 +16,7 @@ from .decode import Decoding
 from .encode import encode
 from .encoding import BatchEncoding
 from .files import Parts, build, given_parts, read_parts
+from .forks import new_lock
 from .padding import Padding
 from .settings import read_settings
 from .special import NAMES
@@ -76,7 +76,7 @@ class GPT2Tokenizer(Decoding, Padding):
     ) -> None:
         if errors != "replace":
             raise InputError(f"errors={errors!r} is not offered; decode gives U+FFFD for bytes that form no character")
-        self._lock, self._bytes, self._around = threading.Lock(), {}, (False, False)
+        self._lock, self._bytes, self._around = new_lock(), {}, (False, False)
         self._extra = list(extra_special_tokens or [])
         if tokenizer_object is not None:
             added = added_tokens_decoder or {}
@@ -320,7 +320,7 @@ class GPT2Tokenizer(Decoding, Padding):
             return {k: v for k, v in self.__dict__.items() if k != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=new_lock())
 
     def __repr__(self) -> str:
         special = ", ".join(f"{k}={v!r}" for k, v in self.special_tokens_map.items())

@@ -1,8 +1,11 @@
 """GPT2Tokenizer beside transformers' on the real GPT-2 vocabulary: every form of text and option, equal in every entry."""
 
 import copy
+import os
 import pickle
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -348,3 +351,32 @@ def test_unknown_options_and_chats_are_refused_with_advice(both):
         gptneo_fast.GPT2Tokenizer(ours.get_vocab(), [], errors="strict")
     with pytest.raises(UnknownOptionError, match="did you mean 'padding_side'"):
         gptneo_fast.GPT2Tokenizer(ours.get_vocab(), [], padding_sde="left")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_tokenizes_although_another_thread_did_when_it_was_forked(both):
+    tokenizer = both[1]
+    done = threading.Event()
+
+    def work():
+        while not done.is_set():
+            tokenizer.encode("Once upon a time there was a fox. " * 200)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(8):
+            child = os.fork()
+            if not child:
+                os._exit(0 if tokenizer.encode("a fox") else 1)
+            deadline = time.monotonic() + 20
+            while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if not ended[0]:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            assert ended == (child, 0)
+    finally:
+        done.set()
+        thread.join()
