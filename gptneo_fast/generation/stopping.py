@@ -48,8 +48,8 @@ class MaxLengthCriteria(StoppingCriteria):
     max_length: int
     max_position_embeddings: int | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
-        return input_ids.shape[1] >= self.max_length
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return _all_rows(input_ids, input_ids.shape[1] >= self.max_length)
 
 
 @dataclass
@@ -63,8 +63,8 @@ class MaxTimeCriteria(StoppingCriteria):
         passed = 0.0 if self.initial_timestamp is None else time.time() - self.initial_timestamp
         self._ends = time.monotonic() - passed + self.max_time
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
-        return time.monotonic() > self._ends
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return _all_rows(input_ids, time.monotonic() > self._ends)
 
 
 class EosTokenCriteria(StoppingCriteria):
@@ -109,6 +109,11 @@ class ConfidenceCriteria(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
         return bool(scores[-1].softmax(-1)[0, input_ids[0, -1]] < self.assistant_confidence_threshold)
+
+
+def _all_rows(ids: Tensor, ended: bool) -> Tensor:
+    """Boolean [B], the same for every text of ids [B, T]."""
+    return torch.full(ids.shape[:1], ended, device=ids.device)
 
 
 def criteria_of(

@@ -89,6 +89,8 @@ def test_criteria_made_by_hand_stop_as_transformers():
     ]:
         ours = gptneo_fast.StoppingCriteriaList([getattr(gptneo_fast, name)(*args)])(ids, scores)
         theirs = getattr(transformers.generation.stopping_criteria, name)(*args)(ids, scores)
+        if isinstance(theirs, torch.Tensor):  # one for each text, of a criterion by itself, too
+            assert getattr(gptneo_fast, name)(*args)(ids, scores).tolist() == theirs.tolist(), (name, args)
         assert ours.tolist() == torch.as_tensor(theirs).expand(2).tolist(), (name, args)
 
 
