@@ -3,14 +3,49 @@
 from .config import GPTNeoConfig as GPTNeoConfig
 from .errors import GPTNeoFastError as GPTNeoFastError, GPTNeoFastWarning as GPTNeoFastWarning
 from .flax import FlaxGPTNeoForCausalLM as FlaxGPTNeoForCausalLM, FlaxGPTNeoModel as FlaxGPTNeoModel
-from .generation import (
-    GenerationConfig as GenerationConfig,
+from .generation import GenerationConfig as GenerationConfig
+from .generation.processors import (
+    ExponentialDecayLengthPenalty as ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor as ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor as ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor as InfNanRemoveLogitsProcessor,
     LogitsProcessor as LogitsProcessor,
     LogitsProcessorList as LogitsProcessorList,
+    MinLengthLogitsProcessor as MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor as MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor as NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor as NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor as PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor as RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor as SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor as SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor as SuppressTokensLogitsProcessor,
+)
+from .generation.stopping import (
+    ConfidenceCriteria as ConfidenceCriteria,
+    EosTokenCriteria as EosTokenCriteria,
+    MaxLengthCriteria as MaxLengthCriteria,
+    MaxTimeCriteria as MaxTimeCriteria,
     StoppingCriteria as StoppingCriteria,
     StoppingCriteriaList as StoppingCriteriaList,
+    StopStringCriteria as StopStringCriteria,
+)
+from .generation.streamers import (
+    AsyncTextIteratorStreamer as AsyncTextIteratorStreamer,
+    BaseStreamer as BaseStreamer,
     TextIteratorStreamer as TextIteratorStreamer,
     TextStreamer as TextStreamer,
+)
+from .generation.warpers import (
+    EpsilonLogitsWarper as EpsilonLogitsWarper,
+    EtaLogitsWarper as EtaLogitsWarper,
+    LogitNormalization as LogitNormalization,
+    MinPLogitsWarper as MinPLogitsWarper,
+    TemperatureLogitsWarper as TemperatureLogitsWarper,
+    TopHLogitsWarper as TopHLogitsWarper,
+    TopKLogitsWarper as TopKLogitsWarper,
+    TopPLogitsWarper as TopPLogitsWarper,
+    TypicalLogitsWarper as TypicalLogitsWarper,
 )
 from .models.causal import GPTNeoForCausalLM as GPTNeoForCausalLM
 from .models.classifiers import (

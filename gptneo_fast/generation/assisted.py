@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..network.cache import SLACK
-from .processors import MinLength
+from .processors import MinLengthLogitsProcessor
 from .prompt import Prompt
 from .request import LanguageModel, Record, Request, non_finite
 from .session import Session
 from .stepwise import sample
-from .stopping import EndToken, MaxLength, StoppingCriteriaList, Unlikely
+from .stopping import ConfidenceCriteria, EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 
 class Drafter(ABC):
@@ -76,8 +76,8 @@ class Assistant(Drafter):
         self.schedule = own.num_assistant_tokens_schedule
         self.threshold = own.assistant_confidence_threshold
         self.model = model
-        self.processors = type(request.processors)(p for p in request.processors if not isinstance(p, MinLength))
-        self.shortest = max([p.length for p in request.processors if isinstance(p, MinLength)], default=0)
+        self.processors = type(request.processors)(p for p in request.processors if not isinstance(p, MinLengthLogitsProcessor))
+        self.shortest = max([p.min_length for p in request.processors if isinstance(p, MinLengthLogitsProcessor)], default=0)
         alone = Prompt(prompt.ids.to(model.device), prompt.mask, prompt.position_ids, prompt.token_type_ids)
         self.session = Session(model, alone, request.total)
 
@@ -87,13 +87,15 @@ class Assistant(Drafter):
         if most <= 0:
             return ids[:, :0], None
         self.session.crop(T - 1)
-        criteria = StoppingCriteriaList([MaxLength(T + most)])
-        criteria.extend(c for c in self.request.criteria if isinstance(c, EndToken))
+        criteria = StoppingCriteriaList([MaxLengthCriteria(T + most)])
+        criteria.extend(c for c in self.request.criteria if isinstance(c, EosTokenCriteria))
         if self.threshold:
-            criteria.append(Unlikely(self.threshold))
+            criteria.append(ConfidenceCriteria(self.threshold))
         processors = self.processors
         if self.shortest > T:
-            processors = type(processors)([MinLength(min(self.shortest, T + most), self.request.options.eos_ids), *processors])
+            processors = type(processors)(
+                [MinLengthLogitsProcessor(min(self.shortest, T + most), self.request.options.eos_ids), *processors]
+            )
         record = Record(scores=[])
         request = replace(self.request, total=T + most, criteria=criteria, processors=processors, record=record)
         tokens = torch.cat(list(sample(self.session, ids.to(self.model.device), request)), 1)

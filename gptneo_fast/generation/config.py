@@ -14,6 +14,7 @@ from ..files.hub import Source
 from ..files.strict_json import read_object
 from .options import NOT_OFFERED, check_option, check_together, plain
 
+FILE = "generation_config.json"
 NEW_TOKENS = 20  # where no length is given
 OFF = {"top_k": 0}  # what does nothing, where the default does something
 
@@ -115,11 +116,18 @@ class GenerationConfig:
         return cls.of(ids | said, ignore_unknown=True)
 
     @classmethod
-    def from_source(cls, source: Source, config: GPTNeoConfig) -> GenerationConfig:
-        """The `generation_config.json` of a folder or repository, or what the model's configuration says."""
-        path = source.file("generation_config.json")
+    def from_source(cls, source: Source, config: GPTNeoConfig | None = None, file: str = FILE) -> GenerationConfig:
+        """The options in a `file` of a folder or repository, or what the model's configuration says; `config` is that one, None
+        where it is to be read.
+
+        Raises:
+            ConfigError: neither is there, or a value out of range.
+        """
+        path = source.file(file)
+        if path is None and file != FILE:
+            raise ConfigError(f"{source.name!r} holds no {file} ({source.holdings()}); config_file_name names a file in it")
         if path is None:
-            return cls.from_model_config(config)
+            return cls.from_model_config(GPTNeoConfig.from_source(source) if config is None else config)
         with source.reading():
             values = read_object(path, ConfigError)
             try:
@@ -128,10 +136,18 @@ class GenerationConfig:
                 raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> GenerationConfig:
-        """The `generation_config.json` of a folder or hub id; options are Source's (revision, token, ...) or this class's."""
-        source = Source.of(name_or_path, **{k: options.pop(k) for k in Source.OPTIONS if k in options})
-        return cls.from_source(source, GPTNeoConfig.from_source(source)).under(cls.of(options))
+    def from_pretrained(
+        cls, pretrained_model_name: str | os.PathLike[str], config_file_name: str | None = None, **options: Any
+    ) -> GenerationConfig:
+        """The `generation_config.json` of a folder or hub id, or where there is none what its `config.json` says of generation.
+
+        Args:
+            config_file_name: another file to read; config_name is the same.
+            options: Source's (revision, token, ...), or options that win over the file's.
+        """
+        file = _file_name(config_file_name, options)
+        source = Source.of(pretrained_model_name, **{k: options.pop(k) for k in Source.OPTIONS if k in options})
+        return cls.from_source(source, file=file).under(cls.of(options))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GenerationConfig:
@@ -145,17 +161,30 @@ class GenerationConfig:
                 setattr(self, name, values.pop(name))
         return values
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `generation_config.json` into `folder`, which is made where it is missing.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], config_file_name: str | None = None, **others: Any
+    ) -> None:
+        """Write `generation_config.json`, or a file of another name, into a folder, which is made where it is missing.
+
+        Args:
+            others: config_name, another name of config_file_name.
 
         Raises:
             ConfigError: it cannot be written there; what was there still is.
+            InputError: a name that is a path, or another keyword.
         """
-        atomic.write(folder, {"generation_config.json": self.to_json_string()}, ConfigError)
+        file = _file_name(config_file_name, others)
+        if others:
+            raise InputError(
+                f"save_pretrained has no option {next(iter(others))!r}{nearest(next(iter(others)), ['config_file_name'])}"
+            )
+        atomic.write(save_directory, {file: self.to_json_string()}, ConfigError)
 
     def to_dict(self) -> dict[str, Any]:
         """The options that are said."""
         return {k: v for k, v in vars(self).items() if v is not None}
+
+    to_diff_dict = to_dict  # what differs from a config that says nothing
 
     def to_json_string(self) -> str:
         """The text of `generation_config.json`."""
@@ -224,6 +253,15 @@ class Options(GenerationConfig):
     epsilon_cutoff: float = 0.0
     eta_cutoff: float = 0.0
     length_penalty: float = 1.0
+
+
+def _file_name(name: str | None, options: dict[str, Any]) -> str:
+    """The name of a file of options; takes `config_name`, another name of the argument, out of `options`."""
+    name = name or options.pop("config_name", None) or FILE
+    options.pop("config_name", None)
+    if not isinstance(name, str) or os.path.basename(name) != name:
+        raise InputError(f"config_file_name={name!r} is not the name of a file in the folder, such as {FILE!r}")
+    return name
 
 
 def total_length(options: Options, prompt: int, limit: int) -> int:

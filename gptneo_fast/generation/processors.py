@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import is_int, is_number
 from ..errors import InputError
 from .callbacks import scores_of, tokens_of
 from .config import Options
+from .options import check_option
 
 NEVER = float("-inf")
 
@@ -44,6 +46,22 @@ class LogitsProcessorList(list[Callable[[Tensor, Tensor], Tensor]]):
         return scores
 
 
+def ids_of(value: int | Iterable[int] | Tensor) -> list[int]:
+    """Token ids as a list, of one id, several, or a tensor."""
+    found = value.tolist() if isinstance(value, Tensor) else value
+    return [found] if isinstance(found, int) else list(found)
+
+
+def require(owner: object, name: str, holds: bool, wanted: str) -> None:
+    """Refuse the argument `name`, which `owner` keeps under that name, unless it `holds`.
+
+    Raises:
+        InputError: says the class, the argument, the value and what it may be.
+    """
+    if not holds:
+        raise InputError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r:.100} is not {wanted}")
+
+
 def _at(vocabulary: int, ids: Iterable[int], like: Tensor) -> Tensor:
     """Boolean [V], True at `ids`; those beyond the vocabulary are ignored."""
     found = torch.zeros(vocabulary, dtype=torch.bool)
@@ -67,15 +85,20 @@ class ClassifierFreeGuidance(LogitsProcessor):
 
 
 @dataclass
-class SequenceBias(LogitsProcessor):
+class SequenceBiasLogitsProcessor(LogitsProcessor):
     """Adds a bias to the last token of a sequence wherever the text ends in the tokens before it."""
 
-    biases: list[tuple[list[int], float]]
+    sequence_bias: Any  # {tuple of ids: bias} or [[ids, bias], ...]
+
+    def __post_init__(self) -> None:
+        check_option("sequence_bias", self.sequence_bias)
+        pairs = self.sequence_bias.items() if isinstance(self.sequence_bias, dict) else self.sequence_bias
+        self.sequence_bias = {tuple(ids): float(value) for ids, value in pairs}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         bias = torch.zeros_like(scores)
-        for ids, value in self.biases:
-            before = torch.tensor(ids[:-1], device=scores.device)
+        for ids, value in self.sequence_bias.items():
+            before = torch.tensor(ids[:-1], dtype=torch.long, device=scores.device)
             if len(before) > input_ids.shape[1]:
                 continue
             matches = (input_ids[:, input_ids.shape[1] - len(before) :] == before).all(1)
@@ -83,21 +106,36 @@ class SequenceBias(LogitsProcessor):
         return scores + bias
 
 
+class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
+    """Removes the last token of a sequence of ids wherever the text ends in the tokens before it; an end token by itself
+    may follow."""
+
+    def __init__(self, bad_words_ids: list[list[int]], eos_token_id: int | list[int] | Tensor | None = None) -> None:
+        check_option("bad_words_ids", bad_words_ids)
+        ends = [] if eos_token_id is None else ids_of(eos_token_id)
+        words = [ids for ids in bad_words_ids if len(ids) > 1 or ids[0] not in ends]
+        self.sequence_bias = {tuple(ids): NEVER for ids in words}
+
+
 @dataclass
-class RepetitionPenalty(LogitsProcessor):
+class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
     """Divides the positive scores of tokens that occur in the text and multiplies the negative; Keskar et al. 2019, 4.1.
 
-    starts: int64 [B], columns of left padding whose tokens do not count, or None.
+    prompt_ignore_length: columns whose tokens do not count, one number or int64 [B], as of left padding; or None.
     """
 
     penalty: float
-    starts: Tensor | None = None
+    prompt_ignore_length: int | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        require(self, "penalty", is_number(self.penalty) and self.penalty > 0, "a finite number above 0")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         V = scores.shape[1]
-        if self.starts is not None:
+        if self.prompt_ignore_length is not None:
             columns = torch.arange(input_ids.shape[1], device=scores.device)
-            input_ids = input_ids.masked_fill(columns < self.starts[:, None], V)
+            skipped = torch.as_tensor(self.prompt_ignore_length, device=scores.device).view(-1, 1)
+            input_ids = input_ids.masked_fill(columns < skipped, V)
         padded = F.pad(scores, (0, 1))  # the column V takes what does not count
         seen = padded.gather(1, input_ids)
         seen = torch.where(seen < 0, seen * self.penalty, seen / self.penalty)
@@ -105,50 +143,76 @@ class RepetitionPenalty(LogitsProcessor):
 
 
 @dataclass
-class NoRepeatNGram(LogitsProcessor):
-    """Removes tokens that would complete a run of `size` tokens which the text has already."""
+class NoRepeatNGramLogitsProcessor(LogitsProcessor):
+    """Removes tokens that would complete a run of `ngram_size` tokens which the text has already."""
 
-    size: int
+    ngram_size: int
+
+    def __post_init__(self) -> None:
+        require(self, "ngram_size", is_int(self.ngram_size) and self.ngram_size > 0, "an integer from 1")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         T, V = input_ids.shape[1], scores.shape[1]
-        if self.size > T:
+        if self.ngram_size > T:
             return scores
-        runs = input_ids.unfold(1, self.size, 1)  # [B, n, size]
-        matches = (runs[..., :-1] == input_ids[:, None, T + 1 - self.size :]).all(-1)
+        runs = input_ids.unfold(1, self.ngram_size, 1)  # [B, n, size]
+        matches = (runs[..., :-1] == input_ids[:, None, T + 1 - self.ngram_size :]).all(-1)
         banned = scores.new_zeros(len(scores), V + 1, dtype=torch.bool)
         banned.scatter_(1, torch.where(matches, runs[..., -1], V), True)
         return scores.masked_fill(banned[:, :V], NEVER)
 
 
 @dataclass
-class MinLength(LogitsProcessor):
-    """Removes the end tokens from texts of fewer than `length` tokens."""
+class MinLengthLogitsProcessor(LogitsProcessor):
+    """Removes the end tokens from texts of fewer than `min_length` tokens. device: has no say."""
 
-    length: int
-    eos_ids: list[int]
+    min_length: int
+    eos_token_id: int | list[int] | Tensor
+    device: Any = "cpu"
+
+    def __post_init__(self) -> None:
+        require(self, "min_length", is_int(self.min_length) and self.min_length >= 0, "an integer from 0")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] >= self.length:
+        if input_ids.shape[1] >= self.min_length:
             return scores
-        return scores.masked_fill(_at(scores.shape[1], self.eos_ids, scores), NEVER)
+        return scores.masked_fill(_at(scores.shape[1], ids_of(self.eos_token_id), scores), NEVER)
 
 
 @dataclass
-class PrefixAllowedTokens(LogitsProcessor):
-    """Removes all tokens but those that `allowed(row of the prompts, ids [T])` returns."""
+class MinNewTokensLengthLogitsProcessor(LogitsProcessor):
+    """Removes the end tokens until `min_new_tokens` follow a prompt of so many columns. device: has no say."""
 
-    allowed: Callable[[int, Tensor], list[int]]
-    rows_per_prompt: int
+    prompt_length_to_skip: int
+    min_new_tokens: int
+    eos_token_id: int | list[int] | Tensor
+    device: Any = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_length_to_skip", "min_new_tokens"):
+            value = getattr(self, name)
+            require(self, name, is_int(value) and value >= 0, "an integer from 0")
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        shortest = self.prompt_length_to_skip + self.min_new_tokens
+        return MinLengthLogitsProcessor(shortest, self.eos_token_id)(input_ids, scores)
+
+
+@dataclass
+class PrefixConstrainedLogitsProcessor(LogitsProcessor):
+    """Removes all tokens but those that a function of (row of the prompts, ids [T]) returns. num_beams: rows of a prompt."""
+
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]]
+    num_beams: int
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         mask = torch.full_like(scores, NEVER)
         for row, ids in enumerate(input_ids):
-            mask[row, tokens_of(self.allowed, row // self.rows_per_prompt, ids, scores.shape[1])] = 0
+            mask[row, tokens_of(self.prefix_allowed_tokens_fn, row // self.num_beams, ids, scores.shape[1])] = 0
         allowed = scores + mask
         # Where all that is allowed had been removed before, what is allowed wins.
-        stuck = allowed.amax(-1).isneginf().view(-1, self.rows_per_prompt).all(1)
-        return torch.where(stuck.repeat_interleave(self.rows_per_prompt)[:, None], mask, allowed)
+        stuck = allowed.amax(-1).isneginf().view(-1, self.num_beams).all(1)
+        return torch.where(stuck.repeat_interleave(self.num_beams)[:, None], mask, allowed)
 
 
 @dataclass
@@ -166,7 +230,21 @@ class ForcedTokens(LogitsProcessor):
         return forced
 
 
-class RemoveInvalidValues(LogitsProcessor):
+class ForcedBOSTokenLogitsProcessor(ForcedTokens):
+    """Allows nothing but a token behind the first one."""
+
+    def __init__(self, bos_token_id: int) -> None:
+        super().__init__(1, [bos_token_id])
+
+
+class ForcedEOSTokenLogitsProcessor(ForcedTokens):
+    """Allows nothing but the end tokens where a text has one token less than `max_length`. device: has no say."""
+
+    def __init__(self, max_length: int, eos_token_id: int | list[int] | Tensor, device: Any = "cpu") -> None:
+        super().__init__(max_length - 1, ids_of(eos_token_id))
+
+
+class InfNanRemoveLogitsProcessor(LogitsProcessor):
     """NaN becomes 0, infinities the largest numbers."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -174,34 +252,50 @@ class RemoveInvalidValues(LogitsProcessor):
 
 
 @dataclass
-class ExponentialDecay(LogitsProcessor):
-    """Raises the end tokens' scores by |score| * (factor ** (tokens past start) - 1)."""
+class ExponentialDecayLengthPenalty(LogitsProcessor):
+    """Raises the end tokens' scores by |score| * (factor ** (tokens past start) - 1).
 
-    start: int
-    factor: float
-    eos_ids: list[int]
+    exponential_decay_length_penalty: (start, in tokens behind a prompt of input_ids_seq_length; factor).
+    """
+
+    exponential_decay_length_penalty: tuple[int, float]
+    eos_token_id: int | list[int] | Tensor
+    input_ids_seq_length: int
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        beyond = input_ids.shape[1] - self.start
+        start, factor = self.exponential_decay_length_penalty
+        beyond, eos = input_ids.shape[1] - self.input_ids_seq_length - start, ids_of(self.eos_token_id)
         if beyond <= 0:
             return scores
         raised = scores.clone()
-        ends = scores[:, self.eos_ids]
-        raised[:, self.eos_ids] = torch.where(ends.isfinite(), ends + ends.abs() * (self.factor**beyond - 1), ends)
+        ends = scores[:, eos]
+        raised[:, eos] = torch.where(ends.isfinite(), ends + ends.abs() * (factor**beyond - 1), ends)
         return raised
 
 
 @dataclass
-class SuppressTokens(LogitsProcessor):
-    """Removes `ids`, always or only when the text has exactly `length` tokens."""
+class SuppressTokensLogitsProcessor(LogitsProcessor):
+    """Removes tokens. device: has no say."""
 
-    ids: list[int]
-    length: int | None = None
+    suppress_tokens: list[int] | Tensor
+    device: Any = "cpu"
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.length is not None and input_ids.shape[1] != self.length:
+        return scores.masked_fill(_at(scores.shape[1], ids_of(self.suppress_tokens), scores), NEVER)
+
+
+@dataclass
+class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):
+    """Removes tokens where the text has exactly `begin_index` tokens. device: has no say."""
+
+    begin_suppress_tokens: list[int] | Tensor
+    begin_index: int
+    device: Any = "cpu"
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] != self.begin_index:
             return scores
-        return scores.masked_fill(_at(scores.shape[1], self.ids, scores), NEVER)
+        return scores.masked_fill(_at(scores.shape[1], ids_of(self.begin_suppress_tokens), scores), NEVER)
 
 
 @dataclass
@@ -233,35 +327,32 @@ def processors_of(options: Options, about: Context) -> LogitsProcessorList:
         out.append(ClassifierFreeGuidance(o.guidance_scale, about.unconditional))
     if o.sequence_bias is not None:
         pairs = o.sequence_bias.items() if isinstance(o.sequence_bias, dict) else o.sequence_bias
-        biases = {tuple(_within(ids, about, "sequence_bias")): float(value) for ids, value in pairs}  # of two, the last
-        out.append(SequenceBias([(list(ids), value) for ids, value in biases.items()]))
+        out.append(SequenceBiasLogitsProcessor([[_within(ids, about, "sequence_bias"), value] for ids, value in pairs]))
     if o.repetition_penalty != 1:
-        out.append(RepetitionPenalty(o.repetition_penalty, about.starts))
+        out.append(RepetitionPenaltyLogitsProcessor(o.repetition_penalty, about.starts))
     if o.no_repeat_ngram_size > 0:
-        out.append(NoRepeatNGram(o.no_repeat_ngram_size))
+        out.append(NoRepeatNGramLogitsProcessor(o.no_repeat_ngram_size))
     if o.bad_words_ids is not None:
-        words = [ids for ids in o.bad_words_ids if len(ids) > 1 or ids[0] not in eos]
-        out.append(SequenceBias([(_within(ids, about, "bad_words_ids"), NEVER) for ids in words]))
+        out.append(NoBadWordsLogitsProcessor([_within(ids, about, "bad_words_ids") for ids in o.bad_words_ids], eos))
     shortest = o.min_length if o.min_new_tokens is None else about.prompt + o.min_new_tokens
     if shortest > 0 and eos:
-        out.append(MinLength(shortest, eos))
+        out.append(MinLengthLogitsProcessor(shortest, eos))
     if about.prefix_allowed_tokens_fn is not None:
-        out.append(PrefixAllowedTokens(about.prefix_allowed_tokens_fn, o.num_beams))
+        out.append(PrefixConstrainedLogitsProcessor(about.prefix_allowed_tokens_fn, o.num_beams))
     if o.forced_bos_token_id is not None:
-        out.append(ForcedTokens(1, _within([o.forced_bos_token_id], about, "forced_bos_token_id")))
+        out.append(ForcedBOSTokenLogitsProcessor(*_within([o.forced_bos_token_id], about, "forced_bos_token_id")))
     if o.forced_eos_token_id is not None:
         ids = o.forced_eos_token_id if isinstance(o.forced_eos_token_id, list) else [o.forced_eos_token_id]
-        out.append(ForcedTokens(about.total - 1, _within(ids, about, "forced_eos_token_id")))
+        out.append(ForcedEOSTokenLogitsProcessor(about.total, _within(ids, about, "forced_eos_token_id")))
     if o.remove_invalid_values:
-        out.append(RemoveInvalidValues())
+        out.append(InfNanRemoveLogitsProcessor())
     if o.exponential_decay_length_penalty is not None and eos:
-        start, factor = o.exponential_decay_length_penalty
-        out.append(ExponentialDecay(about.prompt + start, factor, eos))
+        out.append(ExponentialDecayLengthPenalty(o.exponential_decay_length_penalty, eos, about.prompt))
     if o.suppress_tokens is not None:
-        out.append(SuppressTokens(o.suppress_tokens))
+        out.append(SuppressTokensLogitsProcessor(o.suppress_tokens))
     if o.begin_suppress_tokens is not None:
         begin = about.prompt + (about.prompt <= 1 and o.forced_bos_token_id is not None)
-        out.append(SuppressTokens(o.begin_suppress_tokens, begin))
+        out.append(SuppressTokensAtBeginLogitsProcessor(o.begin_suppress_tokens, begin))
     out.extend(about.own)
     return out
 

@@ -16,7 +16,7 @@ from .callbacks import named
 from .config import GenerationConfig, Options
 from .processors import LogitsProcessorList
 from .prompt import Prompt
-from .stopping import EndToken, StoppingCriteriaList
+from .stopping import EosTokenCriteria, StoppingCriteriaList
 
 if TYPE_CHECKING:
     from ..network.touch import Look
@@ -122,7 +122,7 @@ class Request:
     @property
     def may_end_early(self) -> bool:
         """Whether a row can end by a token, so that finished rows need filling."""
-        return any(isinstance(c, EndToken) for c in self.criteria)
+        return any(isinstance(c, EosTokenCriteria) for c in self.criteria)
 
     def draw(self, scores: Tensor, running: Tensor) -> Tensor:
         """Tokens [B] int64 from processed scores [B, V]: one multinomial over the softmax, or the likeliest.

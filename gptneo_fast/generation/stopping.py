@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..config import short
 from ..errors import InputError
 from .callbacks import ended_of
 from .config import Options
+from .options import check_option
 
 
 class StoppingCriteria(ABC):
@@ -41,45 +42,53 @@ class StoppingCriteriaList(list[Callable[..., Any]]):
 
 
 @dataclass
-class MaxLength(StoppingCriteria):
-    """Ends texts of `length` columns."""
+class MaxLengthCriteria(StoppingCriteria):
+    """Ends texts of `max_length` columns. max_position_embeddings: has no say; `generate` refuses what exceeds them."""
 
-    length: int
+    max_length: int
+    max_position_embeddings: int | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
-        return input_ids.shape[1] >= self.length
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return _all_rows(input_ids, input_ids.shape[1] >= self.max_length)
 
 
 @dataclass
-class MaxTime(StoppingCriteria):
-    """Ends texts `seconds` after this was made."""
+class MaxTimeCriteria(StoppingCriteria):
+    """Ends texts `max_time` seconds after this was made, or after initial_timestamp, of `time.time()`."""
 
-    seconds: float
-    began: float = field(default_factory=time.monotonic)
+    max_time: float
+    initial_timestamp: float | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
-        return time.monotonic() - self.began > self.seconds
-
-
-class EndToken(StoppingCriteria):
-    """Ends texts whose last token is one of `ids`."""
-
-    def __init__(self, ids: list[int], device: torch.device) -> None:
-        self.ids = torch.tensor(ids, device=device)
+    def __post_init__(self) -> None:
+        passed = 0.0 if self.initial_timestamp is None else time.time() - self.initial_timestamp
+        self._ends = time.monotonic() - passed + self.max_time
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.isin(input_ids[:, -1], self.ids)
+        return _all_rows(input_ids, time.monotonic() > self._ends)
 
 
-class StopStrings(StoppingCriteria):
+class EosTokenCriteria(StoppingCriteria):
+    """Ends texts whose last token is one of these."""
+
+    def __init__(self, eos_token_id: int | list[int] | Tensor) -> None:
+        self.eos_token_id = torch.as_tensor(eos_token_id).flatten()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.isin(input_ids[:, -1], self.eos_token_id.to(input_ids.device))
+
+
+class StopStringCriteria(StoppingCriteria):
     """Ends texts in whose last token one of the strings comes to an end, prompt included.
 
-    token_bytes: the bytes of a token id.
+    Raises:
+        InputError: no tokenizer, or no strings.
     """
 
-    def __init__(self, strings: list[str], token_bytes: Callable[[int], bytes]) -> None:
-        self.stops = [s.encode() for s in strings]
-        self.token_bytes = token_bytes
+    def __init__(self, tokenizer: Any, stop_strings: str | list[str] | tuple[str, ...]) -> None:
+        check_option("stop_strings", stop_strings)
+        self.stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        self.stops = [s.encode() for s in self.stop_strings]
+        self.token_bytes = _token_bytes(tokenizer)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         longest = max(map(len, self.stops))
@@ -93,13 +102,18 @@ class StopStrings(StoppingCriteria):
 
 
 @dataclass
-class Unlikely(StoppingCriteria):
-    """Ends a draft whose last token has a probability below `threshold`."""
+class ConfidenceCriteria(StoppingCriteria):
+    """Ends a draft whose last token has a probability below `assistant_confidence_threshold`."""
 
-    threshold: float
+    assistant_confidence_threshold: float
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
-        return bool(scores[-1].softmax(-1)[0, input_ids[0, -1]] < self.threshold)
+        return bool(scores[-1].softmax(-1)[0, input_ids[0, -1]] < self.assistant_confidence_threshold)
+
+
+def _all_rows(ids: Tensor, ended: bool) -> Tensor:
+    """Boolean [B], the same for every text of ids [B, T]."""
+    return torch.full(ids.shape[:1], ended, device=ids.device)
 
 
 def criteria_of(
@@ -110,13 +124,13 @@ def criteria_of(
     Raises:
         InputError: stop strings without a tokenizer.
     """
-    out = StoppingCriteriaList([MaxLength(total)])
+    out = StoppingCriteriaList([MaxLengthCriteria(total)])
     if options.max_time is not None:
-        out.append(MaxTime(options.max_time))
+        out.append(MaxTimeCriteria(options.max_time))
     if options.stops:
-        out.append(StopStrings(options.stops, _token_bytes(tokenizer)))
+        out.append(StopStringCriteria(tokenizer, options.stops))
     if options.eos_ids:
-        out.append(EndToken(options.eos_ids, device))
+        out.append(EosTokenCriteria(torch.tensor(options.eos_ids, device=device)))
     out.extend(own or [])
     return out
 

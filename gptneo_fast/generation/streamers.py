@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -101,6 +102,43 @@ class TextIteratorStreamer(TextStreamer):
         piece = self.text_queue.get(timeout=self.timeout)
         if piece is None:
             raise StopIteration
+        if isinstance(piece, BaseException):
+            raise piece
+        return piece
+
+
+class AsyncTextIteratorStreamer(TextStreamer):
+    """Text pieces for `async for` while `generate` runs in another thread; its error is raised in the loop. Made where the
+    event loop runs.
+
+    Args:
+        timeout: seconds to wait for a piece before TimeoutError is raised; None for ever.
+    """
+
+    def __init__(self, tokenizer: Any, skip_prompt: bool = False, timeout: float | None = None, **decode_kwargs: Any) -> None:
+        super().__init__(tokenizer, skip_prompt, **decode_kwargs)
+        self.timeout = timeout
+        self.text_queue: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Put a piece into the queue."""
+        self.loop.call_soon_threadsafe(self.text_queue.put_nowait, text)
+        if stream_end:
+            self.loop.call_soon_threadsafe(self.text_queue.put_nowait, None)
+
+    def fail(self, error: BaseException) -> None:
+        """Raise `error` in the loop that iterates."""
+        self.loop.call_soon_threadsafe(self.text_queue.put_nowait, error)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        async with asyncio.timeout(self.timeout):
+            piece = await self.text_queue.get()
+        if piece is None:
+            raise StopAsyncIteration
         if isinstance(piece, BaseException):
             raise piece
         return piece

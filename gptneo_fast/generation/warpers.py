@@ -3,120 +3,178 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import is_int, is_number
 from .config import Options
-from .processors import NEVER, LogitsProcessor, LogitsProcessorList
+from .processors import NEVER, LogitsProcessor, LogitsProcessorList, require
 
 
 @dataclass
-class Temperature(LogitsProcessor):
+class TemperatureLogitsWarper(LogitsProcessor):
     """Divides the scores."""
 
     temperature: float
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            "temperature",
+            is_number(self.temperature) and self.temperature > 0,
+            "a finite number above 0 (do_sample=False is greedy)",
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores / self.temperature
 
 
 @dataclass
-class TopH(LogitsProcessor):
+class TopHLogitsWarper(LogitsProcessor):
     """Keeps the likeliest of the first 100 tokens while their entropy stays below `share` of the entropy of the 100."""
 
-    share: float
+    top_h: float
+    filter_value: float = NEVER
+
+    def __post_init__(self) -> None:
+        require(self, "top_h", is_number(self.top_h) and 0 < self.top_h <= 1, "a number above 0 and up to 1")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         top, ids = scores.topk(min(100, scores.shape[1]))  # sorted
         p = (top - top.logsumexp(-1, keepdim=True)).softmax(-1)
         entropy = -(p * p.log())  # NaN where p is 0: not kept
-        kept = entropy.cumsum(-1) <= self.share * _entropy(top)[:, None]
+        kept = entropy.cumsum(-1) <= self.top_h * _entropy(top)[:, None]
         kept[:, 0] = True
-        return scores.masked_fill(~torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, kept), NEVER)
+        return scores.masked_fill(~torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, kept), self.filter_value)
 
 
 @dataclass
-class TopK(LogitsProcessor):
+class TopKLogitsWarper(LogitsProcessor):
     """Keeps the k likeliest tokens, and what ties with the last of them."""
 
-    k: int
+    top_k: int
+    filter_value: float = NEVER
+    min_tokens_to_keep: int = 1
+
+    def __post_init__(self) -> None:
+        require(self, "top_k", is_int(self.top_k) and self.top_k > 0, "an integer from 1")
+        _require_keep(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        last = scores.topk(min(self.k, scores.shape[1])).values[:, -1:]
-        return scores.masked_fill(scores < last, NEVER)
+        last = scores.topk(min(max(self.top_k, self.min_tokens_to_keep), scores.shape[1])).values[:, -1:]
+        return scores.masked_fill(scores < last, self.filter_value)
 
 
 @dataclass
-class TopP(LogitsProcessor):
+class TopPLogitsWarper(LogitsProcessor):
     """Keeps the likeliest tokens whose probabilities sum up to p; Holtzman et al. 2020, section 3.1."""
 
-    p: float
-    keep: int = 1
+    top_p: float
+    filter_value: float = NEVER
+    min_tokens_to_keep: int = 1
+
+    def __post_init__(self) -> None:
+        require(self, "top_p", is_number(self.top_p) and 0 <= self.top_p <= 1, "a number from 0 to 1")
+        _require_keep(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rising, order = scores.sort()
-        removed = rising.softmax(-1).cumsum(-1) <= 1 - self.p
-        removed[:, -self.keep :] = False
-        return scores.masked_fill(removed.scatter(1, order, removed), NEVER)
+        removed = rising.softmax(-1).cumsum(-1) <= 1 - self.top_p
+        removed[:, -self.min_tokens_to_keep :] = False
+        return scores.masked_fill(removed.scatter(1, order, removed), self.filter_value)
 
 
 @dataclass
-class MinP(LogitsProcessor):
+class MinPLogitsWarper(LogitsProcessor):
     """Removes tokens less likely than p times the likeliest; Nguyen et al. 2024."""
 
-    p: float
-    keep: int = 1
+    min_p: float
+    filter_value: float = NEVER
+    min_tokens_to_keep: int = 1
+
+    def __post_init__(self) -> None:
+        require(self, "min_p", is_number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
+        _require_keep(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         probs = scores.softmax(-1)
-        removed = probs < self.p * probs.amax(-1, keepdim=True)
-        removed.scatter_(1, probs.topk(min(self.keep, scores.shape[1])).indices, False)
-        return scores.masked_fill(removed, NEVER)
+        removed = probs < self.min_p * probs.amax(-1, keepdim=True)
+        removed.scatter_(1, probs.topk(min(self.min_tokens_to_keep, scores.shape[1])).indices, False)
+        return scores.masked_fill(removed, self.filter_value)
 
 
 @dataclass
-class TypicalP(LogitsProcessor):
+class TypicalLogitsWarper(LogitsProcessor):
     """Keeps the tokens whose information is nearest to the entropy, up to a mass of p; Meister et al. 2022, equation 10."""
 
-    p: float
-    keep: int = 1
+    mass: float = 0.9
+    filter_value: float = NEVER
+    min_tokens_to_keep: int = 1
+
+    def __post_init__(self) -> None:
+        require(self, "mass", is_number(self.mass) and 0 < self.mass < 1, "a number above 0 and below 1")
+        _require_keep(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         log_p = scores.log_softmax(-1)
         entropy = -(log_p * log_p.exp()).nansum(-1, keepdim=True)
         distance, order = (-log_p - entropy).abs().sort()
         mass = scores.gather(1, order).softmax(-1).cumsum(-1)
-        last = (mass < self.p).sum(1, keepdim=True).clamp(max=scores.shape[1] - 1)
+        last = (mass < self.mass).sum(1, keepdim=True).clamp(max=scores.shape[1] - 1)
         removed = distance > distance.gather(1, last)
-        removed[:, : self.keep] = False
-        return scores.masked_fill(removed.scatter(1, order, removed), NEVER)
+        removed[:, : self.min_tokens_to_keep] = False
+        return scores.masked_fill(removed.scatter(1, order, removed), self.filter_value)
 
 
 @dataclass
-class Cutoff(LogitsProcessor):
-    """Removes tokens less likely than epsilon, or with `eta` than min(epsilon, sqrt(epsilon) * exp(-entropy)).
+class EpsilonLogitsWarper(LogitsProcessor):
+    """Removes tokens less likely than epsilon.
 
-    Hewitt et al. 2022, "Truncation sampling as language model desmoothing".
+    Hewitt et al. 2022, "Truncation sampling as language model desmoothing", as is EtaLogitsWarper.
     """
 
     epsilon: float
-    eta: bool = False
-    keep: int = 1
+    filter_value: float = NEVER
+    min_tokens_to_keep: int = 1
+
+    def __post_init__(self) -> None:
+        require(self, "epsilon", is_number(self.epsilon) and 0 < self.epsilon < 1, "a number above 0 and below 1")
+        _require_keep(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        limit = torch.tensor(self.epsilon, device=scores.device)
-        if self.eta:
-            limit = torch.minimum(limit, limit.sqrt() * (-_entropy(scores)).exp())[:, None]
-        kept = scores.topk(min(self.keep, scores.shape[1])).values[:, -1:]
-        return scores.masked_fill((scores.softmax(-1) < limit) & (scores < kept), NEVER)
+        kept = scores.topk(min(self.min_tokens_to_keep, scores.shape[1])).values[:, -1:]
+        return scores.masked_fill((scores.softmax(-1) < self._limit(scores)) & (scores < kept), self.filter_value)
+
+    def _limit(self, scores: Tensor) -> Tensor:
+        """The least probability that stays, [] or [B, 1]."""
+        return torch.tensor(self.epsilon, device=scores.device)
 
 
-class Renormalize(LogitsProcessor):
+@dataclass
+class EtaLogitsWarper(EpsilonLogitsWarper):
+    """Removes tokens less likely than min(epsilon, sqrt(epsilon) * exp(-entropy)). device: has no say."""
+
+    device: Any = "cpu"
+
+    def _limit(self, scores: Tensor) -> Tensor:
+        limit = super()._limit(scores)
+        return torch.minimum(limit, limit.sqrt() * (-_entropy(scores)).exp())[:, None]
+
+
+class LogitNormalization(LogitsProcessor):
     """Scores become log-probabilities."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores.log_softmax(-1)
+
+
+def _require_keep(
+    warper: TopKLogitsWarper | TopPLogitsWarper | MinPLogitsWarper | TypicalLogitsWarper | EpsilonLogitsWarper,
+) -> None:
+    keep = warper.min_tokens_to_keep
+    require(warper, "min_tokens_to_keep", is_int(keep) and keep > 0, "an integer from 1")
 
 
 def _entropy(scores: Tensor) -> Tensor:
@@ -131,21 +189,21 @@ def warpers_of(options: Options) -> LogitsProcessorList:
     keep = max(1, len(o.eos_ids)) + 1 if o.num_beams > 1 else 1
     if o.do_sample:
         if o.temperature != 1:
-            out.append(Temperature(o.temperature))
+            out.append(TemperatureLogitsWarper(o.temperature))
         if o.top_h is not None:
-            out.append(TopH(o.top_h))
+            out.append(TopHLogitsWarper(o.top_h))
         if o.top_k:
-            out.append(TopK(max(o.top_k, keep)))
+            out.append(TopKLogitsWarper(o.top_k, min_tokens_to_keep=keep))
         if o.top_p < 1:
-            out.append(TopP(o.top_p, keep))
+            out.append(TopPLogitsWarper(o.top_p, min_tokens_to_keep=keep))
         if o.min_p is not None:
-            out.append(MinP(o.min_p, keep))
+            out.append(MinPLogitsWarper(o.min_p, min_tokens_to_keep=keep))
         if o.typical_p < 1:
-            out.append(TypicalP(o.typical_p, keep))
+            out.append(TypicalLogitsWarper(o.typical_p, min_tokens_to_keep=keep))
         if o.epsilon_cutoff:
-            out.append(Cutoff(o.epsilon_cutoff, keep=keep))
+            out.append(EpsilonLogitsWarper(o.epsilon_cutoff, min_tokens_to_keep=keep))
         if o.eta_cutoff:
-            out.append(Cutoff(o.eta_cutoff, eta=True, keep=keep))
+            out.append(EtaLogitsWarper(o.eta_cutoff, min_tokens_to_keep=keep))
     if o.renormalize_logits:
-        out.append(Renormalize())
+        out.append(LogitNormalization())
     return out

@@ -209,13 +209,13 @@ def test_a_row_that_breaks_ends_with_an_error_and_the_others_go_on(model, captur
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"no_repeat_ngram_size": 2}, "NoRepeatNGram runs on the host"),
+        ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor runs on the host"),
         ({"logits_processor": [lambda ids, scores: scores]}, "function runs on the host"),
-        ({"max_time": 100.0}, "MaxTime runs on the host"),
-        ({"typical_p": 0.5, "do_sample": True}, "TypicalP"),
+        ({"max_time": 100.0}, "MaxTimeCriteria runs on the host"),
+        ({"typical_p": 0.5, "do_sample": True}, "TypicalLogitsWarper runs on the host"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate asks"),
         ({"use_cache": False}, "use_cache=False asks"),
-        ({"remove_invalid_values": True}, "RemoveInvalidValues"),
+        ({"remove_invalid_values": True}, "InfNanRemoveLogitsProcessor runs on the host"),
     ],
     ids=lambda o: next(iter(o)) if isinstance(o, dict) else "",
 )

@@ -1,6 +1,7 @@
 """Strings in and out: generate_text, stream and its async twin, streamers, stop strings, pipeline, scripts of model cards."""
 
 import asyncio
+import contextlib
 import gc
 import io
 import sys
@@ -385,3 +386,38 @@ def test_a_stream_is_guided_as_the_whole_text_is(model):
     guided = model.generate_text("Once upon a time", **options)
     assert "".join(model.stream("Once upon a time", **options)) == guided
     assert guided != model.generate_text("Once upon a time", max_new_tokens=12)
+
+
+def test_an_async_streamer_gives_the_text_and_the_error_to_the_event_loop(model):
+    ids = model.tokenizer(TALES[0], return_tensors="pt").input_ids
+
+    async def read(**options):
+        streamer = gptneo_fast.AsyncTextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=60)
+        thread = threading.Thread(target=lambda: _quietly(model, ids, streamer=streamer, **options))
+        thread.start()
+        pieces = [piece async for piece in streamer]
+        thread.join()
+        return pieces
+
+    def broken(ids, scores):
+        raise ValueError("a criterion broke")
+
+    pieces = asyncio.run(read(max_new_tokens=20))
+    assert "".join(pieces) == model.generate_text(TALES[0], max_new_tokens=20) and len(pieces) > 5
+    with pytest.raises(ValueError, match="a criterion broke"):
+        asyncio.run(read(max_new_tokens=20, stopping_criteria=[lambda ids, scores, **_: broken(ids, scores)]))
+
+
+def test_an_async_streamer_waits_no_longer_than_its_timeout(model):
+    async def read():
+        async for _ in gptneo_fast.AsyncTextIteratorStreamer(model.tokenizer, timeout=0.01):
+            pass
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(read())
+
+
+def _quietly(model, ids, **options):
+    """`generate`, whose error the streamer has."""
+    with contextlib.suppress(ValueError):
+        model.generate(ids, **options)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gptneo_fast.generation.warpers import MinP, Temperature, TopK, TopP
+from gptneo_fast.generation.warpers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from gptneo_fast.ops import sampling
 from gptneo_fast.ops.constants import ALL, COUNT, FEW, FINISHED, FREE, STATUS
 
@@ -67,10 +67,10 @@ CASES = {
 
 def exact(logits, top_k, rates):
     """The distribution that the warpers of `generate` leave."""
-    scores = Temperature(rates[0])(None, logits[None].float())
-    scores = TopK(top_k)(None, scores) if top_k else scores
-    scores = TopP(rates[1])(None, scores) if rates[1] < 1 else scores
-    scores = MinP(rates[2])(None, scores) if rates[2] > 0 else scores
+    scores = TemperatureLogitsWarper(rates[0])(None, logits[None].float())
+    scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+    scores = TopPLogitsWarper(rates[1])(None, scores) if rates[1] < 1 else scores
+    scores = MinPLogitsWarper(rates[2])(None, scores) if rates[2] > 0 else scores
     return scores.softmax(-1)[0].double()
 
 

@@ -8,12 +8,26 @@ import torch
 from torch import Tensor
 
 from ...ops.constants import ALL, END, FEW, FREE, GREEDY, KEEP, NOT_FIRST, SUPPRESSED
-from ..processors import MinLength, RepetitionPenalty, SuppressTokens
+from ..processors import (
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 from ..request import Request
-from ..stopping import EndToken, MaxLength
-from ..warpers import MinP, Temperature, TopK, TopP
+from ..stopping import EosTokenCriteria, MaxLengthCriteria
+from ..warpers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-_ON_DEVICE = (MinLength, RepetitionPenalty, SuppressTokens, MinP, Temperature, TopK, TopP)
+_ON_DEVICE = (
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, odd
 
 
@@ -23,7 +37,7 @@ def why_stepwise(request: Request) -> str | None:
     for processor in (*request.own, *(p for p in request.processors if type(p) not in _ON_DEVICE)):
         return f"{type(processor).__name__} runs on the host"
     for criterion in request.criteria:
-        if type(criterion) not in (MaxLength, EndToken):
+        if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria):
             return f"{type(criterion).__name__} runs on the host"
     given = {
         "use_cache=False": not options.use_cache,
