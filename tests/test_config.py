@@ -211,3 +211,11 @@ def test_copies_and_pickles_are_equal_and_their_own():
         other.pad_token_id = 11
         assert ours.pad_token_id is None
     assert json.loads(ours.to_json_string())["model_type"] == "gpt_neo"
+
+
+def test_a_setting_of_generation_may_be_set_to_nothing_where_it_is_nothing():
+    ours = GPTNeoConfig(**SMALL)
+    ours.forced_eos_token_id = None
+    ours = GPTNeoConfig.from_dict(GPTNeoConfig(**SMALL).to_dict() | {"temperature": 0.5})
+    with pytest.raises(ConfigError, match=r"set model\.generation_config\.temperature"):
+        ours.temperature = None

@@ -112,7 +112,7 @@ class GPTNeoConfig:
                 f"{name} shapes the weights of a model that is built and cannot be set to {short(value)}; use "
                 f"config.replace({name}=...) and build another"
             )
-        if name in GENERATION:
+        if name in GENERATION and (value is not None or getattr(self, name, None) is not None):
             raise ConfigError(f"{name} is a setting of generation, ignored here; set model.generation_config.{name}")
         if name not in self.__dataclass_fields__:
             _check_extra(name)

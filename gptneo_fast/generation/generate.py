@@ -163,7 +163,7 @@ def settle(model: LanguageModel, config: GenerationConfig | None, said: dict[str
     own = model.generation_config if config is None else model.generation_config.under(config)
     options, vocabulary = GenerationConfig.of(said), model.config.vocab_size
     for token in options.eos_ids:
-        if not 0 <= token < vocabulary:
+        if not 0 <= token < vocabulary and token != -1:  # which ends no text, as in transformers
             raise InputError(f"eos_token_id {token} is not in the vocabulary of {vocabulary} tokens")
     merged = own.under(options)
     for name, value in said.items():  # None in a call switches off what another source says

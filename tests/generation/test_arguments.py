@@ -141,6 +141,14 @@ def test_two_hundred_times_one_end_token_is_one_end_token(models):
         assert torch.equal(many, models[1].generate(IDS, eos_token_id=1, max_new_tokens=4, **how))
 
 
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 1}], ids=str)
+def test_an_end_token_of_minus_one_ends_no_text(models, how):
+    found = models[1].generate(IDS, eos_token_id=-1, max_new_tokens=6, **how)
+    assert found.shape == (1, T + 6)
+    if "seed" not in how:
+        assert torch.equal(found, models[0].generate(IDS, eos_token_id=-1, max_new_tokens=6, **how))
+
+
 def test_beams_over_a_vocabulary_of_one():
     config = gptneo_fast.GPTNeoConfig(
         vocab_size=1,

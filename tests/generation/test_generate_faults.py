@@ -39,7 +39,7 @@ BAD = [
     ({"stop_strings": ["x"] * 10000}, "stop_strings="),
     ({"stop_strings": "x"}, "stop_strings needs a tokenizer"),
     ({"eos_token_id": 97}, "eos_token_id 97 is not in the vocabulary of 97"),
-    ({"eos_token_id": -1}, "eos_token_id -1"),
+    ({"eos_token_id": -2}, "eos_token_id -2"),
     ({"seed": -1}, "seed=-1"),
     ({"seed": 2**64}, "seed="),
     ({"seed": 1.0}, "seed=1.0"),
