@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +80,19 @@ def find_torch() -> Torch:
         if not (folder / "include/torch/csrc/stable/library.h").is_file():
             raise CannotBuildError(f"torch {version[1]} in {folder} has no headers")
         return Torch(folder, version[1], cuda[1] if cuda else None)
-    raise CannotBuildError("torch is not installed in this environment yet; install it, then this package again")
+    raise CannotBuildError(
+        "torch is not installed where this was built; install torch, then this package from its sources again "
+        "(pip install --force-reinstall --no-deps --no-cache-dir SOURCES)"
+    )
 
 
 def find_compiler() -> list[str]:
     """The C++ compiler as a command: CXX, or else c++ or g++ in PATH."""
-    asked = shlex.split(os.environ.get("CXX", ""))
+    words = os.environ.get("CXX", "")
+    try:
+        asked = shlex.split(words)
+    except ValueError as error:
+        raise CannotBuildError(f"CXX is {words!r}, which is no command: {error}") from error
     if asked and shutil.which(asked[0]) is None:
         raise CannotBuildError(f"the C++ compiler that CXX names, {asked[0]}, is not there")
     found = asked or [name for name in ("c++", "g++") if shutil.which(name)][:1]
@@ -101,11 +111,33 @@ def find_nvcc() -> str:
 
 
 def answer(command: list[str]) -> str:
-    """What a command prints."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CannotBuildError(f"{shlex.join(command)} failed: {last_line(done.stderr)}")
-    return done.stdout
+    """What a command prints, which has a minute for it."""
+    code, out, errors = run(command, seconds=60)
+    if code:
+        raise CannotBuildError(f"{shlex.join(command)} failed: {last_line(errors)}")
+    return out
+
+
+def run(words: list[str], seconds: int) -> tuple[int, str, str]:
+    """Exit status, output and errors of a command in the project's folder; it and what it began have so long.
+
+    Raises:
+        CannotBuildError: it is no program, or does not end.
+    """
+    how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    try:
+        process = subprocess.Popen(words, cwd=ROOT, encoding="utf-8", errors="replace", **how)
+    except OSError as error:
+        raise CannotBuildError(f"{words[0]} cannot be run: {error.strerror or error}") from error
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    except BaseException as error:  # an interrupt, too, which a session of its own does not get
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        raise CannotBuildError(f"{words[0]} did not end within {seconds} seconds") from error
+    return process.returncode, out, errors
 
 
 def last_line(text: str) -> str:
@@ -187,6 +219,8 @@ class BuildExtension(build_ext):
         asked = os.environ.get("GPTNEO_FAST_BUILD_EXT", "")
         if asked not in ("", "0", "1"):
             raise ExecError(f"GPTNEO_FAST_BUILD_EXT is {asked!r}; use 1 (must be built), 0 (must not) or leave it unset")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # of compilers that speak more than it can write
         folder = self.folder()
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -232,12 +266,14 @@ class BuildExtension(build_ext):
         return report
 
     def command(self, words: list[str]) -> None:
-        """Run one command in the project's folder."""
+        """Run one command, whose last word is the file that it makes."""
         print(shlex.join(words), flush=True)
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-        print(done.stdout + done.stderr, end="", flush=True)
-        if done.returncode:
-            raise CannotBuildError(f"{Path(words[0]).name} failed: {last_line(done.stderr or done.stdout)}")
+        code, out, errors = run(words, seconds=1200)
+        print(out + errors, end="", flush=True)
+        if code:
+            raise CannotBuildError(f"{Path(words[0]).name} failed: {last_line(errors or out)}")
+        if not Path(words[-1]).is_file():
+            raise CannotBuildError(f"{Path(words[0]).name} says that all went well, and made no {Path(words[-1]).name}")
 
     def folder(self) -> Path:
         """Where the package stands that is being built: the sources for an editable install."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution
 
 from gptneo_fast.ops import extension
 from tests.support.append_calls import COMPILER, setup_py
@@ -56,7 +57,7 @@ def test_the_torch_of_an_isolated_build_is_not_imported(setup):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: None, "torch is not installed in this environment yet"),
+        (lambda folder: None, "torch is not installed where this was built; install torch, then this"),
         (lambda folder: fake_torch(folder, version="2.10.0"), r"torch 2\.10\.0 in .* is older than 2\.11"),
         (lambda folder: fake_torch(folder, version="1.13.1"), r"torch 1\.13\.1 in .* is older"),
         (lambda folder: fake_torch(folder, headers=False), "has no headers"),
@@ -99,6 +100,42 @@ def test_cxx_is_taken_with_its_words_and_named_where_it_is_missing(setup, monkey
     monkeypatch.setenv("CXX", "icpx")
     with pytest.raises(setup.CannotBuildError, match="CXX names, icpx, is not there"):
         setup.find_compiler()
+
+
+def test_a_cxx_that_no_shell_reads_is_named(setup, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ 'x")
+    with pytest.raises(setup.CannotBuildError, match=r"CXX is .* which is no command: No closing quotation"):
+        setup.find_compiler()
+
+
+def test_a_tool_that_is_no_program_is_named(setup, tmp_path):
+    text, folder = tmp_path / "nvcc", tmp_path / "folder"
+    text.write_bytes(b"\x00\x01 no program")
+    text.chmod(0o755)
+    folder.mkdir()
+    for place in (text, folder, tmp_path / "missing"):
+        with pytest.raises(setup.CannotBuildError, match=rf"{place} cannot be run: \w"):
+            setup.answer([str(place), "--version"])
+
+
+def test_what_a_tool_prints_need_not_be_text(setup, tmp_path):
+    assert "release 13.1" in setup.answer([tool(tmp_path, "nvcc", r"\377\376 release 13.1")])
+
+
+def test_a_tool_that_never_ends_is_ended_with_all_that_it_began(setup, tmp_path):
+    script = tmp_path / "nvcc"
+    script.write_text("#!/bin/sh\nsleep 977 &\nsleep 978\n")
+    script.chmod(0o755)
+    with pytest.raises(setup.CannotBuildError, match="did not end within 1 seconds"):
+        setup.run([str(script)], seconds=1)
+    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert not {"sleep 977", "sleep 978"} & set(found)
+
+
+def test_a_compiler_that_makes_nothing_is_named(setup, tmp_path):
+    build = setup.BuildExtension(Distribution())
+    with pytest.raises(setup.CannotBuildError, match=r"g\+\+ says that all went well, and made no a\.o"):
+        build.command([tool(tmp_path, "g++"), "-o", str(tmp_path / "a.o")])
 
 
 @pytest.mark.parametrize(

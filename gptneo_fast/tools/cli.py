@@ -6,21 +6,30 @@ Exit codes: 0 done, 1 the request failed (the reason is on stderr), 2 the comman
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from ..errors import GPTNeoFastError
+from ..errors import GPTNeoFastError, InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where it cannot write every character
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        code: int = args.run(args)
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()  # here, not when the interpreter ends
+        return code
     except GPTNeoFastError as error:
         print(f"gptneo-fast: {error}", file=sys.stderr)
         return 1
@@ -36,6 +45,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader left: nothing more to say to it
         sys.stderr.close()
         return 1
+    except OSError as error:  # what files are to us raises our own errors
+        print(f"gptneo-fast: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+        _abandon(sys.stdout)
+        return 1
+
+
+def _abandon(stream: Any) -> None:
+    """Drop what a stream still holds, which the interpreter would try to write at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _read_prompt() -> str:
+    """The text on standard input.
+
+    Raises:
+        InputError: it is closed, or no text.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise InputError("standard input is closed; give the prompt as an argument")
+    try:
+        return sys.stdin.read()
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is one
+        raise InputError(f"standard input cannot be read as text: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,7 +138,7 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _read_prompt() if args.prompt == "-" else args.prompt
     model = _load(args)
     pieces = model.stream(
         prompt,
@@ -131,7 +164,7 @@ def _generate(args: argparse.Namespace) -> int:
                     "device": str(model.device),
                     "seconds": round(time.perf_counter() - began, 3),
                 },
-                ensure_ascii=False,
+                ensure_ascii=not (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf"),
             )
         )
         return 0

@@ -51,7 +51,7 @@ class Case:
 
 
 CASES = [
-    Case("no torch yet", r"not built: torch is not installed in this environment yet", built=False, torch=False),
+    Case("no torch yet", r"not built: torch is not installed where this was built", built=False, torch=False),
     Case("CPU torch, g++, no nvcc", rf"built for the CPU only: {NO_NVCC}"),
     Case("nvcc and g++", r"built for CUDA \(sm_80, sm_86, sm_89, sm_90 \+ PTX; nvcc [\d.]+\) and the CPU", nvcc=True),
     Case("no compiler", r"not built: no C\+\+ compiler \(c\+\+, g\+\+\) in PATH", built=False, compiler=False),

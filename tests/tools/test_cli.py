@@ -131,3 +131,49 @@ def test_a_reader_that_leaves_is_no_error_worth_a_traceback():
     process.stdout.close()
     assert process.wait(timeout=60) == 1
     assert "Traceback" not in process.stderr.read()
+
+
+def run(*words, shell="", **environment):
+    """A command with its streams as a shell would set them."""
+    line = f"{sys.executable} -m gptneo_fast.tools.cli {' '.join(words)} {shell}"
+    return subprocess.run(["sh", "-c", line], capture_output=True, env=os.environ | environment, timeout=120)
+
+
+SHORT = ["--greedy", "-n", "4", "--device", "cpu"]
+
+
+def test_characters_that_the_output_has_not_are_replaced_or_escaped():
+    done = run("generate", "'für 🦊'", *SHORT, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.startswith(b"f?r ?") and b"Traceback" not in done.stderr
+    done = run("generate", "'für 🦊'", *SHORT, "--json", PYTHONIOENCODING="ascii")
+    assert json.loads(done.stdout)["prompt"] == "für 🦊"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+@pytest.mark.parametrize("json", [[], ["--json"]], ids=str)
+def test_a_full_disk_is_one_line_and_exit_code_1(json):
+    done = run("generate", "Once", *SHORT, *json, shell="> /dev/full")
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines()[-1] == "gptneo-fast: the output cannot be written: No space left on device"
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+
+
+def test_a_closed_output_is_nobody_who_reads():
+    assert run("generate", "Once", *SHORT, shell=">&-").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("shell", "words"), [("<&-", "standard input is closed"), (r"< \"$BYTES\"", "standard input cannot be read as text")]
+)
+def test_an_input_that_is_no_text_is_one_line_and_exit_code_1(shell, words, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    done = run(
+        "generate",
+        "-",
+        *SHORT,
+        shell=shell.replace("\\", ""),
+        BYTES=str(tmp_path / "bytes"),
+        PYTHONUTF8="1",
+        PYTHONIOENCODING="utf-8:strict",
+    )
+    assert done.returncode == 1 and words in done.stderr.decode() and b"Traceback" not in done.stderr
