@@ -142,13 +142,13 @@ class TextMixin:
             )
         if truncate not in (None, "left"):
             raise InputError(f"truncate={truncate!r} is unknown; use 'left' or None")
-        ids: list[int] = self.tokenizer.encode(text)
+        limit = cast(LanguageModel, self).config.max_position_embeddings
+        ids: list[int] = self.tokenizer.encode(_bounded(self.tokenizer, text, limit, truncate is not None))
         if not ids:
             if not allow_empty or options.bos_token_id is None:
                 raise InputError("the prompt is empty" + ("" if allow_empty else "; allow_empty=True begins a new text"))
             ids = [options.bos_token_id]
         if truncate == "left":
-            limit = cast(LanguageModel, self).config.max_position_embeddings
             room = limit - (NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens)
             if options.max_new_tokens is None and options.max_length is not None:
                 room = options.max_length - 1
@@ -160,6 +160,34 @@ class TextMixin:
         end = next((i for i, token in enumerate(ids) if token in options.eos_ids), len(ids))
         text: str = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return text[: _stop_at(text, options.stops)]
+
+
+def _bounded(tokenizer: Any, text: str, limit: int, cut: bool) -> str:
+    """A text that may have up to `limit` tokens, before work is done for each of its characters.
+
+    Args:
+        cut: keep of a longer one what its last `limit` tokens may come from, else refuse it.
+
+    Raises:
+        InputError: it has more.
+    """
+    if not isinstance(text, str) or len(text) <= 16 * limit or not hasattr(tokenizer, "longest_token"):
+        return text
+    longest = tokenizer.longest_token()
+    if longest is None:
+        return text
+    if not cut:
+        if len(text) > limit * longest:
+            raise InputError(
+                f"the prompt has {len(text)} characters, which are at least {len(text) // longest} tokens, past the model's "
+                f"{limit} positions; shorten it, or let truncate='left' keep its end"
+            )
+        return text
+    end = len(text) - 2 * limit * longest  # twice, so that what the cut changes is dropped
+    while (end := text.rfind(" ", 0, max(end, 0))) > 0:
+        if text[end + 1].isalpha() and not text[end - 1].isspace():  # a word begins there, whatever stands before
+            return text[end:]
+    return text
 
 
 def _stop_at(text: str, stops: list[str]) -> int | None:

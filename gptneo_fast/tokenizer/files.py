@@ -34,6 +34,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "byte_fallback": (None, False),
     "ignore_merges": (None, False),
 }
+MOST_CHARACTERS = 4096  # of an added token, which every text is searched for
+MOST_ADDED = 2**17
 
 
 @dataclass
@@ -165,6 +167,8 @@ def added_token(value: Any, where: str, **defaults: Any) -> AddedToken:
         fields = defaults | {k: v for k, v in fields.items() if k not in ("__type", "id")}
         switches = ("single_word", "lstrip", "rstrip", "normalized", "special")
         content = fields.pop("content", None)
+        if isinstance(content, str) and len(content) > MOST_CHARACTERS:
+            raise TokenizerError(f"{where} has {len(content)} characters; a token has at most {MOST_CHARACTERS}")
         if isinstance(content, str) and content and all(k in switches and isinstance(v, bool) for k, v in fields.items()):
             try:
                 content.encode()
@@ -214,6 +218,8 @@ def _pairs(merges: Iterable[Any], where: Callable[[int], str]) -> list[tuple[str
 
 def _added_of(values: Any, path: Path) -> dict[int, AddedToken]:
     added: dict[int, AddedToken] = {}
+    if isinstance(values, list) and len(values) > MOST_ADDED:
+        raise TokenizerError(f"{path}: {len(values)} added_tokens; there can be {MOST_ADDED}")
     for i, value in enumerate(values if isinstance(values, list) else [values]):
         where = f"{path}: added_tokens[{i}]"
         if not isinstance(value, dict) or type(value.get("id")) is not int:
@@ -234,11 +240,29 @@ def _post_processor(values: dict[str, Any], path: Path, size: int) -> Any:
         raise TokenizerError(f"{path}: post_processor puts id {bad[0]!r:.40} around a text; there are {size} tokens")
     bare = {"version": "1.0", "added_tokens": [], "post_processor": part, "model": {"type": "BPE", "vocab": {}, "merges": []}}
     try:
-        return Tokenizer.from_str(json.dumps(bare)).post_processor
+        read = Tokenizer.from_str(json.dumps(bare))
     except Exception as error:
         raise TokenizerError(
             f"{path}: post_processor is none that tokenizers {tokenizers.__version__} reads: {error}"
         ) from error
+    if part.get("type") == "TemplateProcessing":
+        _check_template(json.loads(read.to_str())["post_processor"], path)
+    return read.post_processor
+
+
+def _check_template(part: dict[str, Any], path: Path) -> None:
+    """Refuse a template that leaves a text out, or names a token that it does not list: the library panics at that."""
+    for name, texts in (("single", {"A"}), ("pair", {"A", "B"})):
+        found = {piece["Sequence"]["id"] for piece in part[name] if "Sequence" in piece}
+        named = [piece["SpecialToken"]["id"] for piece in part[name] if "SpecialToken" in piece]
+        if unlisted := [token for token in named if token not in part["special_tokens"]]:
+            raise TokenizerError(
+                f"{path}: post_processor.{name} names {unlisted[0]!r:.80}, which its special_tokens do not list"
+            )
+        if found != texts:
+            raise TokenizerError(
+                f"{path}: post_processor.{name} puts together {sorted(found)} and not {sorted(texts)}: texts would be lost"
+            )
 
 
 def _sides(values: dict[str, Any]) -> dict[str, str]:

@@ -78,6 +78,12 @@ class SpecialTokens:
         """Token -> id, added ones as well."""
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
+    def longest_token(self) -> int | None:
+        """The most characters of a text that one token stands for; None where an added one takes any number of spaces."""
+        if any(token.lstrip or token.rstrip for token in self.added_tokens_decoder.values()):
+            return None
+        return max(map(len, self.get_vocab()))
+
     @property
     def vocab(self) -> dict[str, int]:
         """Token -> id, added ones as well."""

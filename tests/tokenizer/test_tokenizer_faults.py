@@ -22,6 +22,13 @@ def set_in(values, path, value):
     values[int(last) if isinstance(values, list) else last] = value
 
 
+def template(single, pair):
+    """A post-processor of these texts (A, B) and special tokens, none of which it lists."""
+    kinds = {"A": "Sequence", "B": "Sequence", "X": "SpecialToken"}
+    pieces = [[{kinds[name]: {"id": name, "type_id": 0}} for name in names] for names in (single, pair)]
+    return json.dumps({"type": "TemplateProcessing", "single": pieces[0], "pair": pieces[1], "special_tokens": {}})
+
+
 JSON_FAULTS = {  # what is changed in tokenizer.json -> words of the error
     'model.type="Unigram"': ("model is 'Unigram'; GPT-2's tokenizer has BPE",),
     "model.type=[]": (r"model is \[\]",),
@@ -52,6 +59,14 @@ JSON_FAULTS = {  # what is changed in tokenizer.json -> words of the error
     'post_processor={"type": "TemplateProcessing"}': ("post_processor is none that tokenizers",),
     'post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}], "pair": [], '
     '"special_tokens": {"x": {"id": "x", "ids": [60000], "tokens": ["x"]}}}': ("puts id 60000 around a text",),
+    f"post_processor={template(['X', 'A'], ['A', 'B'])}": ("post_processor.single names 'X', which its special_tokens do not",),
+    f"post_processor={template(['A'], ['A', 'X', 'B'])}": ("post_processor.pair names 'X'",),
+    f"post_processor={template([], ['A', 'B'])}": (
+        r"post_processor.single puts together \[\] and not \['A'\]: texts would be",
+    ),
+    f"post_processor={template(['B'], ['A', 'B'])}": (r"post_processor.single puts together \['B'\]",),
+    f"post_processor={template(['A'], ['A'])}": (r"post_processor.pair puts together \['A'\] and not \['A', 'B'\]",),
+    f'added_tokens.0.content="{"x" * 5000}"': (r"added_tokens\[0\] has 5000 characters; a token has at most 4096",),
     "added_tokens.0.id=7": ("added token '<|endoftext|>' has id 7, but its place in the vocabulary is 0",),
     'added_tokens.0.content="<new>"': ("added token '<new>' has id 0, but its place in the vocabulary is 1240",),
     "added_tokens.0.content=5": (r"added_tokens\[0\] is .*which is no token",),
@@ -60,7 +75,7 @@ JSON_FAULTS = {  # what is changed in tokenizer.json -> words of the error
 }
 
 
-@pytest.mark.parametrize("change", JSON_FAULTS)
+@pytest.mark.parametrize("change", JSON_FAULTS, ids=lambda change: change[:90])
 def test_a_broken_or_foreign_tokenizer_json_is_refused_by_name(demo_files, tmp_path, change):
     folder = folder_of(demo_files["json"], tmp_path)
     path, value = change.split("=", 1)
