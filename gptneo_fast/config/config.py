@@ -262,6 +262,15 @@ class GPTNeoConfig:
             config._keep(name, kept[name])
         return config
 
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Write the text of `config.json` to a file, whole or not at all.
+
+        Raises:
+            ConfigError: it cannot be written there, or holds what JSON has not.
+        """
+        place = Path(path)
+        atomic.write(place.parent, {place.name: self.to_json_string()}, ConfigError)
+
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPTNeoConfig:
         """The configuration in one `config.json`."""

@@ -73,7 +73,9 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
             logits_to_keep: how many of the last positions to give logits for, 0 for all; or positions: [n] for every
                 row, [B, n] for each, or a boolean [B, T] (then the logits are [number of True, V]).
             num_items_in_batch: divide the summed loss by this instead of averaging it.
+            unknown: shift_labels and ignore_index, see `loss_function`; others are refused.
         """
+        loss_options = {name: unknown.pop(name) for name in ("shift_labels", "ignore_index") if name in unknown}
         check_unknown(unknown, type(self), position_ids)
         single = isinstance(input_ids, Tensor) and input_ids.dim() == 1
         out = self.transformer(
@@ -92,7 +94,8 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         loss = None
         if labels is not None:
             V = logits.shape[-1]
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=V, num_items_in_batch=num_items_in_batch)
+            items = num_items_in_batch
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=V, num_items_in_batch=items, **loss_options)
         logits = logits.squeeze(0) if single else logits
         return CausalLMOutputWithPast(loss=loss, logits=logits, **out.beside("last_hidden_state"))
 
@@ -103,17 +106,21 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         vocab_size: int,
         num_items_in_batch: int | Tensor | None = None,
         ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
         """Mean cross-entropy of labels [B, T], shifted inside, under logits [B, T, V]; `forward` calls what stands here.
 
         Args:
             num_items_in_batch: divide the summed loss by this instead.
+            ignore_index: a label that is not to be learnt. shift_labels: [B, T], shifted already, in the place of labels.
         """
-        labels = check_labels(labels, logits.shape[:-1], vocab_size, ignore_index, logits.device)
-        shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].flatten()
+        given = labels if shift_labels is None else shift_labels
+        shifted = check_labels(given, logits.shape[:-1], vocab_size, ignore_index, logits.device)
+        if shift_labels is None:
+            shifted = F.pad(shifted, (0, 1), value=ignore_index)[..., 1:]
         how = "mean" if num_items_in_batch is None else "sum"
-        loss = F.cross_entropy(logits.float().view(-1, vocab_size), shifted, ignore_index=ignore_index, reduction=how)
+        loss = F.cross_entropy(logits.float().view(-1, vocab_size), shifted.flatten(), ignore_index=ignore_index, reduction=how)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def _logits(self, hidden: Tensor) -> Tensor:

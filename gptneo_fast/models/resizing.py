@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import is_int
 from ..errors import InputError
 
 
 def resize(model: Any, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool) -> nn.Embedding:
     """As `resize_token_embeddings`."""
     old = model.base_model.wte.weight
+    for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+        if value is not None and not (is_int(value) and value >= 1):
+            raise InputError(f"{name} {value!r} is not a positive integer")
     size = old.shape[0] if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of:
         size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise InputError(f"new_num_tokens {new_num_tokens!r} is not a positive integer")
     if size == old.shape[0]:
         return model.base_model.wte
     head = model.get_output_embeddings()

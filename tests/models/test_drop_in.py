@@ -230,3 +230,34 @@ def test_loading_names_an_argument_that_it_cannot_follow(pair, tmp_path, options
     pair[1].save_pretrained(tmp_path)
     with pytest.raises(error, match=words):
         gptneo_fast.GPTNeoForCausalLM.from_pretrained(tmp_path, **options)
+
+
+@pytest.mark.parametrize("options", [{"ignore_index": 5}, {"shift": True}, {"shift": True, "num_items_in_batch": 7}], ids=str)
+def test_keywords_of_the_loss_reach_it(pair, options):
+    labels = IDS.clone()
+    labels[0, 3:6] = options.get("ignore_index", -100)
+    options = dict(options)
+    if options.pop("shift", False):
+        options["shift_labels"] = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+    close(pair[1](IDS, labels=labels, **options).loss, pair[0](IDS, labels=labels, **options).loss)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((1.5,), "new_num_tokens 1.5"),
+        ((0,), "new_num_tokens 0"),
+        ((None, 1.3), "pad_to_multiple_of 1.3"),
+        ((9, -2), "multiple_of -2"),
+    ],
+    ids=str,
+)
+def test_a_vocabulary_of_no_size_is_refused_by_the_argument_that_says_it(pair, sizes, words):
+    with pytest.raises(InputError, match=f"{words} is not a positive integer"):
+        pair[1].resize_token_embeddings(*sizes)
+
+
+def test_a_configuration_goes_to_a_file_and_back(pair, tmp_path):
+    pair[1].config.to_json_file(tmp_path / "mine.json")
+    assert type(pair[1].config).from_json_file(tmp_path / "mine.json") == pair[1].config
+    assert transformers.GPTNeoConfig.from_json_file(tmp_path / "mine.json").hidden_size == pair[1].config.hidden_size
