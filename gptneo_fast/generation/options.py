@@ -75,7 +75,8 @@ _Rule = tuple[Callable[[Any], bool], str]
 _flag: _Rule = (lambda v: isinstance(v, bool), "True or False")
 _count: _Rule = (lambda v: is_int(v) and 0 <= v < 2**31, "an integer from 0")
 _positive: _Rule = (lambda v: is_int(v) and 1 <= v < 2**31, "an integer from 1")
-_rows: _Rule = (lambda v: is_int(v) and 1 <= v <= 4096, "an integer from 1 to 4096")
+_beams: _Rule = (lambda v: is_int(v) and 1 <= v <= 4096, "an integer from 1 to 4096")
+_texts: _Rule = (lambda v: is_int(v) and 1 <= v <= 2**20, f"an integer from 1 to {2**20}")
 _rate: _Rule = (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 _above_0: _Rule = (lambda v: is_number(v) and v > 0, "a finite number above 0")
 _cutoff: _Rule = (lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
@@ -88,7 +89,8 @@ _id_list: _Rule = (_ids, "a list of token ids")
 
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size"), _count),
-    **dict.fromkeys(("num_beams", "num_return_sequences"), _rows),
+    "num_beams": _beams,
+    "num_return_sequences": _texts,
     **dict.fromkeys(("prompt_lookup_num_tokens", "max_matching_ngram_size"), _positive),
     **dict.fromkeys(("num_assistant_tokens", "prefill_chunk_size"), _positive),
     **dict.fromkeys(
