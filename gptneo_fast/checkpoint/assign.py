@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,18 @@ class LoadReport:
 
     missing_keys: list[str] = field(default_factory=list)  # parameters that were freshly initialised
     unexpected_keys: list[str] = field(default_factory=list)  # tensors that no parameter took
-    mismatched_keys: list[str] = field(default_factory=list)  # head parameters of another shape, initialised afresh
+    mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    # of those, head parameters of another shape: name, shape in the file, shape of the model
+
+    def as_info(self) -> dict[str, Any]:
+        """The dictionary of transformers, where a parameter of another shape is not called missing."""
+        mismatched = {name for name, _, _ in self.mismatched_keys}
+        return {
+            "missing_keys": set(self.missing_keys) - mismatched,
+            "unexpected_keys": set(self.unexpected_keys),
+            "mismatched_keys": set(self.mismatched_keys),
+            "error_msgs": list[str](),
+        }
 
 
 def canonical(name: str) -> str | None:
@@ -125,7 +137,7 @@ class _Plan:
         mismatched = []
         if ignore_mismatched_sizes:
             mismatched = [k for k, t in self.taken.items() if not k.startswith(TRUNK) and t.shape != self.shapes[k]]
-        names = [self.taken.pop(key).name for key in mismatched]
+        others = [(key, tuple(self.taken.pop(key).shape), self.shapes[key]) for key in mismatched]
         missing = [key for key in self.shapes if key not in self.taken]
         faults = []
         if self.no_floats:
@@ -139,7 +151,7 @@ class _Plan:
             faults.append(f"{some(self.surplus)} fit no parameter{layers_hint(self.taken, self.surplus, self.shapes)}")
         if faults:
             raise CheckpointError(f"{self.where}: {'; '.join(faults)}; does config.json belong to these weights?")
-        return LoadReport(missing, self.other_heads + self.surplus, names)
+        return LoadReport(missing, self.other_heads + self.surplus, others)
 
 
 def _owners(model: nn.Module) -> dict[str, list[str]]:

@@ -102,7 +102,7 @@ class _AutoModel(_Auto):
     @classmethod
     def from_config(cls, config: GPTNeoConfig, **options: Any) -> Any:
         """A model with fresh weights."""
-        return cls._stands_for(config, **options)
+        return cls._stands_for.from_config(config, **options)
 
 
 class AutoModel(_AutoModel):

@@ -24,11 +24,7 @@ def screen(others: dict[str, Any], attn_implementation: str | None, loader: Call
     Raises:
         InputError: what is not offered, and what to use instead. UnknownOptionError: no such option; names the nearest.
     """
-    if attn_implementation not in (None, "eager"):
-        raise InputError(
-            f"attn_implementation {attn_implementation!r} is not offered: gptneo_fast brings its own kernels, exact past "
-            "the window; leave it out and choose with backend='auto', 'triton' or 'reference'"
-        )
+    check_attention(attn_implementation)
     if asked := [k for k in _QUANTISED if others.get(k)]:
         raise InputError(f"{asked[0]} is not offered; use dtype=torch.bfloat16 or torch.float16")
     for harmless in (*_HARMLESS, *_QUANTISED):
@@ -41,6 +37,19 @@ def screen(others: dict[str, Any], attn_implementation: str | None, loader: Call
         if name not in fields:
             raise UnknownOptionError(f"from_pretrained has no option {name!r}{nearest(name, {*fields, *options})}")
     return others
+
+
+def check_attention(attn_implementation: str | None) -> None:
+    """Refuse kernels that are not ours.
+
+    Raises:
+        InputError: any but "eager", which ours equal.
+    """
+    if attn_implementation not in (None, "eager"):
+        raise InputError(
+            f"attn_implementation {attn_implementation!r} is not offered: gptneo_fast brings its own kernels, exact past "
+            "the window; leave it out and choose with backend='auto', 'triton' or 'reference'"
+        )
 
 
 def built(cls: Any, config: GPTNeoConfig, backend: str) -> Any:

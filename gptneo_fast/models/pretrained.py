@@ -255,7 +255,7 @@ class GPTNeoPreTrainedModel(Training):
             check_finite: refuse NaN, infinities and values that dtype cannot hold.
             strict: refuse surplus tensors and an lm_head unlike the embedding it is tied to.
             ignore_mismatched_sizes: start a head of another size afresh.
-            output_loading_info: return (model, info) with the keys missing, unexpected and mismatched.
+            output_loading_info: return (model, info) with sets of the keys missing, unexpected and mismatched, as transformers.
             attn_implementation: "eager" or None; other kernels are chosen by `backend`.
             others: fields of the configuration to override (num_labels=3, pad_token_id=50256, ...).
 
@@ -297,12 +297,24 @@ class GPTNeoPreTrainedModel(Training):
             setattr(model, "generation_config", GenerationConfig.from_source(source, config))  # noqa: B010 (not of every class)
         model.eval()
         assert model.backend  # a request that this device cannot fulfil fails here, not in the first call
-        return (model, vars(report)) if output_loading_info else model
+        return (model, report.as_info()) if output_loading_info else model
 
     @classmethod
-    def from_config(cls, config: GPTNeoConfig, **options: Any) -> Self:
-        """A freshly initialised model."""
-        return cls(config, **options)
+    def from_config(
+        cls,
+        config: GPTNeoConfig,
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool | None = None,
+        **options: Any,
+    ) -> Self:
+        """A freshly initialised model; the keywords mean what they do to `from_pretrained`, options go to the class."""
+        loading.check_attention(attn_implementation)
+        wanted = dtype if dtype is not None else torch_dtype
+        model = cls(config, **options)
+        return model if wanted is None else model.to(as_dtype(wanted))
 
     @classmethod
     def _from_config(cls, config: GPTNeoConfig, **options: Any) -> Self:

@@ -261,3 +261,12 @@ def test_a_configuration_goes_to_a_file_and_back(pair, tmp_path):
     pair[1].config.to_json_file(tmp_path / "mine.json")
     assert type(pair[1].config).from_json_file(tmp_path / "mine.json") == pair[1].config
     assert transformers.GPTNeoConfig.from_json_file(tmp_path / "mine.json").hidden_size == pair[1].config.hidden_size
+
+
+def test_a_fresh_model_takes_the_keywords_of_transformers(pair):
+    config = pair[1].config
+    for make in (gptneo_fast.GPTNeoForCausalLM.from_config, gptneo_fast.AutoModelForCausalLM.from_config):
+        made = make(config, torch_dtype="bfloat16", attn_implementation="eager", trust_remote_code=True)
+        assert type(made) is gptneo_fast.GPTNeoForCausalLM and made.dtype is torch.bfloat16
+        with pytest.raises(InputError, match="attn_implementation 'sdpa' is not offered"):
+            make(config, attn_implementation="sdpa")
