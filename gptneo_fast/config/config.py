@@ -15,7 +15,19 @@ from ..errors import ConfigError
 from ..files import atomic
 from ..files.hub import Source
 from ..files.strict_json import read_object
-from .rules import GENERATION, LIMITS, NOT_KEPT, SHAPE, fault_of, instead_of_config, is_int, short, structure_faults
+from .rules import (
+    GENERATION,
+    LIMITS,
+    NOT_KEPT,
+    SHAPE,
+    as_list,
+    expanded_types,
+    fault_of,
+    instead_of_config,
+    is_int,
+    short,
+    structure_faults,
+)
 
 _MAX_BYTES = 16 << 20  # of config.json; a hundred thousand labels have less
 
@@ -339,9 +351,9 @@ def _put(config: GPTNeoConfig, name: str, value: Any) -> None:
 
 
 def _fill_attention(config: GPTNeoConfig, faults: list[str]) -> None:
-    given, layers = config.attention_types, _as_list(config.attention_layers, "attention_layers", faults)
+    given, layers = config.attention_types, as_list(config.attention_layers, "attention_layers", faults)
     if given is not None:
-        expanded = _expanded(given)
+        expanded = expanded_types(given)
         if expanded is None:
             faults.append(
                 f"attention_types {short(given)} is not a list such as [[['global', 'local'], 12]] of at most "
@@ -356,21 +368,6 @@ def _fill_attention(config: GPTNeoConfig, faults: list[str]) -> None:
         layers = [("global", "local")[i % 2] for i in range(config.num_layers)]
         _put(config, "attention_types", [[layers, 1]])
     _put(config, "attention_layers", tuple(layers))
-
-
-def _expanded(types: Any) -> list[Any] | None:
-    """The layers that patterns with their repeats stand for; None where they stand for none."""
-    layers: list[Any] = []
-    for entry in types if isinstance(types, (list, tuple)) else [None]:
-        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
-            return None
-        kinds, repeats = entry
-        if not isinstance(kinds, (list, tuple)) or not is_int(repeats) or not 0 <= repeats <= LIMITS["num_layers"]:
-            return None
-        if len(layers) + len(kinds) * repeats > LIMITS["num_layers"]:
-            return None
-        layers += list(kinds) * repeats
-    return layers
 
 
 def _fill_labels(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> None:
@@ -395,11 +392,3 @@ def _fill_labels(config: GPTNeoConfig, num_labels: int | None, faults: list[str]
     _put(config, "id2label", names)
     if config.label2id is None:
         _put(config, "label2id", {label: index for index, label in names.items()})
-
-
-def _as_list(value: Any, name: str, faults: list[str]) -> list[Any]:
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    if value is not None:
-        faults.append(f"{name} {short(value)} is not a list")
-    return []

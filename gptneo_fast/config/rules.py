@@ -120,6 +120,30 @@ def instead_of_config(folder: Path | None) -> str:
     )
 
 
+def expanded_types(types: Any) -> list[Any] | None:
+    """The layers that patterns with their repeats stand for; None where they stand for none."""
+    layers: list[Any] = []
+    for entry in types if isinstance(types, (list, tuple)) else [None]:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            return None
+        kinds, repeats = entry
+        if not isinstance(kinds, (list, tuple)) or not is_int(repeats) or not 0 <= repeats <= LIMITS["num_layers"]:
+            return None
+        if len(layers) + len(kinds) * repeats > LIMITS["num_layers"]:
+            return None
+        layers += list(kinds) * repeats
+    return layers
+
+
+def as_list(value: Any, name: str, faults: list[str]) -> list[Any]:
+    """A value as a list, which may be None for an empty one; what else it is is a fault."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if value is not None:
+        faults.append(f"{name} {short(value)} is not a list")
+    return []
+
+
 def short(value: Any) -> str:
     """A value for an error, cut where it is long."""
     text = repr(value)
