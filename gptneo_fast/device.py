@@ -51,11 +51,12 @@ def as_device(device: Any) -> torch.device:
         raise DeviceError(f"device {str(found)!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
     if found.type == "meta":
         raise DeviceError("device 'meta' has no memory for weights; use 'cpu' or 'cuda'")
-    try:
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # NotImplementedError is one
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise DeviceError(f"device {str(found)!r} was asked for, but torch has none here ({reason}); use 'cpu'") from error
+    if found.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError) as error:  # NotImplementedError is one
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise DeviceError(f"device {str(found)!r} was asked for, but torch has none here ({reason}); use 'cpu'") from error
     return found
 
 

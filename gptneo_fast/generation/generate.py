@@ -95,6 +95,8 @@ class GenerationMixin:
         with _telling(streamer):
             if inputs is not None and input_ids is not None:
                 raise InputError("inputs and input_ids are two names of one argument; give one")
+            if past_key_values is None:
+                past_key_values = options.pop("cache", None)  # its name from 5.24 on
             settled = settle(model, generation_config, options | {"synced_gpus": synced_gpus})
             given = prompt_of(
                 model,
@@ -104,7 +106,7 @@ class GenerationMixin:
                 settled,
                 position_ids=position_ids,
                 token_type_ids=token_type_ids,
-                cache=options.pop("cache", None) if past_key_values is None else past_key_values,  # its name from 5.24 on
+                cache=past_key_values,
             )
             request = request_of(
                 model,
@@ -251,12 +253,8 @@ def _check_together(
     Args:
         total: columns of ids at most.
     """
-    limit, V, rows, new = (
-        model.config.max_position_embeddings,
-        model.config.vocab_size,
-        len(prompt.ids),
-        total - prompt.ids.shape[1],
-    )
+    config, rows, new = model.config, len(prompt.ids), total - prompt.ids.shape[1]
+    limit = config.max_position_embeddings
     if options.num_beams > 1 and (assistant is not None or streamed):
         raise InputError("num_beams above 1 goes neither with assistant_model nor with streamer")
     if not options.use_cache and prompt.cache is None and (prompt.embeds is not None or options.prefill_chunk_size is not None):
@@ -274,9 +272,10 @@ def _check_together(
         return
     if not isinstance(getattr(assistant, "config", None), GPTNeoConfig):
         raise InputError(f"assistant_model is a {type(assistant).__name__}; give a GPTNeoForCausalLM")
-    if (other := assistant.config.vocab_size) != V:
+    if (other := assistant.config.vocab_size) != config.vocab_size:
         raise InputError(
-            f"assistant_model has a vocabulary of {other} tokens, this model one of {V}; they must share a tokenizer"
+            f"assistant_model has a vocabulary of {other} tokens, this model one of {config.vocab_size}; they must share a "
+            "tokenizer"
         )
     if (held := assistant.config.max_position_embeddings) < total - 1:
         raise InputError(

@@ -152,6 +152,7 @@ class Request:
             InputError: names the rows, and what may have left them so.
         """
         if rows := (~usable).nonzero().flatten().tolist():
+            rows = rows if self.prompt.places is None else sorted(self.prompt.places[row] for row in rows)
             names = ", ".join(dict.fromkeys(map(named, self.processors)))
             raise InputError(
                 f"no token can be chosen for row {', '.join(map(str, rows))}: {names} left scores that are all -inf, or not "

@@ -90,7 +90,7 @@ def check_labels(labels: Tensor, shape: Sequence[int], limit: int, ignore: int =
     Raises:
         InputError: no integer tensor, another number of labels, or another value; names the first and its place.
     """
-    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype in (torch.bool, torch.complex64):
+    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(f"labels is {kind(labels)}; give an integer tensor {list(shape)}")
     labels = labels.to(device)
     if [n for n in labels.shape if n != 1] != [n for n in shape if n != 1]:

@@ -122,6 +122,14 @@ def test_a_cache_of_the_prompt_serves_beams(models, times, widened):
         assert torch.equal(found, models[0].generate(IDS, max_new_tokens=6, **times))
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_has_two_names(models, name):
+    past = models[1](IDS[:, :4], use_cache=True).past_key_values
+    found = models[1].generate(IDS, max_new_tokens=4, return_dict_in_generate=True, **{name: past})
+    assert found.past_key_values is past and past.get_seq_length() == T + 3
+    assert torch.equal(found.sequences, models[0].generate(IDS, max_new_tokens=4))
+
+
 @pytest.mark.parametrize("cache", ["x", 5, object()], ids="str int object".split())
 def test_what_is_no_cache_is_refused(models, cache):
     with pytest.raises(CacheError, match=r"past_key_values is a \w+; pass the KVCache"):

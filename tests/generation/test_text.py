@@ -135,6 +135,12 @@ def test_processors_that_leave_no_token_are_named(model):
         model.generate(ids, logits_processor=[nothing], do_sample=True)
 
 
+def test_a_prompt_that_no_token_is_left_for_is_named_by_its_place(model, monkeypatch):
+    monkeypatch.setattr(texts, "_BATCH", 1)  # the longest prompt is the first batch, and row 0 of it
+    with pytest.raises(InputError, match="no token can be chosen for row 1: SuppressTokens"):
+        model.generate_text(["x", TALES[1]], suppress_tokens=list(range(model.config.vocab_size)))
+
+
 def test_prompts_that_are_empty_or_too_long(model):
     assert model.generate_text("", max_new_tokens=8) == model.generate_text("<|endoftext|>", max_new_tokens=8)
     with pytest.raises(InputError, match="the prompt is empty"):
