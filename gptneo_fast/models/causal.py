@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from ..network.cache import KVCache
 from ..network.inputs import check_labels, check_unknown, select_positions
 from ..network.masks import Rows
 from ..network.outputs import CausalLMOutputWithPast
+from ..network.trunk import run
 from ..ops import backends
 from ..ops.constants import LOGITS_ALIGN
 from .model import GPTNeoModel
@@ -226,14 +228,11 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         look, trunk, T = self.looked(), self.transformer, ids.shape[1]
         head: Any = self.lm_head
         fusing = look.norm and look.head and not touch.observed(ids.device)
+        call = partial(
+            run, trunk, ids, position_ids, token_type_ids, op=trunk.functions(ids), look=look, rows=rows, cache=cache
+        )
         with backends.early_launches(self.backend) if self.early_launch else nullcontext():
-            x = trunk.run(ids, position_ids, token_type_ids, rows, cache, final_norm=not fusing, look=look)
-            x = x.narrow(1, T - keep, keep)
-            if not fusing:
-                return wide(head(x))
-            norm = trunk.ln_f
-            logits: Tensor = trunk.functions(x).lm_head(x, norm.weight, norm.bias, head.weight, norm.eps)
-        return logits
+            return call(head=head, keep=keep) if fusing else wide(head(call().narrow(1, T - keep, keep)))
 
 
 touch.ours(GPTNeoForCausalLM, methods=("forward", "prepare_inputs_for_generation"))

@@ -113,11 +113,9 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
         rows: Rows = Rows(),  # noqa: B008 (frozen)
         cache: Any = None,
         trace: Trace | None = None,
-        final_norm: bool = True,
         look: touch.Look | None = None,
     ) -> Tensor:
-        """What `forward` computes of checked arguments: hidden states [B, T, C] after ln_f; with `final_norm=False` before it
-        (the `lm_head` op has it inside).
+        """What `forward` computes of checked arguments: hidden states [B, T, C] after ln_f.
 
         Args:
             x: ids [B, T] int64, or embeddings [B, T, C].
@@ -137,7 +135,6 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             rows=rows,
             cache=cache,
             trace=trace,
-            final_norm=final_norm,
         )
 
     @property

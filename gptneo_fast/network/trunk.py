@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import reference
-from . import fused, masks, touch
+from . import decoding, fused, masks, touch
 from .cache import KVCache
+from .decoding import Span
 from .masks import Rows
 from .outputs import Trace
 
@@ -27,10 +28,11 @@ def run(
     rows: Rows,
     cache: Any,
     trace: Trace | None = None,
-    final_norm: bool = True,
+    head: nn.Linear | None = None,
+    keep: int = 1,
     kinds: fused.Kinds = fused.OURS,
 ) -> Tensor:
-    """Hidden states [B, T, C] after ln_f, or with `final_norm=False` before it.
+    """Hidden states [B, T, C] after ln_f; or with a head logits [B, keep, V], float32 or wider.
 
     Args:
         trunk: of the modules wte, wpe, drop, h and ln_f: a GPTNeoModel, of ours or of transformers.
@@ -41,49 +43,69 @@ def run(
         rows: which columns are tokens.
         cache: read, appended to and advanced by T columns: a KVCache, or what else has its `update`.
         trace: filled with what it has lists for.
+        head: lm_head, if it and ln_f are untouched and nothing observes the call. keep: columns, the last ones, of its logits.
         kinds: the classes that blocks are made of.
     """
     trace = trace or Trace()
     own = cache if isinstance(cache, KVCache) else None
     B, T = x.shape[:2]
+    L = len(trunk.h)
     if own is not None:
         own.reserve(T)
     fusing = trace.attentions is None and rows.mask is None and own is cache and not touch.observed(x.device)
-    x = _embed(trunk, x, position_ids, token_type_ids, op if look.embeddings and fusing else None)
+    embed = partial(_embed, trunk, x, position_ids, token_type_ids, op if look.embeddings and fusing else None)
+    few = decoding.Few(trunk, own, rows, kinds) if fusing and own is not None and decoding.takes(op, x, own, rows) else None
+    if few and trace.hidden_states is None and look.norm and all(look.blocks):
+        ids = look.embeddings and not x.is_floating_point()
+        kept = keep if head is not None else T
+        found = few.run(Span(0, L, ids, True, head), x if ids else embed(), kept, position_ids, token_type_ids)
+        if found is not None:
+            few.cache.advance(T, rows.starts)
+            return found
+    x = embed()
     mask: Tensor | None = None  # for the blocks that call their modules
-    call: Any
-    for i, block in enumerate(trunk.h):
+    i = 0
+    while i < L:
+        block = trunk.h[i]
         if trace.hidden_states is not None:
             trace.hidden_states.append(x)
+        if few and look.blocks[i]:
+            end = i + 1
+            while trace.hidden_states is None and end < L and look.blocks[end]:
+                end += 1
+            if (found := few.run(Span(i, end), x, T)) is not None:
+                x, i = found, end
+                continue
         if fusing and look.blocks[i]:
             flows = torch.is_grad_enabled() and (x.requires_grad or (own is not None and own.keys[i].requires_grad))
-            window = kinds.window(block)
             chosen = reference if flows else op
-            call = partial(fused.block, block, rows=rows, cache=own, layer=i, window=window, op=chosen)
+            call = partial(fused.block, block, rows=rows, cache=own, layer=i, window=kinds.window(block), op=chosen)
             recompute = getattr(block, "recompute", None) if block.training else None
             x = call(x) if recompute is None else recompute(call, x)
-            continue
-        if mask is None:
-            mask = masks.dense(rows, B, T, cache, x.dtype, x.device)
-        out: Any = block(
-            x,
-            layer_past=cache if own is None else own.at(i, rows.starts),
-            attention_mask=mask,
-            use_cache=cache is not None,
-            output_attentions=trace.attentions is not None,
-        )
-        x, weights = (out[0], out[1] if len(out) > 1 else None) if isinstance(out, tuple) else (out, None)
-        if trace.attentions is not None:
-            trace.attentions.append(weights)
+        else:
+            mask = masks.dense(rows, B, T, cache, x.dtype, x.device) if mask is None else mask
+            x = _by_modules(block, x, mask, cache if own is None else own.at(i, rows.starts), trace)
+        i += 1
     if own is not None:
         own.advance(T, rows.starts)
-    if not final_norm:
-        return x
-    norm = trunk.ln_f
-    plain = look.norm and fusing and not (torch.is_grad_enabled() and x.requires_grad)
-    x = op.layer_norm(x, norm.weight, norm.bias, norm.eps) if plain else norm(x)
+    norm, flows = trunk.ln_f, torch.is_grad_enabled() and x.requires_grad
+    if head is not None:
+        chosen = reference if flows else op
+        logits: Tensor = chosen.lm_head(x.narrow(1, T - keep, keep), norm.weight, norm.bias, head.weight, norm.eps)
+        return logits
+    x = op.layer_norm(x, norm.weight, norm.bias, norm.eps) if look.norm and fusing and not flows else norm(x)
     if trace.hidden_states is not None:
         trace.hidden_states.append(x)
+    return x
+
+
+def _by_modules(block: Any, x: Tensor, mask: Tensor, past: Any, trace: Trace) -> Tensor:
+    """What calling a block gives for x [B, T, C], its attention weights to the trace."""
+    wanted = trace.attentions is not None
+    out = block(x, layer_past=past, attention_mask=mask, use_cache=past is not None, output_attentions=wanted)
+    x, weights = (out[0], out[1] if len(out) > 1 else None) if isinstance(out, tuple) else (out, None)
+    if trace.attentions is not None:
+        trace.attentions.append(weights)
     return x
 
 

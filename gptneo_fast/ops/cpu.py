@@ -6,12 +6,15 @@ rate of the memory. Same names, arguments and results as in `reference`; no back
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
 from . import extension, reference
 from .reference import attention, decode_attention, embed, kv_append, layer_norm, sample
 
+ROWS = 16  # of x that a plan takes: B * T
 _ROWS = 4  # of x that the extension takes; a blocked GEMM reads weights seldom enough with more
 _INPUT = 8192  # numbers of x, which stay in the first-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -29,6 +32,61 @@ __all__ = [
     "norm_qkv_append",
     "sample",
 ]
+
+
+class Plan:
+    """A run of blocks, named by its parameters for `gptneo_fast_csrc::decode`, which reads them where they stand at each call.
+
+    Args:
+        embeddings: wte [V, C] and wpe [P, C], or nothing.
+        blocks: of each block ln_1's weight and bias [C], wq, wk, wv [C, C], out_proj's weight [C, C] and bias [C], ln_2's
+            weight and bias, c_fc's weight [F, C] and bias [F], c_proj's weight [C, F] and bias [C].
+        last: ln_f's weight and bias, then the head's weight [V, C]; or the first two; or nothing.
+        windows: of each block, keys that a query sees; 0 for all.
+        eps: of ln_1 and ln_2 of each block, then of ln_f.
+    """
+
+    def __init__(
+        self, embeddings: list[Tensor], blocks: list[Tensor], last: list[Tensor], windows: list[int], eps: list[float]
+    ) -> None:
+        self._number = torch.ops.gptneo_fast_csrc.plan.default(embeddings, blocks, last, windows, eps)
+        weakref.finalize(self, torch.ops.gptneo_fast_csrc.forget_plan.default, self._number).atexit = False
+
+    def __call__(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        types: Tensor | None,
+        keys: list[Tensor],
+        values: list[Tensor],
+        lengths: Tensor,
+        starts: Tensor | None,
+        keep: int,
+    ) -> Tensor | None:
+        """Run the blocks on T new tokens of B rows, which are appended to the cache and then attended to.
+
+        Sums are float32 and so is everything between the blocks; of what was given, or kept, the dtype is the parameters'.
+        A row's result has the same bits whatever rows are beside it and however many threads there are.
+
+        Args:
+            x: int64 [B, T], ids, or without embeddings hidden states [B, T, C]; contiguous, at most `ROWS` rows B * T.
+            positions: int64 [B or 1, T]. types: int64 [B, T] or None; they index wte.
+            keys, values: of each block [B, H, R, D], changed. lengths: int32 [B], tokens held before.
+            starts: int32 [B], columns of left padding among the T; None for none.
+            keep: columns that are wanted, the last ones.
+
+        Returns:
+            Hidden states [B, keep, C], or with a head logits float32 [B, keep, V]; None where a tensor is not of the kind that
+            is taken (another dtype, strides, shape), and then nothing has been written.
+        """
+        decode = torch.ops.gptneo_fast_csrc.decode.default
+        try:
+            found: Tensor = decode(self._number, x, positions, types, keys, values, lengths, starts, keep)
+        except RuntimeError as error:
+            if str(error).startswith("decode: "):
+                return None
+            raise
+        return found
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:

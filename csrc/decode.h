@@ -1,0 +1,81 @@
+// One step of decoding on the CPU in plain data, free of torch: what decode_cpu.cpp is given and decode_lanes.cpp computes.
+// Letters as in gptneo_fast/ops/reference.py; M = B * T rows go through every product.
+#pragma once
+
+#include <cstdint>
+
+namespace gptneo_fast {
+
+enum class Number : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// Linear layers of one width that read the same rows: [parts * outputs, inputs], row-major.
+struct Product {
+  const void* weight[3];  // of q, k and v there are three
+  int64_t parts, outputs, inputs;
+  const void* bias;  // [outputs], or null
+};
+
+struct Norm {
+  const void *weight, *bias;  // [C]
+  float eps;
+};
+
+struct Layer {
+  Norm ln_1, ln_2;
+  Product qkv, out_proj, c_fc, c_proj;
+  char *keys, *values;          // [B, H, R, D], the last axis dense
+  int64_t batch, head, token;   // strides of both, in numbers
+  int64_t R, window;            // slots; columns that a query sees, 0 for all
+};
+
+struct Step {
+  Number number;  // of all weights, of the cache and of hidden states
+  int64_t B, T, H, D, V;
+  const int64_t *ids, *types, *positions;  // [B, T], [B, T] or null, [B or 1, T]; null ids: x is given
+  int64_t position_rows;
+  const void *wte, *wpe, *x;  // [V, C], [P, C]; hidden states [B, T, C]
+  const Layer* layers;
+  int64_t L;
+  const int32_t *lengths, *starts;  // [B]; starts may be null
+  const Norm* norm;                 // ln_f, or null where hidden states before it are wanted
+  const Product* head;              // or null
+  int64_t keep;                     // columns, the last ones, that are wanted
+  void* out;                        // logits float32 [B, keep, V]; hidden states [B, keep, C] without a head
+
+  int64_t C() const { return H * D; }
+};
+
+// Runs task(begin, end, context) over [0, count) in pieces of at least `grain`, on as many threads as torch has.
+using Parallel = void (*)(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
+
+// What there is once for each instruction set: the same code on vectors of as many floats.
+struct Lanes {
+  void (*decode)(const Step&, Parallel, float* workspace);
+  // The first of the largest of [V] logits, or -1 where one is not finite.
+  int64_t (*likeliest)(const float* logits, int64_t V);
+};
+
+extern const Lanes lanes_4;
+#if defined(__x86_64__)
+extern const Lanes lanes_8;   // AVX2
+extern const Lanes lanes_16;  // AVX-512
+#endif
+
+constexpr int64_t kMaxRows = 16;  // M; a blocked GEMM reads weights seldom enough with more
+constexpr int64_t kPad = 16;      // rows of the workspace begin at multiples of it and end with zeros
+
+constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// Floats of a workspace: residual stream, normalised rows, the widest product, attention, and scores of every head.
+inline int64_t workspace_floats(const Step& s) {
+  int64_t widest = 0, inner = 0, slots = 0;
+  for (int64_t i = 0; i < s.L; ++i) {
+    const Layer& layer = s.layers[i];
+    widest = layer.c_fc.outputs > widest ? layer.c_fc.outputs : widest;
+    slots = layer.R > slots ? layer.R : slots;
+  }
+  inner = 3 * s.C() > widest ? 3 * s.C() : widest;
+  return s.B * s.T * (3 * padded(s.C()) + padded(inner)) + s.B * s.H * padded(slots) + kPad;
+}
+
+}  // namespace gptneo_fast
