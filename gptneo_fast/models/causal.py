@@ -18,7 +18,6 @@ from ..network.cache import KVCache
 from ..network.inputs import check_labels, check_unknown, select_positions
 from ..network.masks import Rows
 from ..network.outputs import CausalLMOutputWithPast
-from ..network.trunk import run
 from ..ops import backends
 from ..ops.constants import LOGITS_ALIGN
 from .model import GPTNeoModel
@@ -228,9 +227,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         look, trunk, T = self.looked(), self.transformer, ids.shape[1]
         head: Any = self.lm_head
         fusing = look.norm and look.head and not touch.observed(ids.device)
-        call = partial(
-            run, trunk, ids, position_ids, token_type_ids, op=trunk.functions(ids), look=look, rows=rows, cache=cache
-        )
+        call = partial(trunk.run, ids, position_ids, token_type_ids, rows, cache, look=look)
         with backends.early_launches(self.backend) if self.early_launch else nullcontext():
             return call(head=head, keep=keep) if fusing else wide(head(call().narrow(1, T - keep, keep)))
 

@@ -114,8 +114,10 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
         cache: Any = None,
         trace: Trace | None = None,
         look: touch.Look | None = None,
+        head: nn.Linear | None = None,
+        keep: int = 1,
     ) -> Tensor:
-        """What `forward` computes of checked arguments: hidden states [B, T, C] after ln_f.
+        """What `forward` computes of checked arguments: hidden states [B, T, C] after ln_f, or logits.
 
         Args:
             x: ids [B, T] int64, or embeddings [B, T, C].
@@ -124,6 +126,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             cache: read, appended to and advanced by T columns: a KVCache, or what else has its `update`.
             trace: filled with what it has lists for.
             look: which modules are untouched; None to look now.
+            head, keep: for logits, see `trunk.run`.
         """
         return trunk.run(
             self,
@@ -135,6 +138,8 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             rows=rows,
             cache=cache,
             trace=trace,
+            head=head,
+            keep=keep,
         )
 
     @property
