@@ -3,7 +3,7 @@
 from .config import GPTNeoConfig as GPTNeoConfig
 from .errors import GPTNeoFastError as GPTNeoFastError, GPTNeoFastWarning as GPTNeoFastWarning
 from .flax import FlaxGPTNeoForCausalLM as FlaxGPTNeoForCausalLM, FlaxGPTNeoModel as FlaxGPTNeoModel
-from .generation import GenerationConfig as GenerationConfig
+from .generation import GenerationConfig as GenerationConfig, GenerationMode as GenerationMode
 from .generation.processors import (
     ExponentialDecayLengthPenalty as ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor as ForcedBOSTokenLogitsProcessor,
