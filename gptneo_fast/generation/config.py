@@ -13,7 +13,7 @@ from ..errors import ConfigError, InputError, UnknownOptionError, nearest, warn_
 from ..files import atomic
 from ..files.hub import Source
 from ..files.strict_json import read_object
-from .options import NOT_OFFERED, check_offered, check_option, check_together, contradictions, plain
+from .options import NOT_OFFERED, OUTPUTS, check_offered, check_option, check_together, contradictions, plain
 
 FILE = "generation_config.json"
 NEW_TOKENS = 20  # where no length is given
@@ -134,11 +134,31 @@ class GenerationConfig:
         return cls(**{k: v for k, v in values.items() if k in names or not ignore_unknown})
 
     @classmethod
-    def from_model_config(cls, config: GPTNeoConfig) -> GenerationConfig:
-        """The token ids of a model's configuration, and what a `config.json` of old says of generation."""
+    def from_model_config(cls, config: GPTNeoConfig) -> Self:
+        """The token ids of a model's configuration, and what a `config.json` of old says of generation; a warning names what of
+        that is not offered.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
         said = {k: v for k, v in vars(config).items() if k in GENERATION and v is not None}
-        ids = {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return cls.of(ids | said, ignore_unknown=True)._as_loaded()
+        said |= {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if not config.use_cache:
+            said["use_cache"] = False
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name):
+                said[name] = True
+        if any(said.get(name) for name in OUTPUTS):
+            said["return_dict_in_generate"] = True
+        for name in vars(config).keys() & NOT_OFFERED:
+            try:
+                check_offered(name, getattr(config, name))
+            except InputError as error:
+                warn_once(f"the configuration's {error}; it is left out")
+        try:
+            return cls(**said)._as_loaded()
+        except InputError as error:
+            raise ConfigError(f"what the configuration says of generation will not do: {error}") from None
 
     @classmethod
     def from_source(cls, source: Source, config: GPTNeoConfig | None = None, file: str = FILE) -> GenerationConfig:

@@ -135,7 +135,7 @@ _SAMPLING = {
     "eta_cutoff": 0,
 }
 _BEAMING = {"early_stopping": False, "length_penalty": 1}
-_OUTPUTS = dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), False)
+OUTPUTS = dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), False)
 
 
 def plain(value: Any) -> Any:
@@ -177,7 +177,7 @@ def contradictions(options: Any) -> list[str]:
     sets = (
         (_SAMPLING, bool(options.do_sample), "do_sample=True"),
         (_BEAMING, options.num_beams not in (None, 1), "num_beams above 1"),
-        (_OUTPUTS, bool(options.return_dict_in_generate), "return_dict_in_generate=True"),
+        (OUTPUTS, bool(options.return_dict_in_generate), "return_dict_in_generate=True"),
     )
     return [
         f"{name}={getattr(options, name)!r} has a say only with {wanted}; set that, or leave {name} out"

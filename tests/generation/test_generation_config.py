@@ -1,5 +1,6 @@
 """GenerationConfig by itself: what is saved is read again, under any name, without a model beside it."""
 
+import json
 from contextlib import suppress
 
 import pytest
@@ -160,3 +161,49 @@ def test_every_option_of_transformers_is_known():
     model, ids = peers()[1], torch.tensor([[5, 6, 7]])
     found = model.generate(ids, transformers.GenerationConfig(max_new_tokens=3, num_beams=2))
     assert torch.equal(found, model.generate(ids, max_new_tokens=3, num_beams=2))
+
+
+OLD = {"do_sample": True, "temperature": 0.3, "max_length": 17, "no_repeat_ngram_size": 3, "bad_words_ids": [[4, 5]]}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        OLD,
+        {"use_cache": False},
+        {"output_attentions": True},
+        {"output_hidden_states": True, "top_k": 4},
+        {"num_beam_groups": 1},
+    ],
+    ids=lambda written: next(iter(written)),
+)
+def test_a_config_json_of_old_says_how_to_generate_as_in_transformers(tmp_path, written):
+    theirs, ids = peers(pad_token_id=0)[0], torch.tensor([[5, 6, 7]])
+    theirs.config.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    place = tmp_path / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | written))
+    theirs = type(theirs).from_pretrained(tmp_path)
+    ours = gptneo_fast.GPTNeoForCausalLM.from_pretrained(tmp_path)
+    unsaid = {"use_cache": True, "output_attentions": False, "output_hidden_states": False}  # or so, where theirs says it
+    for name in ours.generation_config.__dataclass_fields__.keys() - {"seed"}:
+        found, wanted = getattr(ours.generation_config, name), getattr(theirs.generation_config, name)
+        assert found == wanted or (found is None and wanted == unsaid[name]), name
+    found = []
+    for model in (theirs, ours):
+        torch.manual_seed(0)
+        found.append(model.generate(ids, attention_mask=torch.ones_like(ids)))
+    assert isinstance(found[0], torch.Tensor) == isinstance(found[1], torch.Tensor)
+    assert torch.equal(*(out if isinstance(out, torch.Tensor) else out.sequences for out in found))
+    ours.save_pretrained(tmp_path / "again")
+    assert gptneo_fast.GenerationConfig.from_pretrained(tmp_path / "again") == ours.generation_config
+
+
+def test_what_a_config_json_of_old_says_and_cannot_be_had_is_named():
+    config = peers()[1].config
+    with pytest.warns(gptneo_fast.GPTNeoFastWarning, match=r"penalty_alpha=0\.6 is not offered: .*; it is left out"):
+        made = gptneo_fast.GenerationConfig.from_model_config(config.replace(penalty_alpha=0.6, top_k=4))
+    assert made.top_k == 4 and made.penalty_alpha is None
+    with pytest.raises(ConfigError, match=r"says of generation .* temperature=-3 is not a finite number"):
+        gptneo_fast.GPTNeoForCausalLM(config.replace(temperature=-3))
