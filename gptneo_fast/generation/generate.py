@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..config import GPTNeoConfig, short
+from ..config import GPTNeoConfig, is_int, short
 from ..errors import InputError
 from ..network.cache import KVCache
 from ..network.inputs import check_ids
@@ -61,6 +61,7 @@ class GenerationMixin:
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
         tokenizer: Any = None,
+        logits_to_keep: int | None = None,
         **options: Any,
     ) -> Any:
         """Prompts and their continuations, int64 [B, T + new]; rows that end early are filled with the pad token.
@@ -81,6 +82,7 @@ class GenerationMixin:
             past_key_values: cache of an earlier call, for the first columns of input_ids, or for the columns before them
                 where attention_mask covers both; appended to.
             tokenizer: for stop_strings; None for the model's own.
+            logits_to_keep: has no say; those that are needed are computed.
             options: see GenerationConfig.
 
         Returns:
@@ -95,6 +97,8 @@ class GenerationMixin:
         with _telling(streamer):
             if inputs is not None and input_ids is not None:
                 raise InputError("inputs and input_ids are two names of one argument; give one")
+            if not (logits_to_keep is None or (is_int(logits_to_keep) and logits_to_keep >= 0)):
+                raise InputError(f"logits_to_keep={short(logits_to_keep)} is not an integer from 0; leave it out")
             if past_key_values is None:
                 past_key_values = options.pop("cache", None)  # its name from 5.24 on
             settled = settle(model, generation_config, options | {"synced_gpus": synced_gpus})

@@ -10,7 +10,7 @@ import gptneo_fast
 from gptneo_fast.checkpoint import load_into
 from gptneo_fast.checkpoint.assign import canonical
 from gptneo_fast.checkpoint.fill import Copier
-from gptneo_fast.errors import CheckpointError, GPTNeoFastWarning
+from gptneo_fast.errors import CheckpointError, GPTNeoFastWarning, InputError
 from tests.support.peers import SMALL
 
 Causal, Trunk = gptneo_fast.GPTNeoForCausalLM, gptneo_fast.GPTNeoModel
@@ -265,3 +265,48 @@ def test_33_a_save_that_fails_leaves_the_old_checkpoint(folder, monkeypatch):
         Causal(config()).save_pretrained(folder / "config.json")
     with pytest.raises(CheckpointError, match="cannot be written to /proc/nowhere"):
         Causal(config()).save_pretrained("/proc/nowhere")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_state_dict_and_a_configuration_make_a_model_as_in_transformers(folder, dtype):
+    transformers = pytest.importorskip("transformers")
+    made = Causal.from_pretrained(folder)
+    weights = dict(made.state_dict()) | {"transformer.wpe.weight": made.transformer.wpe.weight.t().clone().t()}  # strided
+    ours = Causal.from_pretrained(None, config=made.config, state_dict=weights, dtype=dtype)
+    theirs = transformers.GPTNeoForCausalLM.from_pretrained(
+        None, config=transformers.GPTNeoConfig.from_dict(made.config.to_dict()), state_dict=weights, dtype=dtype
+    )
+    assert not ours.training and ours.dtype is theirs.dtype
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.get_parameter(name), value), name
+    ours.transformer.ln_f.weight.data.zero_()
+    assert made.transformer.ln_f.weight.abs().sum() > 0  # a copy
+    trunk = {name.removeprefix("transformer."): value for name, value in weights.items() if name != "lm_head.weight"}
+    with pytest.warns(GPTNeoFastWarning, match=r"score\.weight: freshly initialised"):
+        _, info = gptneo_fast.GPTNeoForSequenceClassification.from_pretrained(
+            None, config=made.config, state_dict=trunk, output_loading_info=True
+        )
+    assert info["missing_keys"] == {"score.weight"} and not info["unexpected_keys"]
+
+
+def test_weights_come_from_one_place_and_fit(folder):
+    made = Causal.from_pretrained(folder)
+    weights = made.state_dict()
+    for name, options, words in [
+        (None, {}, "the model's name is None and config"),
+        (None, {"config": made.config}, "the model's name is None and state_dict"),
+        (None, {"state_dict": weights}, "the model's name is None and config"),
+        (folder, {"state_dict": weights}, "give None in place of the one"),
+        (None, {"config": made.config, "state_dict": 5}, "state_dict is 5; give a dict"),
+        (None, {"config": made.config, "state_dict": {"a": 5}}, "state_dict is {'a': 5}; give a dict"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            Causal.from_pretrained(name, **options)
+    for changes, words in [
+        ({"x": torch.ones(2)}, "state_dict: x fit no parameter"),
+        ({"transformer.ln_f.bias": torch.full((32,), float("nan"))}, "state_dict: tensor 'transformer.ln_f.bias' holds nan"),
+        ({"transformer.ln_f.bias": torch.ones(32, dtype=torch.long)}, "is int64"),
+        ({"transformer.ln_f.bias": torch.ones(3)}, "'transformer.ln_f.bias' is .3., config.json asks for"),
+    ]:
+        with pytest.raises(CheckpointError, match=words):
+            Causal.from_pretrained(None, config=made.config, state_dict=weights | changes)

@@ -60,6 +60,8 @@ BAD = [
         {"guidance_scale": 1.5, "negative_prompt_ids": IDS, "negative_prompt_attention_mask": torch.ones(1, 2)},
         r"negative_prompt_attention_mask has shape \[1, 2\]",
     ),
+    ({"logits_to_keep": -1}, "logits_to_keep=-1 is not an integer from 0"),
+    ({"logits_to_keep": torch.tensor([0])}, r"logits_to_keep=tensor.* is not an integer"),
     ({"streamer": "x"}, r"streamer is 'x'; give an object with put\(ids\) and end\(\)"),
     ({"stop_strings": ["a"], "tokenizer": 5}, "stop_strings needs a tokenizer, and 5 is none"),
     ({"prefix_allowed_tokens_fn": 5}, "prefix_allowed_tokens_fn is 5"),
@@ -141,6 +143,12 @@ def test_positions_and_types_of_one_row_are_for_all(models):
     found = models[1].generate(batch, position_ids=torch.arange(T)[None] + 3, token_type_ids=IDS, max_new_tokens=3)
     wide = {"position_ids": (torch.arange(T)[None] + 3).repeat(2, 1), "token_type_ids": batch}
     assert torch.equal(found, models[0].generate(batch, **wide, max_new_tokens=3, attention_mask=torch.ones_like(batch)))
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_logits_to_keep_has_no_say(models, how):
+    found = [model.generate(IDS, max_new_tokens=4, logits_to_keep=keep, **how) for model in models for keep in (0, 1, 3)]
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 def test_two_hundred_times_one_end_token_is_one_end_token(models):

@@ -270,3 +270,6 @@ def test_a_fresh_model_takes_the_keywords_of_transformers(pair):
         assert type(made) is gptneo_fast.GPTNeoForCausalLM and made.dtype is torch.bfloat16
         with pytest.raises(InputError, match="attn_implementation 'sdpa' is not offered"):
             make(config, attn_implementation="sdpa")
+    gptneo_fast.GPTNeoPreTrainedModel(config, attn_implementation="eager")  # a base of heads of one's own, as theirs
+    with pytest.raises(InputError, match="attn_implementation 'sdpa' is not offered"):
+        gptneo_fast.GPTNeoPreTrainedModel(config, attn_implementation="sdpa")
