@@ -128,7 +128,7 @@ def _verified(session: Session, request: Request, drafter: Drafter) -> Iterator[
     while ids.shape[1] < request.total:
         T = ids.shape[1]
         guess, drawn_from = drafter.draft(ids)
-        n = guess.shape[1]
+        n = drafted = guess.shape[1]
         whole = torch.cat([ids, guess], 1)
         logits = session.feed(whole, keep=n + 1).float()  # [1, n + 1, V]
         if not options.remove_invalid_values and (good := _good(logits, ids)) <= n:
@@ -158,7 +158,7 @@ def _verified(session: Session, request: Request, drafter: Drafter) -> Iterator[
         session.crop(T + matched)
         drafter.learn(n, matched)
         for i in range(matched + 1):
-            request.record.step(session, logits[:, i], scores[:, i])
+            request.record.step(session, logits[:, i], scores[:, i], drafted, i)
         yield tokens
         if bool(request.criteria(ids, request.record.scores).all()):
             break
