@@ -79,8 +79,8 @@ class GenerationMixin:
                 occurs, and is not also the end token.
             position_ids, token_type_ids: [B, T]. inputs_embeds: [B, T, C] in place of input_ids; then only the
                 continuation is returned.
-            past_key_values: cache of an earlier call, for the first columns of input_ids, or for the columns before them
-                where attention_mask covers both; appended to.
+            past_key_values: cache of an earlier call, for the first columns of input_ids or inputs_embeds, or for the columns
+                before them where attention_mask covers both; appended to.
             tokenizer: for stop_strings; None for the model's own.
             logits_to_keep: has no say; those that are needed are computed.
             options: see GenerationConfig.
@@ -201,10 +201,8 @@ def request_of(
     Raises:
         InputError: more tokens than the model has positions; a token id beyond the vocabulary; stop strings and no tokenizer.
     """
-    embedded = 0 if prompt.embeds is None else prompt.embeds.shape[1]
     P, device = prompt.ids.shape[1], prompt.ids.device
-    if prompt.embeds is None and prompt.mask is not None and prompt.mask.shape[1] > P and prompt.cache is not None:
-        embedded = prompt.cache.get_seq_length()
+    embedded = prompt.columns - P
     total = total_length(options, P + embedded, model.config.max_position_embeddings) - embedded
     _check_together(model, prompt, options, total, assistant, streamed)
     starts = None if prompt.starts is None else (prompt.starts - embedded).clamp(min=0)  # in columns of ids
