@@ -155,7 +155,7 @@ def prompt_of(
         ids = check_ids("input_ids", ids, config.vocab_size, device)
     if not len(ids):
         raise InputError(f"input_ids has shape {list(ids.shape)}: there is no prompt in it; give at least one row")
-    cache = check_cache(cache, model.transformer)
+    cache = check_cache(cache, model.transformer, ids)
     past = 0 if cache is None else int(cache.get_seq_length())
     times = max(options.num_beams, options.num_return_sequences)
     if isinstance(cache, KVCache) and cache.batch_size not in (len(ids), len(ids) * times):
