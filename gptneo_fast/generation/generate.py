@@ -80,7 +80,8 @@ class GenerationMixin:
             position_ids, token_type_ids: [B, T]. inputs_embeds: [B, T, C] in place of input_ids; then only the
                 continuation is returned.
             past_key_values: cache of an earlier call, for the first columns of input_ids or inputs_embeds, or for the columns
-                before them where attention_mask covers both; appended to.
+                before them where attention_mask covers both; appended to. A call that fails midway leaves in it what it
+                has run of its texts, without drafts, to be continued or cropped; of beams, a row for each.
             tokenizer: for stop_strings; None for the model's own.
             logits_to_keep: has no say; those that are needed are computed.
             options: see GenerationConfig.
