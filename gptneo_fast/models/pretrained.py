@@ -214,6 +214,8 @@ class GPTNeoPreTrainedModel(Training):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm) and not module.weight.is_meta:
+            module.reset_parameters()
 
     # Files
 
@@ -257,7 +259,7 @@ class GPTNeoPreTrainedModel(Training):
             from_flax: read `flax_model.msgpack`, which is read anyhow where nothing else is there; needs no jax.
             check_finite: refuse NaN, infinities and values that dtype cannot hold.
             strict: refuse surplus tensors and an lm_head unlike the embedding it is tied to.
-            ignore_mismatched_sizes: start a head of another size afresh.
+            ignore_mismatched_sizes: start what has another size afresh, such as a head; a warning names it.
             output_loading_info: return (model, info) with sets of the keys missing, unexpected and mismatched, as transformers.
             attn_implementation: "eager" or None; other kernels are chosen by `backend`.
             others: fields of the configuration to override (num_labels=3, pad_token_id=50256, ...).

@@ -1,6 +1,7 @@
 """A checkpoint against its configuration: what is missing, too much, of another shape; nothing is loaded by halves."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_a_head_of_another_size_is_refused_or_starts_afresh(tmp_path):
     cls = gptneo_fast.GPTNeoForSequenceClassification
     cls(config(num_labels=3)).save_pretrained(tmp_path)
     refused(tmp_path, "num_labels is 3 in the weights and 5", "ignore_mismatched_sizes=True", cls=cls, num_labels=5)
-    with pytest.warns(GPTNeoFastWarning, match=r"score\.weight: freshly initialised"):
+    with pytest.warns(GPTNeoFastWarning, match=r"score\.weight \[3, 32\] and not \[5, 32\]: freshly initialised"):
         model, info = cls.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True)
     assert (
         info["mismatched_keys"] == {("score.weight", (3, 32), (5, 32))}
@@ -310,3 +311,38 @@ def test_weights_come_from_one_place_and_fit(folder):
     ]:
         with pytest.raises(CheckpointError, match=words):
             Causal.from_pretrained(None, config=made.config, state_dict=weights | changes)
+
+
+@pytest.mark.parametrize("cls", ["GPTNeoForTokenClassification", "GPTNeoForCausalLM", "GPTNeoModel"])
+@pytest.mark.parametrize(
+    "change", [{}, {"num_labels": 5}, {"vocab_size": 50}, {"max_position_embeddings": 99}, {"hidden_size": 16}]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_reports_of_sizes_that_are_ignored_are_transformers(tmp_path, cls, change, tied):
+    transformers = pytest.importorskip("transformers")
+    getattr(gptneo_fast, cls)(config(num_labels=3, tie_word_embeddings=tied)).save_pretrained(tmp_path)
+    found = []
+    for library in (transformers, gptneo_fast):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model, info = getattr(library, cls).from_pretrained(
+                tmp_path, ignore_mismatched_sizes=True, output_loading_info=True, **change
+            )
+        assert all(torch.isfinite(p).all() and p.abs().max() < 2 for p in model.parameters())
+        found.append(
+            (info["missing_keys"], info["unexpected_keys"], {(k, *map(tuple, s)) for k, *s in info["mismatched_keys"]})
+        )
+    assert found[0] == found[1]
+    named = " ".join(str(w.message) for w in caught if issubclass(w.category, GPTNeoFastWarning))
+    assert bool(found[1][2]) == ("freshly initialised" in named)
+
+
+def test_untied_weights_are_saved_and_loaded(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    made = Causal(config(tie_word_embeddings=False))
+    made.save_pretrained(tmp_path)
+    for library in (gptneo_fast, transformers):
+        loaded, info = library.GPTNeoForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not loaded.config.tie_word_embeddings
+        assert torch.equal(loaded.lm_head.weight, made.lm_head.weight)
+        assert torch.equal(loaded.transformer.wte.weight, made.transformer.wte.weight)
