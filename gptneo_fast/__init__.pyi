@@ -3,7 +3,7 @@
 from .config import GPTNeoConfig as GPTNeoConfig
 from .errors import GPTNeoFastError as GPTNeoFastError, GPTNeoFastWarning as GPTNeoFastWarning
 from .flax import FlaxGPTNeoForCausalLM as FlaxGPTNeoForCausalLM, FlaxGPTNeoModel as FlaxGPTNeoModel
-from .generation import GenerationConfig as GenerationConfig
+from .generation import GenerationConfig as GenerationConfig, GenerationMode as GenerationMode
 from .generation.processors import (
     ExponentialDecayLengthPenalty as ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor as ForcedBOSTokenLogitsProcessor,
@@ -29,6 +29,7 @@ from .generation.stopping import (
     StoppingCriteria as StoppingCriteria,
     StoppingCriteriaList as StoppingCriteriaList,
     StopStringCriteria as StopStringCriteria,
+    validate_stopping_criteria as validate_stopping_criteria,
 )
 from .generation.streamers import (
     AsyncTextIteratorStreamer as AsyncTextIteratorStreamer,
@@ -67,7 +68,7 @@ from .models.load import (
 from .models.model import GPTNeoModel as GPTNeoModel
 from .models.pipelines import TextGenerationPipeline as TextGenerationPipeline, pipeline as pipeline
 from .models.pretrained import GPTNeoPreTrainedModel as GPTNeoPreTrainedModel
-from .network.cache import KVCache as KVCache, cache_bytes as cache_bytes
+from .network.cache import DynamicCache as DynamicCache, KVCache as KVCache, cache_bytes as cache_bytes
 from .tokenizer import BatchEncoding as BatchEncoding, GPT2Tokenizer as GPT2Tokenizer, GPT2TokenizerFast as GPT2TokenizerFast
 from .tools.verify import verify as verify
 

@@ -3,5 +3,6 @@
 from .assign import LoadReport, load_into
 from .files import WeightFiles, find
 from .saving import save
+from .weight_file import held
 
-__all__ = ["LoadReport", "WeightFiles", "find", "load_into", "save"]
+__all__ = ["LoadReport", "WeightFiles", "find", "held", "load_into", "save"]

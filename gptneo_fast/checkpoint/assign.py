@@ -31,7 +31,7 @@ class LoadReport:
     missing_keys: list[str] = field(default_factory=list)  # parameters that were freshly initialised
     unexpected_keys: list[str] = field(default_factory=list)  # tensors that no parameter took
     mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-    # of those, head parameters of another shape: name, shape in the file, shape of the model
+    # of those, parameters of another shape: name, shape in the file, shape of the model
 
     def as_info(self) -> dict[str, Any]:
         """The dictionary of transformers, where a parameter of another shape is not called missing."""
@@ -70,7 +70,7 @@ def load_into(
         device: of the parameters.
         where: what errors call the checkpoint.
         strict: refuse tensors that nothing takes, and an lm_head that is not the embedding it is tied to.
-        ignore_mismatched_sizes: start head parameters of another shape afresh.
+        ignore_mismatched_sizes: start parameters of another shape afresh.
         check_finite: refuse NaN, infinities and values that `dtype` cannot hold.
 
     Raises:
@@ -92,8 +92,13 @@ def load_into(
         new[key] = torch.empty_like(made, dtype=dtype, device=device) if made.is_meta else made.to(device, dtype)
     for key, value in new.items():
         _place(model, owners[key], value)
-    if report.missing_keys:
-        warn_once(f"{where} has no weights for {some(report.missing_keys)}: freshly initialised, train them before use")
+    report.missing_keys = [_path(model, key) for key in report.missing_keys]
+    report.mismatched_keys = [(_path(model, key), has, wants) for key, has, wants in report.mismatched_keys]
+    if report.mismatched_keys:
+        sizes = [f"{key} {list(has)} and not {list(wants)}" for key, has, wants in report.mismatched_keys]
+        warn_once(f"{where} has {some(sizes)}: freshly initialised, train them before use")
+    if absent := sorted(report.as_info()["missing_keys"]):
+        warn_once(f"{where} has no weights for {some(absent)}: freshly initialised, train them before use")
     if others := [name for name in report.unexpected_keys if canonical(name) != "lm_head.weight"]:
         warn_once(f"{where}: {some(others)} belong to another class than {type(model).__name__} and were not loaded")
     return report
@@ -136,7 +141,7 @@ class _Plan:
         """
         mismatched = []
         if ignore_mismatched_sizes:
-            mismatched = [k for k, t in self.taken.items() if not k.startswith(TRUNK) and t.shape != self.shapes[k]]
+            mismatched = [k for k, t in self.taken.items() if t.shape != self.shapes[k]]
         others = [(key, tuple(self.taken.pop(key).shape), self.shapes[key]) for key in mismatched]
         missing = [key for key in self.shapes if key not in self.taken]
         faults = []
@@ -145,7 +150,7 @@ class _Plan:
             faults.append(f"weights are float32, float16, bfloat16 or float64, but tensor {kinds}")
         if fault := check_shapes(self.taken, self.shapes):
             faults.append(fault)
-        if trunk := [key for key in missing if key.startswith(TRUNK)]:
+        if trunk := [key for key in missing if key.startswith(TRUNK) and key not in mismatched]:
             faults.append(f"no tensor for {some(trunk)}{layers_hint(self.taken, self.surplus, self.shapes)}")
         if self.surplus and strict:
             faults.append(f"{some(self.surplus)} fit no parameter{layers_hint(self.taken, self.surplus, self.shapes)}")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import CheckpointError
+from ..config import short
+from ..errors import CheckpointError, InputError
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -103,6 +107,19 @@ class WeightFile:
         os.close(self.descriptor)
 
 
+class HeldTensor:
+    """What a WeightFile is to its readers, for one tensor that is in memory already. path: what errors call it."""
+
+    def __init__(self, tensor: Tensor, path: Path) -> None:
+        self.path = path
+        flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        self._bytes = memoryview(flat)
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill `view` from the bytes from `start` on."""
+        view[:] = self._bytes[start : start + len(view)]
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor's place in a weight file.
@@ -115,7 +132,7 @@ class Stored:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: WeightFile
+    file: WeightFile | HeldTensor
     start: int
     strides: tuple[int, ...] | None = None
     pieces: tuple[tuple[int, int], ...] = ()
@@ -159,3 +176,17 @@ def kind_of(file: WeightFile) -> str | None:
     if len(begin) >= 64 and not any(begin):
         return "it begins with zeros: interrupted download? delete it and fetch it again"
     return next((f"this is {what}" for start, what in _STARTS.items() if begin.startswith(start)), None)
+
+
+def held(state_dict: Mapping[str, Tensor]) -> list[Stored]:
+    """The tensors of a state dict, to be read as those of a file.
+
+    Raises:
+        InputError: something else.
+    """
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state_dict.items()
+    ):
+        raise InputError(f"state_dict is {short(state_dict)}; give a dict from names to tensors, as of model.state_dict()")
+    place = Path("state_dict")
+    return [Stored(name, t.dtype, tuple(t.shape), HeldTensor(t, place), 0) for name, t in state_dict.items()]

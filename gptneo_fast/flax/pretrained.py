@@ -260,7 +260,7 @@ class FlaxGPTNeoPreTrainedModel:
         config = self.config.replace(architectures=[name], dtype=str(jax.tree_util.tree_leaves(tree)[0].dtype))
         texts = {"config.json": config.to_json_string()}
         if self.generation_config is not None:
-            texts["generation_config.json"] = self.generation_config.to_json_string()
+            texts["generation_config.json"] = self.generation_config.file_text()
         if safe_serialization:
             save(weights.to_torch(tree), Path(save_directory), max_shard_size, texts)
         else:

@@ -1,6 +1,6 @@
 """One batch of texts: options, the distribution of the next token, the strategies, and strings in and out."""
 
-from .config import GenerationConfig
+from .config import GenerationConfig, GenerationMode
 from .generate import GenerationMixin
 from .processors import LogitsProcessor, LogitsProcessorList
 from .request import Generation
@@ -13,6 +13,7 @@ __all__ = [
     "Generation",
     "GenerationConfig",
     "GenerationMixin",
+    "GenerationMode",
     "LogitsProcessor",
     "LogitsProcessorList",
     "StoppingCriteria",

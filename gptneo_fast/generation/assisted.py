@@ -123,45 +123,62 @@ def assisted(model: LanguageModel, request: Request) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _verified(session: Session, request: Request, drafter: Drafter) -> Iterator[Tensor]:
-    options, ids = request.options, request.prompt.ids
-    eos = torch.tensor(options.eos_ids, device=ids.device)
+    ids = request.prompt.ids
     while ids.shape[1] < request.total:
         T = ids.shape[1]
         guess, drawn_from = drafter.draft(ids)
-        n = guess.shape[1]
+        drafted = guess.shape[1]
         whole = torch.cat([ids, guess], 1)
-        logits = session.feed(whole, keep=n + 1).float()  # [1, n + 1, V]
-        if not options.remove_invalid_values and (good := _good(logits, ids)) <= n:
-            n, logits = good - 1, logits[:, :good]  # what breaks further on is met again, if the text gets there
-            guess, drawn_from = guess[:, :n], None if drawn_from is None else drawn_from[:, :n]
-        scores = torch.stack([request.processors(whole[:, : T + i], logits[:, i]) for i in range(n + 1)], 1)
-        if request.processors:
-            usable = int(request.usable(scores[0]).int().cumprod(0).sum())
-            request.require(torch.tensor([usable > 0]))
-            n = min(n, usable - 1)  # behind a guess that will not be taken nothing may be left
-            logits, scores, guess = logits[:, : n + 1], scores[:, : n + 1], guess[:, :n]
-            drawn_from = None if drawn_from is None else drawn_from[:, :n]
-        if options.do_sample and drawn_from is not None:
-            tokens = _accept(guess, drawn_from, scores, request.generator)
-        else:
-            if options.do_sample:
-                chosen = torch.multinomial(scores[0].softmax(-1), 1, generator=request.generator).view(1, -1)
-            else:
-                chosen = scores.argmax(-1)
-            tokens = chosen[:, : int((guess == chosen[:, :n]).int().cumprod(1).sum()) + 1]
-        tokens = tokens[:, : request.total - T]
-        ends = torch.isin(tokens[0], eos).nonzero()
-        if len(ends):
-            tokens = tokens[:, : int(ends[0]) + 1]
+        logits = session.feed(whole, keep=drafted + 1).float()  # [1, n + 1, V]
+        try:
+            tokens, judged, scores = _judge(request, whole, logits, drawn_from)
+        except BaseException:
+            session.crop(T)  # the caller's cache keeps no guess that nobody judged
+            raise
         matched = tokens.shape[1] - 1
         ids = torch.cat([ids, tokens], 1)
         session.crop(T + matched)
-        drafter.learn(n, matched)
+        drafter.learn(judged, matched)
         for i in range(matched + 1):
-            request.record.step(session, logits[:, i], scores[:, i])
+            request.record.step(session, logits[:, i], scores[:, i], drafted, i)
         yield tokens
         if bool(request.criteria(ids, request.record.scores).all()):
             break
+
+
+def _judge(request: Request, whole: Tensor, logits: Tensor, drawn_from: Tensor | None) -> tuple[Tensor, int, Tensor]:
+    """Tokens [1, m + 1], the m guesses that are right and the one that follows; guesses that were judged; their scores
+    [1, n + 1, V].
+
+    Args:
+        whole: int64 [1, T + n], text and guesses. logits: [1, n + 1, V] behind the text and each guess.
+        drawn_from: [1, n, V] scores of the drafter, or None.
+
+    Raises:
+        NonFiniteLogitsError, InputError: no token can be chosen behind the text.
+    """
+    options, n = request.options, logits.shape[1] - 1
+    T = whole.shape[1] - n
+    ids, guess = whole[:, :T], whole[:, T:]
+    if not options.remove_invalid_values:
+        n = min(n, _good(logits, ids) - 1)  # what breaks further on is met again, if the text gets there
+    scores = torch.stack([request.processors(whole[:, : T + i], logits[:, i]) for i in range(n + 1)], 1)
+    if request.processors:
+        usable = int(request.usable(scores[0]).int().cumprod(0).sum())
+        request.require(torch.tensor([usable > 0]))
+        n = min(n, usable - 1)  # behind a guess that will not be taken nothing may be left
+    scores, guess = scores[:, : n + 1], guess[:, :n]
+    if options.do_sample and drawn_from is not None:
+        tokens = _accept(guess, drawn_from[:, :n], scores, request.generator)
+    else:
+        if options.do_sample:
+            chosen = torch.multinomial(scores[0].softmax(-1), 1, generator=request.generator).view(1, -1)
+        else:
+            chosen = scores.argmax(-1)
+        tokens = chosen[:, : int((guess == chosen[:, :n]).int().cumprod(1).sum()) + 1]
+    tokens = tokens[:, : request.total - T]
+    ends = torch.isin(tokens[0], torch.tensor(options.eos_ids, device=ids.device)).nonzero()
+    return tokens[:, : int(ends[0]) + 1] if len(ends) else tokens, n, scores
 
 
 def _good(logits: Tensor, ids: Tensor) -> int:

@@ -5,29 +5,47 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any, Literal, Self
 
 from ..config import GENERATION, GPTNeoConfig
-from ..errors import ConfigError, InputError, UnknownOptionError, nearest
+from ..errors import ConfigError, InputError, UnknownOptionError, nearest, warn_once
 from ..files import atomic
 from ..files.hub import Source
 from ..files.strict_json import read_object
-from .options import NOT_OFFERED, check_option, check_together, plain
+from .options import NOT_OFFERED, OUTPUTS, check_offered, check_option, check_together, contradictions, plain
 
 FILE = "generation_config.json"
 NEW_TOKENS = 20  # where no length is given
 OFF = {"top_k": 0}  # what does nothing, where the default does something
+_METADATA = ("transformers_version", "_from_model_config", "_commit_hash")  # of files that transformers wrote; no options
+_ARGUMENTS = (  # of `generate`, which a config cannot hold
+    "logits_processor stopping_criteria prefix_allowed_tokens_fn assistant_model streamer negative_prompt_ids "
+    "negative_prompt_attention_mask"
+).split()
 
 
-@dataclass(kw_only=True)
+class GenerationMode(StrEnum):
+    """Ways to generate, under transformers' names."""
+
+    GREEDY_SEARCH = "greedy_search"
+    SAMPLE = "sample"
+    ASSISTED_GENERATION = "assisted_generation"
+    BEAM_SEARCH = "beam_search"
+    BEAM_SAMPLE = "beam_sample"
+
+
+@dataclass(init=False)
 class GenerationConfig:
     """Options of `generate`; None for "not said", so that the next source is asked.
 
     Keywords of a call win over a config that is passed, that one over the model's `generation_config`, and that one over
-    the defaults, which stand in brackets here.
+    the defaults, which stand in brackets here. Options of transformers that are not offered are None, and may be set to what
+    does nothing.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value out of range, or an option that is not offered, with what to use instead.
+        UnknownOptionError: no such option; names the nearest.
     """
 
     # Length, in tokens
@@ -83,37 +101,64 @@ class GenerationConfig:
     output_attentions: bool | None = None
     output_hidden_states: bool | None = None
 
+    def __init__(self, **options: Any) -> None:
+        for name, field in self.__dataclass_fields__.items():
+            setattr(self, name, options.pop(name, field.default))
+        for name, value in options.items():
+            if name not in _METADATA:
+                setattr(self, name, value)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.__dataclass_fields__:
-            raise UnknownOptionError(f"GenerationConfig has no option {name!r}{nearest(name, self.__dataclass_fields__)}")
         value = plain(value)
-        check_option(name, value)
+        if name in NOT_OFFERED:
+            check_offered(name, value)
+        elif name in self.__dataclass_fields__:
+            check_option(name, value)
+        elif name in _ARGUMENTS:
+            raise UnknownOptionError(f"{name} is an argument of generate and no option; pass it there")
+        else:
+            raise UnknownOptionError(
+                f"generate has no option {name!r}{nearest(name, [*self.__dataclass_fields__, *NOT_OFFERED])}"
+            )
         object.__setattr__(self, name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in NOT_OFFERED:
+            return None
+        raise AttributeError(f"GenerationConfig has no option {name!r}{nearest(name, self.__dataclass_fields__)}")
+
     @classmethod
-    def of(cls, values: dict[str, Any], ignore_unknown: bool = False) -> GenerationConfig:
-        """A config from keywords.
+    def of(cls, values: dict[str, Any], ignore_unknown: bool = False) -> Self:
+        """A config from keywords, without those that are no option where these are to be ignored."""
+        names = cls.__dataclass_fields__.keys() | NOT_OFFERED
+        return cls(**{k: v for k, v in values.items() if k in names or not ignore_unknown})
+
+    @classmethod
+    def from_model_config(cls, config: GPTNeoConfig) -> Self:
+        """The token ids of a model's configuration, and what a `config.json` of old says of generation; a warning names what of
+        that is not offered.
 
         Raises:
-            UnknownOptionError: no such option; names the nearest.
-            InputError: an option that is not offered, with what to use instead, or a value out of range.
+            ConfigError: a value out of range.
         """
-        names = cls.__dataclass_fields__
-        for name, value in values.items():
-            if name in NOT_OFFERED:
-                neutral, instead = NOT_OFFERED[name]
-                if value is not None and value not in neutral:
-                    raise InputError(f"{name}={value!r} is not offered: {instead}")
-            elif name not in names and not ignore_unknown:
-                raise UnknownOptionError(f"generate has no option {name!r}{nearest(name, [*names, *NOT_OFFERED])}")
-        return cls(**{k: v for k, v in values.items() if k in names})
-
-    @classmethod
-    def from_model_config(cls, config: GPTNeoConfig) -> GenerationConfig:
-        """The token ids of a model's configuration, and what a `config.json` of old says of generation."""
         said = {k: v for k, v in vars(config).items() if k in GENERATION and v is not None}
-        ids = {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return cls.of(ids | said, ignore_unknown=True)
+        said |= {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if not config.use_cache:
+            said["use_cache"] = False
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name):
+                said[name] = True
+        if any(said.get(name) for name in OUTPUTS):
+            said["return_dict_in_generate"] = True
+        for name in vars(config).keys() & NOT_OFFERED:
+            try:
+                check_offered(name, getattr(config, name))
+            except InputError as error:
+                warn_once(f"the configuration's {error}; it is left out")
+        try:
+            return cls(**said)._as_loaded()
+        except InputError as error:
+            raise ConfigError(f"what the configuration says of generation will not do: {error}") from None
 
     @classmethod
     def from_source(cls, source: Source, config: GPTNeoConfig | None = None, file: str = FILE) -> GenerationConfig:
@@ -131,7 +176,7 @@ class GenerationConfig:
         with source.reading():
             values = read_object(path, ConfigError)
             try:
-                return cls.of({k: v for k, v in values.items() if v is not None}, ignore_unknown=True)
+                return cls.of(values, ignore_unknown=True)._as_loaded()
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"{path}: {error}") from error
 
@@ -147,7 +192,7 @@ class GenerationConfig:
         """
         file = _file_name(config_file_name, options)
         source = Source.of(pretrained_model_name, **{k: options.pop(k) for k in Source.OPTIONS if k in options})
-        return cls.from_source(source, file=file).under(cls.of(options))
+        return cls.from_source(source, file=file).under(cls.of(options))._as_loaded()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GenerationConfig:
@@ -171,23 +216,33 @@ class GenerationConfig:
 
         Raises:
             ConfigError: it cannot be written there; what was there still is.
-            InputError: a name that is a path, or another keyword.
+            InputError: a name that is a path, another keyword, or options that contradict each other.
         """
         file = _file_name(config_file_name, others)
         if others:
             raise InputError(
                 f"save_pretrained has no option {next(iter(others))!r}{nearest(next(iter(others)), ['config_file_name'])}"
             )
-        atomic.write(save_directory, {file: self.to_json_string()}, ConfigError)
+        atomic.write(save_directory, {file: self.file_text()}, ConfigError)
 
     def to_dict(self) -> dict[str, Any]:
         """The options that are said."""
-        return {k: v for k, v in vars(self).items() if v is not None}
+        return {k: v for k, v in vars(self).items() if v is not None and not k.startswith("_")}
 
     to_diff_dict = to_dict  # what differs from a config that says nothing
 
+    def file_text(self) -> str:
+        """The text of `generation_config.json`, for a file that others read.
+
+        Raises:
+            InputError: options of which some have no say beside the others, unless they came from a file so.
+        """
+        if vars(self).get("_loaded") != self.to_dict():
+            self.validate(strict=True)
+        return self.to_json_string()
+
     def to_json_string(self) -> str:
-        """The text of `generation_config.json`."""
+        """The options that are said, as JSON."""
         values = self.to_dict()
         if isinstance(values.get("sequence_bias"), dict):
             values["sequence_bias"] = [[list(ids), bias] for ids, bias in values["sequence_bias"].items()]
@@ -195,10 +250,39 @@ class GenerationConfig:
 
     def under(self, stronger: GenerationConfig) -> GenerationConfig:
         """This config where `stronger` says nothing, else that one."""
-        values = self.to_dict() | stronger.to_dict()
+        values = self.to_dict() | {k: v for k, v in stronger.to_dict().items() if v is not None}  # transformers' says None, too
         if stronger.max_length is not None and stronger.max_new_tokens is None:
             values.pop("max_new_tokens", None)  # a length said in a call beats the other kind from a file
         return GenerationConfig(**values)
+
+    def validate(self, strict: bool = False) -> None:
+        """Warn of options that have no say beside the others.
+
+        Args:
+            strict: refuse them.
+
+        Raises:
+            InputError: options that `generate` would refuse together, or that have no say; names all of these.
+        """
+        self.resolved()
+        if faults := contradictions(self):
+            message = f"the generation config contradicts itself: {'; '.join(faults)}"
+            if strict:
+                raise InputError(message)
+            warn_once(message)
+
+    def get_generation_mode(self, assistant_model: Any = None) -> GenerationMode:
+        """How `generate` goes on with these options, and an assistant model where there is one."""
+        if self.num_beams not in (None, 1):
+            return GenerationMode.BEAM_SAMPLE if self.do_sample else GenerationMode.BEAM_SEARCH
+        if assistant_model is not None or self.prompt_lookup_num_tokens is not None:
+            return GenerationMode.ASSISTED_GENERATION
+        return GenerationMode.SAMPLE if self.do_sample else GenerationMode.GREEDY_SEARCH
+
+    def _as_loaded(self) -> Self:
+        """This config, which now is as a file has it."""
+        object.__setattr__(self, "_loaded", self.to_dict())
+        return self
 
     def resolved(self) -> Options:
         """This config with the defaults where nothing is said.
@@ -230,7 +314,7 @@ class GenerationConfig:
         return [self.stop_strings] if isinstance(self.stop_strings, str) else list(self.stop_strings or ())
 
 
-@dataclass(kw_only=True)
+@dataclass(init=False)
 class Options(GenerationConfig):
     """A GenerationConfig in which all is said that a generation needs; the values here are the defaults."""
 

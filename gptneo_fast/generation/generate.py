@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..config import GPTNeoConfig, short
+from ..config import GPTNeoConfig, is_int, short
 from ..errors import InputError
 from ..network.cache import KVCache
 from ..network.inputs import check_ids
@@ -61,6 +61,7 @@ class GenerationMixin:
         inputs_embeds: Tensor | None = None,
         past_key_values: KVCache | None = None,
         tokenizer: Any = None,
+        logits_to_keep: int | None = None,
         **options: Any,
     ) -> Any:
         """Prompts and their continuations, int64 [B, T + new]; rows that end early are filled with the pad token.
@@ -78,9 +79,11 @@ class GenerationMixin:
                 occurs, and is not also the end token.
             position_ids, token_type_ids: [B, T]. inputs_embeds: [B, T, C] in place of input_ids; then only the
                 continuation is returned.
-            past_key_values: cache of an earlier call, for the first columns of input_ids, or for the columns before them
-                where attention_mask covers both; appended to.
+            past_key_values: cache of an earlier call, for the first columns of input_ids or inputs_embeds, or for the columns
+                before them where attention_mask covers both; appended to. A call that fails midway leaves in it what it
+                has run of its texts, without drafts, to be continued or cropped; of beams, a row for each.
             tokenizer: for stop_strings; None for the model's own.
+            logits_to_keep: has no say; those that are needed are computed.
             options: see GenerationConfig.
 
         Returns:
@@ -95,6 +98,8 @@ class GenerationMixin:
         with _telling(streamer):
             if inputs is not None and input_ids is not None:
                 raise InputError("inputs and input_ids are two names of one argument; give one")
+            if not (logits_to_keep is None or (is_int(logits_to_keep) and logits_to_keep >= 0)):
+                raise InputError(f"logits_to_keep={short(logits_to_keep)} is not an integer from 0; leave it out")
             if past_key_values is None:
                 past_key_values = options.pop("cache", None)  # its name from 5.24 on
             settled = settle(model, generation_config, options | {"synced_gpus": synced_gpus})
@@ -197,10 +202,8 @@ def request_of(
     Raises:
         InputError: more tokens than the model has positions; a token id beyond the vocabulary; stop strings and no tokenizer.
     """
-    embedded = 0 if prompt.embeds is None else prompt.embeds.shape[1]
     P, device = prompt.ids.shape[1], prompt.ids.device
-    if prompt.embeds is None and prompt.mask is not None and prompt.mask.shape[1] > P and prompt.cache is not None:
-        embedded = prompt.cache.get_seq_length()
+    embedded = prompt.columns - P
     total = total_length(options, P + embedded, model.config.max_position_embeddings) - embedded
     _check_together(model, prompt, options, total, assistant, streamed)
     starts = None if prompt.starts is None else (prompt.starts - embedded).clamp(min=0)  # in columns of ids

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import is_int, is_number
+from ..config import is_int, is_number, short
 from ..errors import InputError
 
 _BEAMS = "use num_beams, with do_sample=True for variety"
@@ -27,7 +27,7 @@ NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "force_words_ids": ((), _CONSTRAIN),
     "low_memory": ((False,), "use fewer beams"),
     "token_healing": ((False,), "end the prompt at a word's end"),
-    "cache_implementation": ((), _BOUNDED),
+    "cache_implementation": (("dynamic",), _BOUNDED),
     "cache_config": ((), _BOUNDED),
     "max_cache_len": ((), _BOUNDED),
     "encoder_repetition_penalty": ((1,), "use repetition_penalty or a logits_processor"),
@@ -123,6 +123,21 @@ _RULES: dict[str, _Rule] = {
 }
 
 
+# Option -> the value under which it says nothing
+_SAMPLING = {
+    "temperature": 1,
+    "top_p": 1,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1,
+    "top_k": 50,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+}
+_BEAMING = {"early_stopping": False, "length_penalty": 1}
+OUTPUTS = dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), False)
+
+
 def plain(value: Any) -> Any:
     """A value as Python's own: of numpy and tensors their numbers, of tuples lists."""
     if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
@@ -146,6 +161,32 @@ def check_option(name: str, value: Any) -> None:
         raise InputError(f"{name}={text if len(text) <= 100 else text[:100] + '...'} is not {wanted}")
 
 
+def check_offered(name: str, value: Any) -> None:
+    """Refuse a value under which an option that is not offered would do something.
+
+    Raises:
+        InputError: names option and value, and what to use instead.
+    """
+    neutral, instead = NOT_OFFERED[name]
+    if value is not None and value not in neutral:
+        raise InputError(f"{name}={short(value)} is not offered: {instead}")
+
+
+def contradictions(options: Any) -> list[str]:
+    """What has no say beside the other options of a config, a sentence each; the rules are transformers'."""
+    sets = (
+        (_SAMPLING, bool(options.do_sample), "do_sample=True"),
+        (_BEAMING, options.num_beams not in (None, 1), "num_beams above 1"),
+        (OUTPUTS, bool(options.return_dict_in_generate), "return_dict_in_generate=True"),
+    )
+    return [
+        f"{name}={getattr(options, name)!r} has a say only with {wanted}; set that, or leave {name} out"
+        for neutral, held, wanted in sets
+        for name, nothing in neutral.items()
+        if not held and getattr(options, name) not in (None, nothing)
+    ]
+
+
 def check_together(options: Any) -> None:
     """Refuse options that contradict each other.
 
@@ -161,3 +202,8 @@ def check_together(options: Any) -> None:
         raise InputError(f"num_return_sequences={returned} exceeds num_beams={beams}")
     if beams > 1 and options.prompt_lookup_num_tokens is not None:
         raise InputError(f"prompt_lookup_num_tokens does not go with num_beams={beams}; leave one out")
+    suppressed = set(options.suppress_tokens or ())
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = getattr(options, name)
+        if forced is not None and suppressed.issuperset(forced if isinstance(forced, list) else [forced]):
+            raise InputError(f"{name}={forced} is in suppress_tokens, too, which leaves no token; take it out of one")

@@ -215,33 +215,33 @@ class PrefixConstrainedLogitsProcessor(LogitsProcessor):
         return torch.where(stuck.repeat_interleave(self.num_beams)[:, None], mask, allowed)
 
 
+def _forced(scores: Tensor, ids: int | Iterable[int] | Tensor) -> Tensor:
+    """Scores [B, V] that allow nothing but `ids`."""
+    forced = torch.full_like(scores, NEVER)
+    forced[:, ids_of(ids)] = 0
+    return forced
+
+
 @dataclass
-class ForcedTokens(LogitsProcessor):
-    """Allows nothing but `ids` once the text has `length` tokens."""
-
-    length: int
-    ids: list[int]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] != self.length:
-            return scores
-        forced = torch.full_like(scores, NEVER)
-        forced[:, self.ids] = 0
-        return forced
-
-
-class ForcedBOSTokenLogitsProcessor(ForcedTokens):
+class ForcedBOSTokenLogitsProcessor(LogitsProcessor):
     """Allows nothing but a token behind the first one."""
 
-    def __init__(self, bos_token_id: int) -> None:
-        super().__init__(1, [bos_token_id])
+    bos_token_id: int
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return _forced(scores, self.bos_token_id) if input_ids.shape[1] == 1 else scores
 
 
-class ForcedEOSTokenLogitsProcessor(ForcedTokens):
+@dataclass
+class ForcedEOSTokenLogitsProcessor(LogitsProcessor):
     """Allows nothing but the end tokens where a text has one token less than `max_length`. device: has no say."""
 
-    def __init__(self, max_length: int, eos_token_id: int | list[int] | Tensor, device: Any = "cpu") -> None:
-        super().__init__(max_length - 1, ids_of(eos_token_id))
+    max_length: int
+    eos_token_id: int | list[int] | Tensor
+    device: Any = "cpu"
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return _forced(scores, self.eos_token_id) if input_ids.shape[1] == self.max_length - 1 else scores
 
 
 class InfNanRemoveLogitsProcessor(LogitsProcessor):

@@ -85,6 +85,11 @@ class Prompt:
         )
 
     @property
+    def columns(self) -> int:
+        """Columns of the prompt in all, those in the cache included: of the mask, or of embeddings or ids without one."""
+        return (self.ids if self.embeds is None else self.embeds).shape[1] if self.mask is None else self.mask.shape[1]
+
+    @property
     def starts(self) -> Tensor | None:
         """int64 [B], columns before the first token of each row."""
         return None if self.mask is None else (self.mask != 0).int().argmax(1)
@@ -150,7 +155,7 @@ def prompt_of(
         ids = check_ids("input_ids", ids, config.vocab_size, device)
     if not len(ids):
         raise InputError(f"input_ids has shape {list(ids.shape)}: there is no prompt in it; give at least one row")
-    cache = check_cache(cache, model.transformer)
+    cache = check_cache(cache, model.transformer, ids)
     past = 0 if cache is None else int(cache.get_seq_length())
     times = max(options.num_beams, options.num_return_sequences)
     if isinstance(cache, KVCache) and cache.batch_size not in (len(ids), len(ids) * times):
@@ -158,13 +163,17 @@ def prompt_of(
     columns = ids.shape[1] if embeds is None else embeds.shape[1]
     found = padding_of(ids, columns, past, mask, options)
     wide = columns if found is None else found.shape[1]  # with those cached, where the mask says so
-    if cache is not None and past - (wide - ids.shape[1]) >= ids.shape[1]:
-        raise CacheError(f"past_key_values holds {past} columns and input_ids has {ids.shape[1]}: nothing is left to run")
+    if cache is not None and past >= wide:
+        name = "input_ids" if embeds is None else "inputs_embeds"
+        raise CacheError(
+            f"past_key_values holds {past} columns and {name} has {columns}: nothing is left to run; give the columns that are "
+            "cached, too, or an attention_mask over both"
+        )
     if position_ids is not None:
         position_ids = _columns("position_ids", position_ids, len(ids), (columns, wide), config.max_position_embeddings, device)
         position_ids = F.pad(position_ids, (wide - position_ids.shape[1], 0))
     if token_type_ids is not None:
-        token_type_ids = _columns("token_type_ids", token_type_ids, len(ids), (columns,), config.vocab_size, device)
+        token_type_ids = _columns("token_type_ids", token_type_ids, len(ids), (columns, wide), config.vocab_size, device)
     return Prompt(ids, found, position_ids, token_type_ids, embeds, cache)
 
 

@@ -74,13 +74,17 @@ class Record:
     sequences_scores: Tensor | None = None  # of beams, as in GenerateBeamDecoderOnlyOutput
     beam_indices: Tensor | None = None
 
-    def step(self, session: Session, logits: Tensor, scores: Tensor) -> None:
-        """Keep what is wanted of one step."""
+    def step(self, session: Session, logits: Tensor, scores: Tensor, drafted: int = 0, taken: int = 0) -> None:
+        """Keep what is wanted of one step.
+
+        Args:
+            drafted: tokens at the end of the session's last call that were guessed; taken: how many of them precede the step.
+        """
         pairs: tuple[tuple[list[Any] | None, Any], ...] = (
             (self.scores, scores),
             (self.logits, logits),
-            (self.attentions, session.attentions),
-            (self.hidden_states, session.hidden_states),
+            (self.attentions, _rows_of(session.attentions, drafted, taken, drafted - taken)),
+            (self.hidden_states, _rows_of(session.hidden_states, drafted, taken)),
         )
         for kept, value in pairs:
             if kept is not None:
@@ -90,6 +94,14 @@ class Record:
         """The fields of an output that have an entry for each step."""
         names = ("scores", "logits", "attentions", "hidden_states")
         return {name: None if (value := getattr(self, name)) is None else tuple(value) for name in names}
+
+
+def _rows_of(layers: tuple[Tensor, ...] | None, drafted: int, taken: int, unseen: int = 0) -> tuple[Tensor, ...] | None:
+    """Of [..., T, S] a layer the rows of one step, without the last `unseen` columns; as of a call without drafts."""
+    if layers is None or not drafted:
+        return layers
+    end = layers[0].shape[-2] - drafted + taken
+    return tuple(t[..., end - 1 if taken else 0 : end, : t.shape[-1] - unseen] for t in layers)
 
 
 @dataclass

@@ -38,17 +38,12 @@ class Session:
         self.cache = prompt.cache
         self.use_cache = use_cache or self.cache is not None
         self.prepares = not model.looked(anew=True).prepare
-        self.seen = 0  # columns of ids that the cache holds
         self.begun = False  # whether some call has filled the cache
-        self.offset = 0
         B, P = prompt.ids.shape
-        if prompt.embeds is not None:
-            self.offset = prompt.embeds.shape[1] - P
+        self.offset = prompt.columns - P
+        self.seen = -self.offset  # columns of ids that the cache holds; below 0 where some of embeddings are to come
         if self.cache is not None:
-            past = self.cache.get_seq_length()
-            columns = P if prompt.mask is None else prompt.mask.shape[1]
-            self.offset = columns - P
-            self.seen = past - self.offset
+            self.seen += self.cache.get_seq_length()
         elif use_cache and not self.prepares:  # else it comes with the first call
             self.cache = model.transformer.new_cache(B, total + self.offset - 1)
         self.hides = prompt.mask is not None  # whether some column must be hidden at every call
@@ -75,7 +70,7 @@ class Session:
             logits = self._step(ids[:, self.seen :], keep)  # nothing to check: these are tokens of our own
         else:
             logits = self._call(ids, keep)
-        self.seen, self.begun = (T, True) if self.cache is not None else (0, False)
+        self.seen, self.begun = (T, True) if self.cache is not None else (-self.offset, False)
         return logits
 
     def _step(self, ids: Tensor, keep: int) -> Tensor:
@@ -85,8 +80,8 @@ class Session:
     def _prepared(self, ids: Tensor, keep: int) -> Tensor:
         """Through the model's own `prepare_inputs_for_generation`."""
         T = ids.shape[1]
-        embeds = None if self.begun else self.prompt.embeds
-        new = T - self.seen + (0 if embeds is None else self.offset)
+        new = T - self.seen
+        embeds = None if self.begun or self.prompt.embeds is None else self.prompt.embeds[:, -new:]
         mask = self._mask(T)
         inputs = self.model.prepare_inputs_for_generation(
             ids,
@@ -110,9 +105,7 @@ class Session:
         ends = [T] if self.chunk is None else [*range(first + self.chunk, T, self.chunk), T]
         for end in ends:
             new = end - first
-            embeds = None if self.begun else self.prompt.embeds
-            if embeds is not None:
-                new += self.offset
+            embeds = None if self.begun else self._embeds(end, new)
             out = self.model(
                 None if embeds is not None else ids[:, first:end],
                 inputs_embeds=embeds,
@@ -172,5 +165,12 @@ class Session:
         types = self.prompt.token_type_ids
         if types is None:
             return None
-        columns = torch.arange(T - new, T, device=types.device) + (self.offset if self.prompt.embeds is not None else 0)
+        columns = torch.arange(T - new, T, device=types.device) + self.offset - (self.prompt.columns - types.shape[1])
         return types[:, columns.clamp(max=types.shape[1] - 1)]
+
+    def _embeds(self, T: int, new: int) -> Tensor | None:
+        """Embeddings [B, new, C] of the last `new` of T columns of ids, all of the prompt; None where it has none."""
+        if self.prompt.embeds is None:
+            return None
+        end = T + self.offset - self.prompt.columns + self.prompt.embeds.shape[1]
+        return self.prompt.embeds[:, end - new : end]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import short
-from ..errors import InputError
+from ..errors import InputError, warn_once
 from .callbacks import ended_of
 from .config import Options
 from .options import check_option
@@ -40,6 +40,11 @@ class StoppingCriteriaList(list[Callable[..., Any]]):
             ended = ended | ended_of(criterion, input_ids, scores, **kwargs)
         return ended
 
+    @property
+    def max_length(self) -> int | None:
+        """Columns at which the first of the MaxLengthCriteria ends a text; None where there is none."""
+        return next((criterion.max_length for criterion in self if isinstance(criterion, MaxLengthCriteria)), None)
+
 
 @dataclass
 class MaxLengthCriteria(StoppingCriteria):
@@ -65,6 +70,14 @@ class MaxTimeCriteria(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return _all_rows(input_ids, time.monotonic() > self._ends)
+
+
+def validate_stopping_criteria(stopping_criteria: StoppingCriteriaList, max_length: int) -> StoppingCriteriaList:
+    """The same criteria, and one for `max_length` where none is; a warning where there is one for another length."""
+    held = stopping_criteria.max_length
+    if held is not None and held != max_length:
+        warn_once(f"stopping_criteria end a text at {held} columns and max_length is {max_length}; the first of them holds")
+    return StoppingCriteriaList([*stopping_criteria, *([MaxLengthCriteria(max_length)] if held is None else [])])
 
 
 class EosTokenCriteria(StoppingCriteria):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from ..config import GPTNeoConfig
+from .. import checkpoint
+from ..config import GPTNeoConfig, short
 from ..errors import InputError, UnknownOptionError, nearest
+from ..files.hub import Source
+
+if TYPE_CHECKING:
+    from ..checkpoint.weight_file import Stored
 
 _HARMLESS = (  # ways of loading that mean nothing where weights go straight to their places
     "low_cpu_mem_usage trust_remote_code proxies offload_folder offload_state_dict offload_buffers max_memory resume_download "
@@ -37,6 +44,44 @@ def screen(others: dict[str, Any], attn_implementation: str | None, loader: Call
         if name not in fields:
             raise UnknownOptionError(f"from_pretrained has no option {name!r}{nearest(name, {*fields, *options})}")
     return others
+
+
+def origin(
+    name: Any, config: GPTNeoConfig | None, state_dict: Any, overrides: dict[str, Any], **where: Any
+) -> tuple[Source | None, GPTNeoConfig]:
+    """Where weights come from, None for the state dict; and the configuration, with its overrides.
+
+    Raises:
+        InputError: config is none, or weights come from nowhere or from two places.
+    """
+    if not isinstance(config, GPTNeoConfig | None):
+        raise InputError(f"config is {short(config)}; give a GPTNeoConfig, or None for the checkpoint's own")
+    if name is not None and state_dict is not None:
+        raise InputError(f"weights come from {short(name)} or from state_dict; give None in place of the one")
+    if name is None and (config is None or state_dict is None):
+        lacks = "config" if config is None else "state_dict"
+        raise InputError(f"the model's name is None and {lacks}, too; give a folder or a hub id, or both config and state_dict")
+    source = None if name is None else Source.of(name, **where)
+    if config is not None:
+        return source, config.replace(**overrides)
+    assert source is not None
+    return source, GPTNeoConfig.from_source(source, **overrides)
+
+
+@contextmanager
+def opened(
+    source: Source | None,
+    state_dict: Mapping[str, Tensor] | None,
+    use_safetensors: bool | None,
+    allow_pickle: bool,
+    from_flax: bool,
+) -> Iterator[list[Stored]]:
+    """The tensors of a checkpoint, or of a state dict where there is no checkpoint."""
+    if source is None:
+        yield checkpoint.held(state_dict or {})
+        return
+    with source.reading(), checkpoint.find(source, use_safetensors, allow_pickle, from_flax).open() as tensors:
+        yield tensors
 
 
 def check_attention(attn_implementation: str | None) -> None:

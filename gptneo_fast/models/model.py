@@ -80,7 +80,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
             CacheError: a cache of another batch size or one that cannot be continued.
         """
         check_unknown(unknown, type(self), position_ids)
-        past_key_values = check_cache(past_key_values, self)
+        past_key_values = check_cache(past_key_values, self, inputs_embeds if input_ids is None else input_ids)
         x, places, token_type_ids = check_inputs(
             self.config, self.device, input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values, self.wte
         )

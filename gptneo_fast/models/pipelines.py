@@ -163,7 +163,7 @@ class TextGenerationPipeline:
             own.pop("max_new_tokens", None)
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids.to(self.model.device)
         P = ids.shape[1]
-        sequences = self.model.generate(ids if P else None, **own | options)
+        sequences = self.model.generate(ids if P else None, **own | options | {"return_dict_in_generate": False})
         if tensors:
             return [{"generated_token_ids": row.tolist()} for row in sequences]
         begins = self.tokenizer.decode(sequences[0, : max(P, 1)], skip_special_tokens=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..config import GPTNeoConfig, short
+from ..config import GPTNeoConfig
 from ..device import as_device, as_dtype
 from ..errors import InputError, UnknownOptionError, warn_once
 from ..files.hub import Source
@@ -72,8 +72,9 @@ class GPTNeoPreTrainedModel(Training):
     config: GPTNeoConfig
     tokenizer: Any = None  # attached by `load`
 
-    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
+    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto", attn_implementation: str | None = None) -> None:
         super().__init__()
+        loading.check_attention(attn_implementation)
         if not isinstance(config, GPTNeoConfig):
             raise InputError(f"config is a {type(config).__name__}; give a gptneo_fast.GPTNeoConfig")
         backends.check(backend)  # an impossible request fails here, not in the first call
@@ -213,15 +214,18 @@ class GPTNeoPreTrainedModel(Training):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm) and not module.weight.is_meta:
+            module.reset_parameters()
 
     # Files
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | Source,
+        pretrained_model_name_or_path: str | os.PathLike[str] | Source | None,
         *,
         config: GPTNeoConfig | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: Any = None,
@@ -245,6 +249,7 @@ class GPTNeoPreTrainedModel(Training):
         """A model from a folder or hub id, in eval mode; behaves as in transformers.
 
         Args:
+            pretrained_model_name_or_path: None for the weights of `state_dict`, which are copied; needs a config.
             dtype: torch dtype, its name, or "auto" (the default): the configuration's, else that of the weights.
             device_map: one device ("cpu", "cuda:1", "auto", {"": device}); None for the CPU.
             backend: "auto": kernels on CUDA devices of capability 8.0 and up, plain torch elsewhere and for gradients;
@@ -254,7 +259,7 @@ class GPTNeoPreTrainedModel(Training):
             from_flax: read `flax_model.msgpack`, which is read anyhow where nothing else is there; needs no jax.
             check_finite: refuse NaN, infinities and values that dtype cannot hold.
             strict: refuse surplus tensors and an lm_head unlike the embedding it is tied to.
-            ignore_mismatched_sizes: start a head of another size afresh.
+            ignore_mismatched_sizes: start what has another size afresh, such as a head; a warning names it.
             output_loading_info: return (model, info) with sets of the keys missing, unexpected and mismatched, as transformers.
             attn_implementation: "eager" or None; other kernels are chosen by `backend`.
             others: fields of the configuration to override (num_labels=3, pad_token_id=50256, ...).
@@ -263,8 +268,11 @@ class GPTNeoPreTrainedModel(Training):
             ModelNotFoundError, CheckpointError, ConfigError, InputError, SetupError: each says what to do.
         """
         overrides = loading.screen(others, attn_implementation, cls.from_pretrained)
-        source = Source.of(
+        source, config = loading.origin(
             pretrained_model_name_or_path,
+            config,
+            state_dict,
+            overrides,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -272,20 +280,17 @@ class GPTNeoPreTrainedModel(Training):
             force_download=force_download,
             subfolder=subfolder,
         )
-        if not isinstance(config, GPTNeoConfig | None):
-            raise InputError(f"config is {short(config)}; give a GPTNeoConfig, or None for the checkpoint's own")
-        config = GPTNeoConfig.from_source(source, **overrides) if config is None else config.replace(**overrides)
         wanted = dtype if dtype is not None else torch_dtype
         chosen = as_dtype("auto" if wanted is None else wanted) or as_dtype(config.dtype or "auto")
         model = loading.built(cls, config, backend)
         device = as_device(device_map)
-        with source.reading(), checkpoint.find(source, use_safetensors, allow_pickle, from_flax).open() as tensors:
+        with loading.opened(source, state_dict, use_safetensors, allow_pickle, from_flax) as tensors:
             report = checkpoint.load_into(
                 model,
                 tensors,
                 dtype=chosen,
                 device=device,
-                where=source.name,
+                where="state_dict" if source is None else source.name,
                 strict=strict,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 check_finite=check_finite,
@@ -293,7 +298,7 @@ class GPTNeoPreTrainedModel(Training):
         for key in report.missing_keys:
             model._init_weights(model.get_submodule(key.rpartition(".")[0]))
         config.dtype = str(model.dtype).removeprefix("torch.")
-        if model.can_generate():
+        if model.can_generate() and source is not None:
             setattr(model, "generation_config", GenerationConfig.from_source(source, config))  # noqa: B010 (not of every class)
         model.eval()
         assert model.backend  # a request that this device cannot fulfil fails here, not in the first call

@@ -45,7 +45,7 @@ def save(
     )
     texts = {"config.json": config.to_json_string()}
     if isinstance(generation := getattr(model, "generation_config", None), GenerationConfig):
-        texts["generation_config.json"] = generation.to_json_string()
+        texts["generation_config.json"] = generation.file_text()
     checkpoint.save(tensors, folder, max_shard_size, texts)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import GPTNeoConfig, short
 from ..errors import CacheError, InputError, UnknownOptionError, nearest
-from .cache import KVCache, kind
+from .cache import DynamicCache, KVCache, kind
 from .touch import is_readable
 
 # transformers' callers pass them to every class: positions are known here, and a class without cache keeps none
@@ -151,8 +151,11 @@ def check_inputs(
     return x, position_ids, token_type_ids
 
 
-def check_cache(cache: Any, model: Any) -> Any:
+def check_cache(cache: Any, model: Any, given: Any) -> Any:
     """A cache that a trunk can continue; a tuple of (keys, values) [B, H, S, D] a layer becomes one.
+
+    Args:
+        given: ids or embeddings that are to continue it; a cache that has no shape yet takes theirs.
 
     Raises:
         CacheError: no cache, or made for another model, or for other attention than the blocks have now; says what differs.
@@ -171,6 +174,10 @@ def check_cache(cache: Any, model: Any) -> Any:
         if cache is not None and not (hasattr(cache, "update") and hasattr(cache, "get_seq_length")):
             raise CacheError(f"past_key_values is a {type(cache).__name__}; pass the KVCache that an earlier call returned")
         return cache
+    if isinstance(cache, DynamicCache):
+        rows = len(given) if isinstance(given, Tensor) and given.dim() > 1 else 1
+        if not cache.fits(rows):
+            cache.take(model.new_cache(rows))
     config, windows, keys = model.config, model.windows(), cache.keys[0]
     pairs = {
         "layers": (len(cache), len(windows)),

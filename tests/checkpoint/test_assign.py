@@ -1,6 +1,7 @@
 """A checkpoint against its configuration: what is missing, too much, of another shape; nothing is loaded by halves."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import gptneo_fast
 from gptneo_fast.checkpoint import load_into
 from gptneo_fast.checkpoint.assign import canonical
 from gptneo_fast.checkpoint.fill import Copier
-from gptneo_fast.errors import CheckpointError, GPTNeoFastWarning
+from gptneo_fast.errors import CheckpointError, GPTNeoFastWarning, InputError
 from tests.support.peers import SMALL
 
 Causal, Trunk = gptneo_fast.GPTNeoForCausalLM, gptneo_fast.GPTNeoModel
@@ -168,7 +169,7 @@ def test_a_head_of_another_size_is_refused_or_starts_afresh(tmp_path):
     cls = gptneo_fast.GPTNeoForSequenceClassification
     cls(config(num_labels=3)).save_pretrained(tmp_path)
     refused(tmp_path, "num_labels is 3 in the weights and 5", "ignore_mismatched_sizes=True", cls=cls, num_labels=5)
-    with pytest.warns(GPTNeoFastWarning, match=r"score\.weight: freshly initialised"):
+    with pytest.warns(GPTNeoFastWarning, match=r"score\.weight \[3, 32\] and not \[5, 32\]: freshly initialised"):
         model, info = cls.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True)
     assert (
         info["mismatched_keys"] == {("score.weight", (3, 32), (5, 32))}
@@ -265,3 +266,83 @@ def test_33_a_save_that_fails_leaves_the_old_checkpoint(folder, monkeypatch):
         Causal(config()).save_pretrained(folder / "config.json")
     with pytest.raises(CheckpointError, match="cannot be written to /proc/nowhere"):
         Causal(config()).save_pretrained("/proc/nowhere")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_state_dict_and_a_configuration_make_a_model_as_in_transformers(folder, dtype):
+    transformers = pytest.importorskip("transformers")
+    made = Causal.from_pretrained(folder)
+    weights = dict(made.state_dict()) | {"transformer.wpe.weight": made.transformer.wpe.weight.t().clone().t()}  # strided
+    ours = Causal.from_pretrained(None, config=made.config, state_dict=weights, dtype=dtype)
+    theirs = transformers.GPTNeoForCausalLM.from_pretrained(
+        None, config=transformers.GPTNeoConfig.from_dict(made.config.to_dict()), state_dict=weights, dtype=dtype
+    )
+    assert not ours.training and ours.dtype is theirs.dtype
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.get_parameter(name), value), name
+    ours.transformer.ln_f.weight.data.zero_()
+    assert made.transformer.ln_f.weight.abs().sum() > 0  # a copy
+    trunk = {name.removeprefix("transformer."): value for name, value in weights.items() if name != "lm_head.weight"}
+    with pytest.warns(GPTNeoFastWarning, match=r"score\.weight: freshly initialised"):
+        _, info = gptneo_fast.GPTNeoForSequenceClassification.from_pretrained(
+            None, config=made.config, state_dict=trunk, output_loading_info=True
+        )
+    assert info["missing_keys"] == {"score.weight"} and not info["unexpected_keys"]
+
+
+def test_weights_come_from_one_place_and_fit(folder):
+    made = Causal.from_pretrained(folder)
+    weights = made.state_dict()
+    for name, options, words in [
+        (None, {}, "the model's name is None and config"),
+        (None, {"config": made.config}, "the model's name is None and state_dict"),
+        (None, {"state_dict": weights}, "the model's name is None and config"),
+        (folder, {"state_dict": weights}, "give None in place of the one"),
+        (None, {"config": made.config, "state_dict": 5}, "state_dict is 5; give a dict"),
+        (None, {"config": made.config, "state_dict": {"a": 5}}, "state_dict is {'a': 5}; give a dict"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            Causal.from_pretrained(name, **options)
+    for changes, words in [
+        ({"x": torch.ones(2)}, "state_dict: x fit no parameter"),
+        ({"transformer.ln_f.bias": torch.full((32,), float("nan"))}, "state_dict: tensor 'transformer.ln_f.bias' holds nan"),
+        ({"transformer.ln_f.bias": torch.ones(32, dtype=torch.long)}, "is int64"),
+        ({"transformer.ln_f.bias": torch.ones(3)}, "'transformer.ln_f.bias' is .3., config.json asks for"),
+    ]:
+        with pytest.raises(CheckpointError, match=words):
+            Causal.from_pretrained(None, config=made.config, state_dict=weights | changes)
+
+
+@pytest.mark.parametrize("cls", ["GPTNeoForTokenClassification", "GPTNeoForCausalLM", "GPTNeoModel"])
+@pytest.mark.parametrize(
+    "change", [{}, {"num_labels": 5}, {"vocab_size": 50}, {"max_position_embeddings": 99}, {"hidden_size": 16}]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_reports_of_sizes_that_are_ignored_are_transformers(tmp_path, cls, change, tied):
+    transformers = pytest.importorskip("transformers")
+    getattr(gptneo_fast, cls)(config(num_labels=3, tie_word_embeddings=tied)).save_pretrained(tmp_path)
+    found = []
+    for library in (transformers, gptneo_fast):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model, info = getattr(library, cls).from_pretrained(
+                tmp_path, ignore_mismatched_sizes=True, output_loading_info=True, **change
+            )
+        assert all(torch.isfinite(p).all() and p.abs().max() < 2 for p in model.parameters())
+        found.append(
+            (info["missing_keys"], info["unexpected_keys"], {(k, *map(tuple, s)) for k, *s in info["mismatched_keys"]})
+        )
+    assert found[0] == found[1]
+    named = " ".join(str(w.message) for w in caught if issubclass(w.category, GPTNeoFastWarning))
+    assert bool(found[1][2]) == ("freshly initialised" in named)
+
+
+def test_untied_weights_are_saved_and_loaded(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    made = Causal(config(tie_word_embeddings=False))
+    made.save_pretrained(tmp_path)
+    for library in (gptneo_fast, transformers):
+        loaded, info = library.GPTNeoForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not loaded.config.tie_word_embeddings
+        assert torch.equal(loaded.lm_head.weight, made.lm_head.weight)
+        assert torch.equal(loaded.transformer.wte.weight, made.transformer.wte.weight)

@@ -60,6 +60,8 @@ BAD = [
         {"guidance_scale": 1.5, "negative_prompt_ids": IDS, "negative_prompt_attention_mask": torch.ones(1, 2)},
         r"negative_prompt_attention_mask has shape \[1, 2\]",
     ),
+    ({"logits_to_keep": -1}, "logits_to_keep=-1 is not an integer from 0"),
+    ({"logits_to_keep": torch.tensor([0])}, r"logits_to_keep=tensor.* is not an integer"),
     ({"streamer": "x"}, r"streamer is 'x'; give an object with put\(ids\) and end\(\)"),
     ({"stop_strings": ["a"], "tokenizer": 5}, "stop_strings needs a tokenizer, and 5 is none"),
     ({"prefix_allowed_tokens_fn": 5}, "prefix_allowed_tokens_fn is 5"),
@@ -122,6 +124,43 @@ def test_a_cache_of_the_prompt_serves_beams(models, times, widened):
         assert torch.equal(found, models[0].generate(IDS, max_new_tokens=6, **times))
 
 
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"prefill_chunk_size": 2}, {"token_type_ids": 2}], ids=str)
+@pytest.mark.parametrize("past", [1, 4, 5])
+@pytest.mark.parametrize("padding", [0, 2])
+@torch.no_grad()
+def test_embeddings_continue_a_cache(models, how, past, padding):
+    ids, mask = torch.cat([IDS, IDS.flip(1)]), torch.ones(2, T, dtype=torch.long)
+    mask[1, :padding] = 0
+    found = []
+    for model in models:
+        more = {k: v if k != "token_type_ids" else ids.flip(0) for k, v in how.items()}
+        if model is models[0]:
+            more.pop("prefill_chunk_size", None)  # theirs runs the embeddings once for each chunk
+        types = {"token_type_ids": more["token_type_ids"][:, :past]} if "token_type_ids" in more else {}
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        before = dict(attention_mask=mask[:, :past], position_ids=places[:, :past], use_cache=True) | types
+        embeds = model.get_input_embeddings()(ids)
+        kept = [model(ids[:, :past], **before).past_key_values for _ in range(2)]
+        options = dict(attention_mask=mask, max_new_tokens=4, eos_token_id=None) | more
+        if "num_beams" in how:
+            for cache in kept:
+                cache.batch_repeat_interleave(2)
+        found.append(model.generate(inputs_embeds=embeds, past_key_values=kept[0], **options))  # all, as theirs takes them
+        assert kept[0].get_seq_length() == T + 3
+        if model is models[1]:  # those behind the cache, told by the mask; and with the ids, which are given back
+            found.append(model.generate(inputs_embeds=embeds[:, past:], past_key_values=kept[1], **options))
+            found.append(model.generate(ids, inputs_embeds=embeds, **options)[:, T:])
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_embeddings_that_a_cache_holds_already_are_refused(models):
+    model = models[1]
+    cache = model(IDS[:, :5], use_cache=True).past_key_values
+    with pytest.raises(CacheError, match=r"holds 5 columns and inputs_embeds has 4: nothing is left .* an attention_mask over"):
+        model.generate(inputs_embeds=model.transformer.wte(IDS[:, :4]), past_key_values=cache, max_new_tokens=2)
+    assert cache.get_seq_length() == 5
+
+
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_a_cache_has_two_names(models, name):
     past = models[1](IDS[:, :4], use_cache=True).past_key_values
@@ -141,6 +180,12 @@ def test_positions_and_types_of_one_row_are_for_all(models):
     found = models[1].generate(batch, position_ids=torch.arange(T)[None] + 3, token_type_ids=IDS, max_new_tokens=3)
     wide = {"position_ids": (torch.arange(T)[None] + 3).repeat(2, 1), "token_type_ids": batch}
     assert torch.equal(found, models[0].generate(batch, **wide, max_new_tokens=3, attention_mask=torch.ones_like(batch)))
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_logits_to_keep_has_no_say(models, how):
+    found = [model.generate(IDS, max_new_tokens=4, logits_to_keep=keep, **how) for model in models for keep in (0, 1, 3)]
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 def test_two_hundred_times_one_end_token_is_one_end_token(models):

@@ -1,5 +1,7 @@
 """What a user's functions give back: obeyed where it means something, else an error that names the function."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -118,3 +120,62 @@ def test_of_two_biases_for_the_same_tokens_the_last_counts(models):
     twice = [[[3], 50.0], [[3], -50.0]]
     ours, theirs = (generated(m, sequence_bias=twice, output_scores=True, return_dict_in_generate=True) for m in models[::-1])
     torch.testing.assert_close(ours.scores[0], theirs.scores[0])
+
+
+WAYS = ["greedy", "sampled", "chunks", "lookup", "stranger", "itself"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_a_generation_that_fails_midway_leaves_a_cache_of_its_text(models, way, step):
+    model, ids = models[1], torch.tensor([[5, 6, 7] * 4])
+    stranger = peers(pad_token_id=0, num_layers=2)[1]
+    stranger.generation_config.assistant_confidence_threshold = 0.0
+    options = {
+        "sampled": {"do_sample": True, "top_k": 1},
+        "chunks": {"prefill_chunk_size": 3},
+        "lookup": {"prompt_lookup_num_tokens": 3},
+        "stranger": {"assistant_model": stranger},
+        "itself": {"assistant_model": copy.deepcopy(model)},
+    }.get(way, {}) | {"max_new_tokens": 9, "eos_token_id": None}
+    whole = model.generate(ids, **options)
+    texts = []
+
+    def failing(ids, scores):
+        texts.append(ids)
+        if len(texts) == step:
+            raise RuntimeError("midway")
+        return scores
+
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="midway"):
+        model.generate(ids, past_key_values=cache, logits_processor=[failing], **options)
+    held = cache.get_seq_length()
+    assert cache.lengths.tolist() == [held] and held <= texts[-1].shape[1]
+    if way in WAYS[:3]:
+        assert held == texts[-1].shape[1]  # as in transformers
+    torch.testing.assert_close(
+        model(whole[:, held:], past_key_values=cache).logits, model(whole).logits[:, held:], atol=2e-4, rtol=2e-4
+    )
+
+
+@torch.no_grad()
+def test_beams_that_fail_midway_leave_a_cache_of_theirs(models):
+    model, texts = models[1], []
+
+    def failing(ids, scores):
+        texts.append(ids)
+        if len(texts) == 4:
+            raise RuntimeError("midway")
+        return scores
+
+    cache = model(**prompt("one"), use_cache=True).past_key_values
+    cache.crop(-3)
+    with pytest.raises(RuntimeError, match="midway"):
+        model.generate(**prompt("one"), past_key_values=cache, logits_processor=[failing], num_beams=3, max_new_tokens=9)
+    found = texts[-1]
+    assert cache.get_seq_length() == found.shape[1] and cache.batch_size == 3
+    cache.crop(-1)
+    found, want = model(found[:, -1:], past_key_values=cache).logits, model(found).logits[:, -1:]
+    torch.testing.assert_close(found, want, atol=2e-4, rtol=2e-4)

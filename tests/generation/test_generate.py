@@ -1,7 +1,10 @@
 """generate() against transformers on the CPU in float32: equal token for token, with the same seed when sampling."""
 
+import copy
+
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import gptneo_fast
 from tests.support.peers import field_names, peers
@@ -156,6 +159,22 @@ def test_greedy_drafts_change_nothing_past_the_window(window):
     assert torch.equal(plain, model.generate(ids, max_new_tokens=200, prompt_lookup_num_tokens=9))
     assert torch.equal(plain, model.generate(ids, max_new_tokens=200, assistant_model=helper))
     assert torch.equal(plain, model.generate(ids, max_new_tokens=200, assistant_model=model))
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "stranger", "itself"])
+def test_drafts_show_of_each_token_what_a_call_of_its_own_would(models, drafter):
+    batch, want = prompt("one") | {"input_ids": torch.tensor([[5, 6, 7] * 4])[:, :11]}, []
+    shown = dict(return_dict_in_generate=True, output_scores=True, output_logits=True, max_new_tokens=9, eos_token_id=None)
+    shown |= dict(output_attentions=True, output_hidden_states=True)
+    for model in models:
+        helper = model if drafter == "itself" else peers(pad_token_id=0, num_layers=2)[model is models[1]]
+        options = {"prompt_lookup_num_tokens": 3} if drafter == "lookup" else {"assistant_model": copy.deepcopy(helper)}
+        want.append(model.generate(**batch, **shown, **options))
+    plain = models[1].generate(**batch, **shown)
+    for name in ("sequences", "scores", "logits", "attentions", "hidden_states"):
+        theirs, ours, alone = (pytree.tree_leaves(getattr(out, name)) for out in (*want, plain))
+        assert [t.shape for t in theirs] == [t.shape for t in ours], name
+        torch.testing.assert_close(ours, alone, atol=2e-4, rtol=2e-4)
 
 
 def test_sampled_drafts_keep_the_distribution():

@@ -94,6 +94,25 @@ def test_criteria_made_by_hand_stop_as_transformers():
         assert ours.tolist() == torch.as_tensor(theirs).expand(2).tolist(), (name, args)
 
 
+def test_forced_tokens_are_kept_under_transformers_names_and_may_be_set():
+    ids, scores = torch.tensor([[7]]), torch.zeros(1, V)
+    for of in (gptneo_fast, transformers):
+        first, last = of.ForcedBOSTokenLogitsProcessor(5), of.ForcedEOSTokenLogitsProcessor(9, [5, 6])
+        assert first.bos_token_id == 5 and list(last.eos_token_id) == [5, 6] and last.max_length == 9
+        first.bos_token_id, last.eos_token_id, last.max_length = 3, torch.tensor([4]), 2
+        assert first(ids, scores).argmax() == 3 and last(ids, scores).argmax() == 4
+
+
+def test_criteria_get_a_length_where_they_have_none_as_in_transformers():
+    for of in (gptneo_fast, transformers.generation.stopping_criteria):
+        none = of.StoppingCriteriaList([of.EosTokenCriteria(3)])
+        made = of.validate_stopping_criteria(none, 7)
+        assert none.max_length is None and made.max_length == 7 and len(made) == 2 and len(none) == 1
+        assert len(of.validate_stopping_criteria(made, 7)) == 2
+        with pytest.warns(UserWarning, match="max_length"):
+            assert of.validate_stopping_criteria(made, 8).max_length == 7
+
+
 def test_generate_takes_processors_and_criteria_made_by_hand():
     torch.manual_seed(0)
     ids = torch.randint(3, 90, (2, 5))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import gptneo_fast
-from gptneo_fast.errors import CheckpointError, DeviceError, InputError, UnknownOptionError
+from gptneo_fast.errors import CacheError, CheckpointError, DeviceError, InputError, UnknownOptionError
 from tests.support.peers import peers
 
 transformers = pytest.importorskip("transformers")
@@ -67,6 +67,53 @@ def test_caches_of_transformers_and_tuples_are_continued(pair):
     fresh = transformers.DynamicCache()
     assert torch.equal(tokens(ours, max_new_tokens=5, past_key_values=fresh), tokens(theirs, max_new_tokens=5))
     assert fresh.get_seq_length() == 16
+
+
+@pytest.mark.parametrize("given", [False, True])
+@torch.no_grad()
+def test_a_dynamic_cache_is_made_and_filled_as_in_transformers(pair, given):
+    found = []
+    for library, model in zip((transformers, gptneo_fast), pair, strict=True):
+        made = [library.DynamicCache(**({"config": model.config} if given else {})) for _ in range(5)]
+        assert made[0].get_seq_length() == made[0].get_seq_length(0) == 0
+        model(IDS[:, :7], past_key_values=made[0])
+        logits = model(IDS[:, 7:], past_key_values=made[0]).logits
+        made[0].crop(-3)
+        again = model(IDS[:, 9:], past_key_values=made[0]).logits
+        text = tokens(model, past_key_values=made[1], max_new_tokens=5)
+        made[2].batch_repeat_interleave(2)  # of nothing, nothing
+        if library is gptneo_fast:  # theirs wants rows for each beam
+            tokens(model, past_key_values=made[2], max_new_tokens=3, num_beams=2)
+        made[3].reset()
+        alone = model(IDS[:1, :4], past_key_values=made[3]).logits
+        made[3].reset()
+        found.append([logits, again, text, alone, torch.tensor([c.get_seq_length() for c in (made[0], made[1], made[4])])])
+        if given:
+            keys = torch.ones(2, 4, 3, 8)
+            found[-1] += made[4].update(keys, 2 * keys, 0)
+            pairs = [entry[:2] for entry in model(IDS[:, :7], past_key_values=library.DynamicCache()).past_key_values]
+            held = library.DynamicCache(pairs, config=model.config)
+            found[-1].append(model(IDS[:, 7:], past_key_values=held).logits)
+    for theirs, ours in zip(*found, strict=True):
+        close(ours, theirs)
+
+
+def test_a_dynamic_cache_that_cannot_be_is_refused(pair):
+    _, model = pair
+    keys = torch.ones(2, 4, 3, 8)
+    for options, words in [
+        ({"config": {}}, "config is a dict; give a GPTNeoConfig"),
+        ({"offloading": True}, "offloading is not offered"),
+        ({"ddp_cache_data": [(keys, keys)]}, "give config=model.config"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            gptneo_fast.DynamicCache(**options)
+    with pytest.raises(CacheError, match="no shape yet"):
+        gptneo_fast.DynamicCache().update(keys, keys, 0)
+    cache = gptneo_fast.DynamicCache().fork()
+    model(IDS, past_key_values=cache)
+    with pytest.raises(CacheError, match="holds 2 rows, the input has 1"):
+        model(IDS[:1], past_key_values=cache)
 
 
 @torch.no_grad()
@@ -270,3 +317,6 @@ def test_a_fresh_model_takes_the_keywords_of_transformers(pair):
         assert type(made) is gptneo_fast.GPTNeoForCausalLM and made.dtype is torch.bfloat16
         with pytest.raises(InputError, match="attn_implementation 'sdpa' is not offered"):
             make(config, attn_implementation="sdpa")
+    gptneo_fast.GPTNeoPreTrainedModel(config, attn_implementation="eager")  # a base of heads of one's own, as theirs
+    with pytest.raises(InputError, match="attn_implementation 'sdpa' is not offered"):
+        gptneo_fast.GPTNeoPreTrainedModel(config, attn_implementation="sdpa")

@@ -45,3 +45,10 @@ def test_a_model_that_cannot_do_the_task_is_refused(tmp_path):
         gptneo_fast.pipeline("summarization", model=ours)
     with pytest.raises(InputError, match="top_k=0 is not an integer"):
         gptneo_fast.pipeline(model=peers("GPTNeoForSequenceClassification")[1])("x", top_k=0)
+
+
+def test_a_model_that_gives_outputs_for_tensors_still_tells_a_text():
+    model = gptneo_fast.load(DEMO, device="cpu")
+    alone = gptneo_fast.pipeline("text-generation", model=model)("Once upon", max_new_tokens=4, do_sample=False)
+    model.generation_config.update(return_dict_in_generate=True, output_hidden_states=True)
+    assert gptneo_fast.pipeline("text-generation", model=model)("Once upon", max_new_tokens=4, do_sample=False) == alone
