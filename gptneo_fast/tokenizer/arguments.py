@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import AddedToken
 from torch import Tensor
 
+from ..config import short
 from ..errors import InputError, nearest, warn_once
 
 MAX_TEXT = 16 << 20  # characters of one text; 2048 positions hold far fewer
@@ -96,9 +97,8 @@ def shape_of(
     padding = _one_of("padding", padding, _PADDING, ("longest", "max_length", "do_not_pad"))
     strategies = ("longest_first", "only_first", "only_second", "do_not_truncate")
     truncation = _one_of("truncation", truncation, _TRUNCATION, strategies)
-    _integer("max_length", max_length, 0)
-    _integer("stride", stride, 0)
-    _integer("pad_to_multiple_of", multiple, 1)
+    max_length, stride = _integer("max_length", max_length, 0), _integer("stride", stride, 0) or 0
+    multiple = _integer("pad_to_multiple_of", multiple, 1)
     checked_side("padding_side", side)
     if max_length is None and model_max_length <= UNLIMITED:
         max_length = model_max_length if padding == "max_length" or truncation != "do_not_truncate" else None
@@ -144,6 +144,9 @@ def _one_of(name: str, value: Any, short: dict[Any, str], values: tuple[str, ...
     return str(getattr(value, "value", value))  # an enum of transformers is a string as well
 
 
-def _integer(name: str, value: Any, least: int) -> None:
+def _integer(name: str, value: Any, least: int) -> Any:
+    """An integer, be it numpy's or a tensor, or None."""
+    value = value.tolist() if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise InputError(f"{name} is {value!r}; give an integer from {least} on, or leave it out")
+        raise InputError(f"{name} is {short(value)}; give an integer from {least} on, or leave it out")
+    return value

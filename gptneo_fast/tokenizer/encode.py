@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from tokenizers import Encoding, Tokenizer
 
+from ..config import short
 from ..errors import InputError, UnknownOptionError, nearest
 from .arguments import Shape, checked_texts
 from .encoding import BatchEncoding
@@ -121,7 +122,7 @@ def _run(tokenizer: Settings, rows: list[Any], shape: Shape, options: Mapping[st
         except Exception as error:  # truncation raises bare Exception
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"the texts cannot be cut to {shape.max_length} tokens: {error}") from error
+            raise InputError(f"the texts cannot be cut to {short(shape.max_length)} tokens: {error}") from error
         finally:
             backend.no_truncation()
             backend.no_padding()

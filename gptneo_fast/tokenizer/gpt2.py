@@ -252,6 +252,9 @@ class GPT2Tokenizer(Decoding, Padding):
         Raises:
             SetupError: there is no template. InputError, TokenizerError: see `chat.render`.
         """
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value is not None and not isinstance(value, (list, tuple)):
+                raise InputError(f"{name} is a {type(value).__name__}; give a list, or leave it out")
         template = chat.template_of(self.chat_template, chat_template, tools is not None)
         several = isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], (list, tuple))
         seen = self.special_tokens_map | {"tools": tools, "documents": documents} | names
