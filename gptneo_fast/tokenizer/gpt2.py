@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
 
-from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest
+from ..config import short
+from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest, warn_once
 from ..files.hub import Source
 from . import chat, saving
-from .arguments import checked_side, shape_of
+from .arguments import checked_side, checked_text, checked_tokens, shape_of
 from .decode import Decoding
 from .encode import encode
 from .encoding import BatchEncoding
@@ -19,10 +20,12 @@ from .files import Parts, build, given_parts, read_parts
 from .forks import new_lock
 from .padding import Padding
 from .settings import read_settings
-from .special import NAMES
+from .special import NAMES, extra_tokens
+from .training import train
 
 _END = "<|endoftext|>"
-_IGNORED = {"use_fast", "trust_remote_code", "proxies", "legacy", "verbose", "tokenizer_type", "backend"}
+_IGNORED = {"use_fast", "trust_remote_code", "proxies", "legacy", "verbose", "tokenizer_type", "backend", "from_slow"}
+_IGNORED |= {"do_lower_case"}  # which GPT-2's tokenizer does not know in transformers either
 
 
 class GPT2Tokenizer(Decoding, Padding):
@@ -77,7 +80,7 @@ class GPT2Tokenizer(Decoding, Padding):
         if errors != "replace":
             raise InputError(f"errors={errors!r} is not offered; decode gives U+FFFD for bytes that form no character")
         self._lock, self._bytes, self._around = new_lock(), {}, (False, False)
-        self._extra = list(extra_special_tokens or [])
+        self._extra = extra_tokens(extra_special_tokens)
         if tokenizer_object is not None:
             added = added_tokens_decoder or {}
             self.backend_tokenizer = Tokenizer.from_str(tokenizer_object.to_str())
@@ -99,6 +102,8 @@ class GPT2Tokenizer(Decoding, Padding):
     def _name_special(self, special: dict[str, Any]) -> None:
         """Take the keywords that end in `_token`; the vocabulary need not have them yet."""
         named: dict[str, Any] = dict.fromkeys(NAMES) | dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+        if special.get("do_lower_case"):
+            warn_once("do_lower_case=True changes nothing: GPT-2's vocabulary has capitals; lower the texts before the call")
         for name, value in special.items():
             if name in _IGNORED:
                 continue
@@ -144,7 +149,7 @@ class GPT2Tokenizer(Decoding, Padding):
         source = Source.of(pretrained_model_name_or_path, **given)
         extra = options.pop("extra_special_tokens", None) or options.pop("additional_special_tokens", None)
         if extra is not None:  # a list, or name -> token
-            options |= extra if isinstance(extra, dict) else {"extra_special_tokens": extra}
+            options |= extra if isinstance(extra, dict) else {"extra_special_tokens": extra_tokens(extra)}
         with source.reading():
             parts = read_parts(source)
             return cls(parts, **({"name_or_path": source.name} | read_settings(source, parts, options)))
@@ -255,7 +260,7 @@ class GPT2Tokenizer(Decoding, Padding):
         for name, value in (("tools", tools), ("documents", documents)):
             if value is not None and not isinstance(value, (list, tuple)):
                 raise InputError(f"{name} is a {type(value).__name__}; give a list, or leave it out")
-        template = chat.template_of(self.chat_template, chat_template, tools is not None)
+        template = self.get_chat_template(chat_template, tools)
         several = isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], (list, tuple))
         seen = self.special_tokens_map | {"tools": tools, "documents": documents} | names
         texts = [
@@ -282,6 +287,44 @@ class GPT2Tokenizer(Decoding, Padding):
         )
         return out if return_dict else out["input_ids"]
 
+    def get_chat_template(self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None) -> str:
+        """The template that `apply_chat_template` uses with these arguments."""
+        return chat.template_of(self.chat_template, chat_template, tools is not None)
+
+    def train_new_from_iterator(
+        self,
+        text_iterator: Any,
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: list[str | AddedToken] | None = None,
+        special_tokens_map: dict[str, str] | None = None,
+        **options: Any,
+    ) -> GPT2Tokenizer:
+        """A tokenizer with the settings of this one and a vocabulary trained on other texts; the same as in transformers.
+
+        Args:
+            text_iterator: texts, or lists of them, in a list or one by one.
+            vocab_size: tokens in all; 256 bytes and the special tokens are always among them.
+            length: texts in all, for the bar.
+            new_special_tokens: further ones. special_tokens_map: special token -> its new text.
+            options: min_frequency, limit_alphabet, max_token_length, show_progress of `tokenizers.trainers.BpeTrainer`.
+
+        Raises:
+            InputError: a number out of range, or something that is no text. UnknownOptionError: another option.
+        """
+        if not isinstance(special_tokens_map, (dict, type(None))):
+            raise InputError(f"special_tokens_map is {short(special_tokens_map)}; give a dict, token -> its new text")
+        new, renamed = checked_tokens(new_special_tokens or [], "new_special_tokens"), special_tokens_map or {}
+        for text in renamed.values():
+            checked_text(text, "a text of special_tokens_map")
+        backend = train(self.backend_tokenizer, text_iterator, vocab_size, length, new, renamed, options)
+        settings = saving.settings_of(self) | {"extra_special_tokens": [*self._extra, *new], "name_or_path": self.name_or_path}
+        for name, token in self._special.items():
+            settings[name] = renamed.get(str(token), token)
+        found = type(self)(tokenizer_object=backend, **settings)
+        found._around = self._around
+        return found
+
     def to_transformers(self) -> Any:
         """The same tokenizer as a PreTrainedTokenizerFast: for what asks for one.
 
@@ -298,7 +341,9 @@ class GPT2Tokenizer(Decoding, Padding):
 
     # Files and copies
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], legacy_format: bool | None = None) -> tuple[str, ...]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], legacy_format: bool | None = None, **others: Any
+    ) -> tuple[str, ...]:
         """Write tokenizer.json and tokenizer_config.json, which gptneo_fast and transformers load with equal ids.
 
         Args:
@@ -309,7 +354,15 @@ class GPT2Tokenizer(Decoding, Padding):
 
         Raises:
             TokenizerError: the folder cannot be written; what stands there is left as it is.
+            UnknownOptionError: another keyword, or push_to_hub and filename_prefix, which are not offered.
         """
+        if odd := next(
+            (name for name, value in others.items() if value or name not in ("push_to_hub", "filename_prefix")), None
+        ):
+            raise UnknownOptionError(
+                f"save_pretrained has no option {odd!r}{nearest(odd, ['save_directory', 'legacy_format'])}"
+                + ("; save_pretrained(folder), then huggingface_hub.upload_folder" if odd == "push_to_hub" else "")
+            )
         with self._lock:
             return saving.save(self, save_directory, bool(legacy_format))
 

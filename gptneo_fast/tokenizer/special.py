@@ -6,8 +6,11 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, processors
+from torch import Tensor
 
+from ..config import is_int, short
 from ..errors import InputError, nearest, warn_once
 from .arguments import as_ids, checked_text, checked_tokens
 
@@ -45,16 +48,22 @@ class SpecialTokens:
     def __setattr__(self, name: str, value: Any) -> None:
         special, bare = self.__dict__.get("_special", {}), name.removesuffix("_id")
         if bare in special and name != bare and value is not None:
-            token = None if isinstance(value, bool) or not isinstance(value, int) else self.convert_ids_to_tokens(value)
-            if token is None:
-                raise InputError(f"{name} is {value!r}; give an id of the vocabulary, 0 to {len(self) - 1}, or None")
-            value = token
+            value = self._token_of(name, value)
         if bare in special:
             self._set_special(bare, value)
         elif name == "extra_special_tokens":
-            self._extra = checked_tokens(value or [], name)
+            self._extra = extra_tokens(value)
+        elif name == "extra_special_tokens_ids":
+            self._extra = extra_tokens([self._token_of(name, i) for i in as_ids(value)])
         else:
             super().__setattr__(name, value)
+
+    def _token_of(self, name: str, value: Any) -> str:
+        value = value.tolist() if isinstance(value, (Tensor, np.generic)) else value
+        token = self.convert_ids_to_tokens(value) if is_int(value) and 0 <= value < 2**32 else None
+        if token is None:
+            raise InputError(f"{name} is {short(value)}; give an id of the vocabulary, 0 to {len(self) - 1}, or None")
+        return str(token)
 
     def _set_special(self, name: str, value: Any) -> None:
         if value is not None:
@@ -248,6 +257,17 @@ class SpecialTokens:
     def max_len_sentences_pair(self) -> int:
         """Tokens of a pair that fit model_max_length."""
         return self.model_max_length - self.num_special_tokens_to_add(pair=True)
+
+
+def extra_tokens(tokens: Any) -> list[str | AddedToken]:
+    """Special tokens without a name, as a list.
+
+    Raises:
+        InputError: something else than a list of tokens.
+    """
+    if tokens is not None and not isinstance(tokens, (list, tuple)):
+        raise InputError(f"extra_special_tokens is {short(tokens)}; give a list of strings and AddedTokens")
+    return checked_tokens(tokens or [], "extra_special_tokens")
 
 
 def _special(token: str | AddedToken) -> AddedToken:
