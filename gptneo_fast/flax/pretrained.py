@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..checkpoint import save
-from ..config import GELU_NEW, GPTNeoConfig
-from ..errors import InputError
+from ..config import GELU_NEW, GPTNeoConfig, short
+from ..config.rules import SHAPE
+from ..errors import ConfigError, InputError
 from ..generation.config import GenerationConfig
 from ..models import causal as heads
 from . import network, weights
@@ -23,6 +24,7 @@ from .network import Spec, Traced
 from .outputs import FlaxBaseModelOutputWithPast, FlaxOutput
 from .weights import Tree
 
+_SHAPING = (*sorted(SHAPE), "num_layers", "vocab_size", "max_position_embeddings", "tie_word_embeddings")
 _STATIC = ("spec", "causal", "fresh", "want_hidden", "want_weights")
 
 
@@ -76,9 +78,27 @@ class FlaxGPTNeoPreTrainedModel:
         self.dtype = dtype
         self.key = jax.random.PRNGKey(seed)
         self.generation_config = GenerationConfig.from_model_config(config) if self.can_generate() else None
-        self._spec = Spec.of(config, dtype)
+        object.__setattr__(config, "in_use", True)
+        self._built = {name: getattr(config, name) for name in _SHAPING}
         self._is_initialized = _do_init
         self._params: Tree | None = self.init_weights(self.key, input_shape) if _do_init else None
+
+    @property
+    def _spec(self) -> Spec:
+        """Of the configuration as it is now.
+
+        Raises:
+            ConfigError: a field that shapes the parameters is no longer what the model was built with.
+        """
+        for name, was in self._built.items():
+            if (now := getattr(self.config, name)) != was:
+                raise ConfigError(
+                    f"config.{name} is {short(now)} and the model was built with {short(was)}, which its parameters follow; "
+                    f"set it back, or build another model of config.replace({name}=...)"
+                )
+        if len(self.config.attention_layers) != self.config.num_layers:
+            self.config.check()
+        return Spec.of(self.config, self.dtype)
 
     @property
     def params(self) -> Tree:
