@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..config import short
 from ..errors import InputError, TokenizerError
 from ..files import atomic
+from .arguments import checked_text
 
 
 def save(tokenizer: Any, save_directory: str | os.PathLike[str], legacy: bool) -> tuple[str, ...]:
@@ -32,6 +34,9 @@ def save_vocabulary(tokenizer: Any, save_directory: str | os.PathLike[str], pref
         TokenizerError: as `save`.
         InputError: the prefix is that of a path.
     """
+    if prefix is not None and not isinstance(prefix, str):
+        raise InputError(f"filename_prefix is {short(prefix)}; give the beginning of a file's name")
+    checked_text(prefix or "", "filename_prefix")
     if prefix and os.path.basename(prefix) != prefix:
         raise InputError(f"filename_prefix {prefix!r} names a folder; give that as save_directory")
     texts = _vocabulary(tokenizer.backend_tokenizer.to_str())

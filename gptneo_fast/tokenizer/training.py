@@ -11,7 +11,7 @@ from tokenizers.trainers import BpeTrainer
 
 from ..config import is_int, short
 from ..errors import InputError, UnknownOptionError, nearest
-from .arguments import checked_text
+from .arguments import checked_text, flag
 
 _OPTIONS = ("min_frequency", "limit_alphabet", "max_token_length", "show_progress")
 
@@ -40,7 +40,11 @@ def train(
     for name, value in numbers.items():
         if not (is_int(value) and 0 <= value < 2**32) and (value is not None or name == "vocab_size"):
             raise InputError(f"{name}={short(value)} is not an integer from 0 to {2**32 - 1}")
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+    try:
+        found_texts = None if isinstance(texts, (str, bytes)) else iter(texts)
+    except TypeError:
+        found_texts = None
+    if found_texts is None:
         raise InputError(f"text_iterator is {short(texts)}; give texts, or lists of them, in a list or one by one")
     parts = json.loads(backend.to_str())
     added, around = parts.pop("added_tokens"), parts.pop("post_processor")
@@ -51,9 +55,10 @@ def train(
         special_tokens=[*special, *new],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         vocab_size=vocab_size,
-        **{k: v for k, v in options.items() if v is not None},
+        show_progress=flag("show_progress", options.get("show_progress", True)),
+        **{k: v for k, v in options.items() if v is not None and k != "show_progress"},
     )
-    found.train_from_iterator(_checked(texts), trainer=trainer, length=length)
+    found.train_from_iterator(_checked(found_texts), trainer=trainer, length=length)
     if around is None:
         return found
     for entry in around.get("special_tokens", {}).values():
