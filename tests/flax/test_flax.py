@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gptneo_fast
-from gptneo_fast.errors import CacheError, ConfigError, InputError
+from gptneo_fast.errors import CacheError, ConfigError, GPTNeoFastError, InputError
 from tests.support.peers import SMALL
 
 jax = pytest.importorskip("jax")
@@ -389,3 +389,30 @@ def test_what_the_parameters_follow_and_options_of_generate_are_refused_on_the_c
     model.config = gptneo_fast.GPTNeoConfig(**(small | {"window_size": 3}))
     with pytest.raises(ConfigError, match=r"config\.window_size is 3"):
         model(ids)
+
+
+ODD = [5, -1, 10**400, 1.5, True, b"x", "x", [None], [[1], [1, 2]], [[10**400]], {}, np.array(3), np.array([["a"]])]
+ODD += [torch.tensor(1.5), object()]
+
+
+def test_arguments_of_no_kind_that_is_taken_are_named():
+    model = FlaxGPTNeoForCausalLM(gptneo_fast.GPTNeoConfig(**(SMALL | {"num_layers": 1, "attention_types": [[["local"], 1]]})))
+    ids = np.array([[5, 6, 7]])
+    calls = {
+        name: lambda v, n=name: model(**({"input_ids": ids} | {n: v})) for name in ("attention_mask", "position_ids", "params")
+    }
+    for name in ("input_ids", "attention_mask", "params", "prng_key", "generation_config"):
+        calls[f"generate {name}"] = lambda v, n=name: model.generate(**({"input_ids": ids, "max_new_tokens": 1} | {n: v}))
+    calls["dropout_rng"] = lambda v: model(ids, train=True, dropout_rng=v)
+    calls["init_cache"] = lambda v: model.init_cache(1, v if v not in (5, True) else "5")
+    calls["dtype"] = lambda v: FlaxGPTNeoModel(model.config, dtype=v, _do_init=False)
+    calls["seed"] = lambda v: FlaxGPTNeoModel(model.config, seed=v if v != 5 else "5", _do_init=False)
+    for name, call in calls.items():
+        for value in ODD:
+            if isinstance(value, (np.ndarray, torch.Tensor)) and name in ("init_cache", "seed"):
+                continue
+            with pytest.raises(GPTNeoFastError):
+                call(value)
+    typed = model.generate(ids, max_new_tokens=3, do_sample=True, prng_key=jax.random.key(0)).sequences
+    np.testing.assert_array_equal(typed, model.generate(ids, max_new_tokens=3, do_sample=True).sequences)
+    np.testing.assert_array_equal(model(torch.tensor(ids)).logits, model(ids).logits)
