@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -196,3 +197,59 @@ def test_a_build_is_kept_while_nothing_changes_and_leaves_nothing_behind_when_it
     assert build() not in (first, None)
     assert build(CXX="gone-compiler") is None  # not the library of the sources before
     assert json.loads(report.read_text())["built"] == "nothing"
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """(an sdist, names of the tracked files), made where builds, tests and an editor left files behind."""
+    if not (REPO / ".git").exists():
+        pytest.skip("what belongs in an sdist is told by git, and this is no clone")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split("\0")
+    tracked = {name for name in names if name and (REPO / name).is_file()}
+    folder = tmp_path_factory.mktemp("sources")
+    left = [
+        "gptneo_fast/_csrc.so",
+        "gptneo_fast/_csrc.json",
+        "tests/__pycache__/x.cpython-311.pyc",
+        "kernels/x.pyc",
+        "notes.txt",
+    ]
+    for name in [*tracked, *left]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(REPO / name, folder / name) if name in tracked else (folder / name).touch()
+    environment = os.environ | {"GPTNEO_FAST_BUILD_EXT": "0"}
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=folder, env=environment, capture_output=True, check=True)
+    return next((folder / "dist").glob("*.tar.gz")), tracked
+
+
+def test_an_sdist_is_the_repository_without_what_builds_leave_behind(sdist):
+    with tarfile.open(sdist[0]) as archive:
+        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    made = {name for name in held if name in ("PKG-INFO", "setup.cfg") or name.startswith("gptneo_fast.egg-info/")}
+    assert held - made == sdist[1]
+
+
+def test_a_wheel_of_the_sdist_is_whole(sdist, tmp_path):
+    with tarfile.open(sdist[0]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = next(path for path in tmp_path.iterdir() if path.is_dir())
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
+    environment = os.environ | {"GPTNEO_FAST_BUILD_EXT": "0"}
+    subprocess.run(
+        [*command, "--target", str(tmp_path / "site"), str(source)], env=environment, check=True, capture_output=True
+    )
+    code = "import gptneo_fast.kernels, gptneo_fast as g; from gptneo_fast.demo import FOLDER; print(g.__file__)\n"
+    code += "print(g.load(FOLDER).generate_text('Once', max_new_tokens=2, do_sample=False))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site"))
+    packages = {path.relative_to(REPO).parent for path in (REPO / "gptneo_fast").rglob("*.py")}
+    for package in packages:  # each that is there is listed in pyproject.toml
+        installed = {path.name for path in (tmp_path / "site" / package).glob("*.py")}
+        assert installed == {path.name for path in (REPO / package).glob("*.py")}, package

@@ -53,6 +53,12 @@ def appearing(folder: str | os.PathLike[str], error: type[GPTNeoFastError], stal
     Raises:
         error: `folder` cannot be written to, or the disk is full; what was there still is.
     """
+    try:
+        spelt = os.fsencode(folder) if isinstance(folder, (str, os.PathLike)) else b"\0"
+    except UnicodeEncodeError:
+        spelt = b"\0"
+    if b"\0" in spelt:
+        raise error(f"the folder to save to is {folder!r:.100}, which is no path; give one")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise error(f"{folder} is a file; give a folder")

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ..config import short
 from ..errors import InputError
 from ..generation.config import OFF, GenerationConfig, total_length
 from ..models import causal as heads
 from .decoding import Plan, beam_search, search
-from .inputs import checked_ids, known
+from .inputs import as_array, as_key, checked_ids, known
 from .network import Traced
 from .outputs import FlaxBeamSearchOutput, FlaxCausalLMOutput, FlaxGreedySearchOutput, FlaxOutput, FlaxSampleOutput
 from .pretrained import FlaxGPTNeoPreTrainedModel
@@ -93,8 +94,8 @@ class FlaxGPTNeoForCausalLM(FlaxGPTNeoPreTrainedModel):
             full.early_stopping,
         )
         knobs = Knobs(full.repetition_penalty, full.temperature or 1.0, full.top_p, full.min_p or 0.0, full.length_penalty)
-        tree: Any = self.params if params is None else params
-        key = jax.random.PRNGKey(full.seed or 0) if prng_key is None else prng_key
+        tree: Any = self._tree(params)
+        key = jax.random.PRNGKey(full.seed or 0) if prng_key is None else as_key("prng_key", prng_key)
         with nullcontext() if trace else jax.disable_jit():
             if full.num_beams > 1:
                 return FlaxBeamSearchOutput(*beam_search(tree, ids, mask, knobs, spec=self._spec, plan=plan))
@@ -106,6 +107,10 @@ class FlaxGPTNeoForCausalLM(FlaxGPTNeoPreTrainedModel):
 
     def _options(self, generation_config: GenerationConfig | None, options: dict[str, Any]) -> Any:
         """Every option with its value, those of the call before those of the config before those of the model."""
+        if generation_config is not None and not hasattr(generation_config, "to_dict"):
+            raise InputError(
+                f"generation_config is {short(generation_config)}; give a GenerationConfig, or options as keywords"
+            )
         own = self.generation_config or GenerationConfig()
         full = (own.under(generation_config) if generation_config else own).under(GenerationConfig.of(options))
         for name, value in options.items():
@@ -155,7 +160,7 @@ def _as_tuple(processors: Processor | Sequence[Processor] | None) -> tuple[Proce
 
 
 def _checked_mask(mask: Any, shape: tuple[int, ...]) -> Array:
-    found = jnp.asarray(mask)
+    found = as_array("attention_mask", mask)
     if found.shape != shape:
         raise InputError(f"attention_mask has shape {list(found.shape)}; expected {list(shape)}, that of input_ids")
     if known(found):

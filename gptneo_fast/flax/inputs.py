@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from torch import Tensor
 
-from ..config import GPTNeoConfig
+from ..config import GPTNeoConfig, short
 from ..errors import CacheError, InputError
 from .attention import Cache
 
@@ -19,14 +20,42 @@ def known(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
+def as_array(name: str, values: Any) -> Array:
+    """Numbers as an array of jax.
+
+    Raises:
+        InputError: something that is none.
+    """
+    try:
+        return jnp.asarray(np.asarray(values) if isinstance(values, Tensor) else values)
+    except (OverflowError, TypeError, ValueError):
+        raise InputError(f"{name} is {short(values)}; give an array of numbers") from None
+
+
+def as_key(name: str, key: Any) -> Array:
+    """A key of jax's random numbers, of either kind.
+
+    Raises:
+        InputError: something else.
+    """
+    found = as_array(name, key)
+    raw = jnp.issubdtype(found.dtype, jnp.unsignedinteger) and found.shape == (2,)
+    if not raw and not (jnp.issubdtype(found.dtype, jax.dtypes.prng_key) and found.shape == ()):
+        raise InputError(f"{name} is {short(key)}; give jax.random.PRNGKey(...)")
+    return found
+
+
 def checked_ids(name: str, ids: Any, limit: int) -> Array:
     """Integer ids [B, T] as int32.
 
     Raises:
         InputError: another kind or shape, or a value that is not from 0 to limit - 1; names its place.
     """
-    if isinstance(ids, (list, tuple)):
-        ids = np.asarray(ids)
+    if isinstance(ids, (list, tuple, Tensor)):
+        try:
+            ids = np.asarray(ids)
+        except (TypeError, ValueError):
+            raise InputError(f"{name} is {short(ids)}; give rows of integers of one length") from None
     dtype = getattr(ids, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise InputError(f"{name} is {f'of dtype {dtype}' if dtype is not None else type(ids).__name__}; give integers [B, T]")
@@ -54,7 +83,7 @@ def checked_call(
     length = T
     if cache is not None:
         past, length = _room(config, cache, B, T)
-    mask = None if attention_mask is None else jnp.asarray(attention_mask)
+    mask = None if attention_mask is None else as_array("attention_mask", attention_mask)
     if mask is not None and mask.shape != (B, length):
         about = f"[{B}, {length}], of all the cache's columns" if cache is not None else f"[{B}, {length}]"
         raise InputError(f"attention_mask has shape {list(mask.shape)}; expected {about}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,17 +13,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..checkpoint import save
-from ..config import GELU_NEW, GPTNeoConfig
-from ..errors import InputError
+from ..config import GELU_NEW, GPTNeoConfig, is_int, short
+from ..config.rules import SHAPE
+from ..errors import ConfigError, InputError
 from ..generation.config import GenerationConfig
+from ..generation.options import plain
 from ..models import causal as heads
 from . import network, weights
 from .attention import Cache, empty_cache
-from .inputs import checked_call
+from .inputs import as_key, checked_call
 from .network import Spec, Traced
 from .outputs import FlaxBaseModelOutputWithPast, FlaxOutput
 from .weights import Tree
 
+_SHAPING = (*sorted(SHAPE), "num_layers", "vocab_size", "max_position_embeddings", "tie_word_embeddings")
 _STATIC = ("spec", "causal", "fresh", "want_hidden", "want_weights")
 
 
@@ -65,20 +69,47 @@ class FlaxGPTNeoPreTrainedModel:
     ) -> None:
         if not isinstance(config, GPTNeoConfig):
             raise InputError(f"config is a {type(config).__name__}; give a gptneo_fast.GPTNeoConfig")
-        if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-            raise InputError(f"dtype {jnp.dtype(dtype)} is not floating point; use jnp.float32, jnp.bfloat16 or jnp.float16")
+        try:
+            found: Any = jnp.dtype(dtype)
+        except (TypeError, ValueError):
+            found = None
+        if found is None or not jnp.issubdtype(found, jnp.floating):
+            raise InputError(
+                f"dtype {short(dtype) if found is None else found} is not floating point; "
+                "use jnp.float32, jnp.bfloat16 or jnp.float16"
+            )
         if config.activation_function not in GELU_NEW:
             raise InputError(
                 f"activation_function {config.activation_function!r} is not offered by the Flax classes, which compute "
                 f"{GELU_NEW[0]}; use the torch class of the same name"
             )
+        if not is_int(seed) or not 0 <= seed < 2**63:
+            raise InputError(f"seed={short(seed)} is not an integer from 0 to 2**63 - 1")
         self.config, self.input_shape = config, input_shape
         self.dtype = dtype
         self.key = jax.random.PRNGKey(seed)
         self.generation_config = GenerationConfig.from_model_config(config) if self.can_generate() else None
-        self._spec = Spec.of(config, dtype)
+        object.__setattr__(config, "in_use", True)
+        self._built = {name: getattr(config, name) for name in _SHAPING}
         self._is_initialized = _do_init
         self._params: Tree | None = self.init_weights(self.key, input_shape) if _do_init else None
+
+    @property
+    def _spec(self) -> Spec:
+        """Of the configuration as it is now.
+
+        Raises:
+            ConfigError: a field that shapes the parameters is no longer what the model was built with.
+        """
+        for name, was in self._built.items():
+            if (now := getattr(self.config, name)) != was:
+                raise ConfigError(
+                    f"config.{name} is {short(now)} and the model was built with {short(was)}, which its parameters follow; "
+                    f"set it back, or build another model of config.replace({name}=...)"
+                )
+        if len(self.config.attention_layers) != self.config.num_layers:
+            self.config.check()
+        return Spec.of(self.config, self.dtype)
 
     @property
     def params(self) -> Tree:
@@ -96,6 +127,15 @@ class FlaxGPTNeoPreTrainedModel:
         if not self._is_initialized:
             raise InputError("the model was made with _do_init=False and keeps no params; pass params= in calls")
         self._params = weights.checked(params, self.config, self._causal)
+
+    def _tree(self, params: Any) -> Tree:
+        """The parameters of a call: those that are passed, or the model's own."""
+        if params is None:
+            return self.params
+        trunk = params.get("transformer") if self._causal and isinstance(params, Mapping) else params
+        if not isinstance(trunk, Mapping) or not {"wte", "wpe", "h", "ln_f"} <= set(trunk):
+            raise InputError(f"params is {short(params)}; give a tree such as model.params")
+        return params
 
     @property
     def params_shape_tree(self) -> Tree:
@@ -130,8 +170,11 @@ class FlaxGPTNeoPreTrainedModel:
             InputError: a size below 1, or more columns than the model has positions.
         """
         limit = self.config.max_position_embeddings
-        if batch_size < 1 or not 1 <= max_length <= limit:
-            raise InputError(f"init_cache({batch_size}, {max_length}): the batch is at least 1, the length from 1 to {limit}")
+        batch_size, max_length = plain(batch_size), plain(max_length)
+        if not (is_int(batch_size) and is_int(max_length) and 1 <= batch_size < 2**31 and 1 <= max_length <= limit):
+            raise InputError(
+                f"init_cache({short(batch_size)}, {short(max_length)}): the batch is at least 1, the length from 1 to {limit}"
+            )
         D = self.config.head_dim
         return empty_cache(batch_size, max_length, self._spec.windows, self._spec.heads, D, self._spec.dtype)
 
@@ -170,12 +213,12 @@ class FlaxGPTNeoPreTrainedModel:
         if train and dropout_rng is None and (spec.embed_dropout or spec.attention_dropout or spec.resid_dropout):
             raise InputError("train=True and the configuration has dropout: pass dropout_rng=jax.random.PRNGKey(...)")
         main, traced = _forward(
-            self.params if params is None else params,
+            self._tree(params),
             ids,
             positions,
             mask,
             past_key_values,
-            dropout_rng if train else None,
+            as_key("dropout_rng", dropout_rng) if train and dropout_rng is not None else None,
             spec=spec,
             causal=self._causal,
             fresh=fresh,

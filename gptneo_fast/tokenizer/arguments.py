@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import AddedToken
 from torch import Tensor
 
+from ..config import short
 from ..errors import InputError, nearest, warn_once
 
 MAX_TEXT = 16 << 20  # characters of one text; 2048 positions hold far fewer
@@ -46,7 +47,8 @@ def checked_texts(text: Any, where: str = "text", depth: int = 0) -> Any:
     if isinstance(text, (bytes, bytearray, Mapping)) or not isinstance(text, Iterable):
         raise InputError(f"{where} is a {type(text).__name__}; give a string or a list of strings")
     kind = tuple if isinstance(text, tuple) else list
-    return kind([checked_texts(t, f"{where} {i}" if depth == 0 else f"{where}.{i}", depth + 1) for i, t in enumerate(text)])
+    inside = enumerate(listed(where, text))
+    return kind([checked_texts(t, f"{where} {i}" if depth == 0 else f"{where}.{i}", depth + 1) for i, t in inside])
 
 
 def as_ids(token_ids: Any) -> Any:
@@ -56,6 +58,8 @@ def as_ids(token_ids: Any) -> Any:
         InputError: no integers, or below 0, or 2**32 and more; names the first bad one.
     """
     if isinstance(token_ids, Mapping):
+        if "input_ids" not in token_ids:
+            raise InputError(f"there are no input_ids in {short(token_ids)}; give a row of ids, or rows of them")
         token_ids = token_ids["input_ids"]
     if isinstance(token_ids, (Tensor, np.ndarray, np.generic)):
         token_ids = token_ids.tolist()
@@ -68,6 +72,63 @@ def as_ids(token_ids: Any) -> Any:
     if isinstance(token_ids, (str, bytes)) or not isinstance(token_ids, Iterable):
         raise InputError(f"token ids are integers, not {token_ids!r:.80} ({type(token_ids).__name__})")
     return [as_ids(i) for i in token_ids]
+
+
+def listed(where: str, values: Any) -> list[Any]:
+    """What is in a list, an array or an iterator.
+
+    Raises:
+        InputError: nothing can be: a number, a string, None.
+    """
+    if isinstance(values, (str, bytes, bytearray, Mapping)):
+        raise InputError(f"{where} is a {type(values).__name__}; give a list")
+    try:
+        return list(values)
+    except TypeError:
+        raise InputError(f"{where} is {short(values)}; give a list") from None
+
+
+def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """A dict of options; empty for None.
+
+    Raises:
+        InputError: something else.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise InputError(f"{name} is {short(value)}; give a dict")
+    return value or {}
+
+
+def flag(name: str, value: Any) -> bool:
+    """A value as True or False.
+
+    Raises:
+        InputError: it is neither, as an array of several values.
+    """
+    try:
+        return bool(value)
+    except (RuntimeError, TypeError, ValueError):
+        raise InputError(f"{name} is {short(value)}; use True or False") from None
+
+
+def checked_setting(name: str, value: Any) -> Any:
+    """What an attribute of a tokenizer may be, or the value as it is where that is not settled.
+
+    Raises:
+        InputError: something else.
+    """
+    if name in ("padding_side", "truncation_side"):
+        return checked_side(name, value)
+    if name in ("add_prefix_space", "split_special_tokens", "clean_up_tokenization_spaces"):
+        return flag(name, value)
+    if name == "model_max_length":
+        value = int(1e30) if value is None else value
+        return _integer(name, int(value) if isinstance(value, float) and value.is_integer() else value, 0)
+    if name == "model_input_names":
+        return [checked_text(text, f"{name} {i}") for i, text in enumerate(listed(name, value))]
+    if name == "chat_template" and not isinstance(value, (str, list, Mapping, type(None))):
+        raise InputError(f"{name} is {short(value)}; give a text, or several under names")
+    return value
 
 
 class Shape(NamedTuple):
@@ -96,15 +157,18 @@ def shape_of(
     padding = _one_of("padding", padding, _PADDING, ("longest", "max_length", "do_not_pad"))
     strategies = ("longest_first", "only_first", "only_second", "do_not_truncate")
     truncation = _one_of("truncation", truncation, _TRUNCATION, strategies)
-    _integer("max_length", max_length, 0)
-    _integer("stride", stride, 0)
-    _integer("pad_to_multiple_of", multiple, 1)
+    max_length, stride = _integer("max_length", max_length, 0), _integer("stride", stride, 0) or 0
+    multiple = _integer("pad_to_multiple_of", multiple, 1)
     checked_side("padding_side", side)
     if max_length is None and model_max_length <= UNLIMITED:
         max_length = model_max_length if padding == "max_length" or truncation != "do_not_truncate" else None
     elif max_length is None:
         padding = "do_not_pad" if padding == "max_length" else padding
         truncation = "do_not_truncate"
+    if multiple is not None and multiple > MAX_TEXT:
+        raise InputError(f"pad_to_multiple_of is {short(multiple)}; the limit is {MAX_TEXT}")
+    if padding == "max_length" and max_length is not None and max_length > MAX_TEXT:
+        raise InputError(f"max_length is {short(max_length)}, to which rows are padded; the limit is {MAX_TEXT}")
     if (
         truncation != "do_not_truncate"
         and padding != "do_not_pad"
@@ -121,29 +185,34 @@ def shape_of(
 
 def checked_side(name: str, side: Any) -> str:
     """ "left" or "right", or an InputError."""
-    if side not in ("left", "right"):
-        raise InputError(f"{name} is {side!r}; use 'left' or 'right'")
+    if not isinstance(side, str) or side not in ("left", "right"):
+        raise InputError(f"{name} is {short(side)}; use 'left' or 'right'")
     return str(side)
 
 
 def checked_tokens(tokens: Any, where: str = "new_tokens") -> list[str | AddedToken]:
     """Tokens to add as a list of strings and AddedTokens."""
     tokens = [tokens] if isinstance(tokens, (str, AddedToken)) else tokens
-    if not isinstance(tokens, Sequence):
+    if isinstance(tokens, (np.ndarray, Tensor)) or not isinstance(tokens, Sequence):
         raise InputError(f"{where} is a {type(tokens).__name__}; give strings or AddedTokens")
     for i, token in enumerate(tokens):
         checked_text(token.content if isinstance(token, AddedToken) else token, f"{where} {i}")
     return list(tokens)
 
 
-def _one_of(name: str, value: Any, short: dict[Any, str], values: tuple[str, ...]) -> str:
+def _one_of(name: str, value: Any, known: dict[Any, str], values: tuple[str, ...]) -> str:
     if isinstance(value, bool) or value is None:
-        return short[value]
-    if value not in values:
-        raise InputError(f"{name} is {value!r}{nearest(str(value), values)}; use True, False or one of {', '.join(values)}")
+        return known[value]
+    if not isinstance(value, str) or value not in values:
+        raise InputError(
+            f"{name} is {short(value)}{nearest(str(value), values)}; use True, False or one of {', '.join(values)}"
+        )
     return str(getattr(value, "value", value))  # an enum of transformers is a string as well
 
 
-def _integer(name: str, value: Any, least: int) -> None:
+def _integer(name: str, value: Any, least: int) -> Any:
+    """An integer, be it numpy's or a tensor, or None."""
+    value = value.tolist() if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise InputError(f"{name} is {value!r}; give an integer from {least} on, or leave it out")
+        raise InputError(f"{name} is {short(value)}; give an integer from {least} on, or leave it out")
+    return value

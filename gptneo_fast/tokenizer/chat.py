@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from ..errors import InputError, SetupError, TokenizerError
+from .arguments import flag
 
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _NONE = (
@@ -62,9 +63,9 @@ def render(
         InputError: no messages, or such as are no mappings.
         TokenizerError: the template is faulty or refuses the conversation; with its own words.
     """
-    if not messages or not all(isinstance(message, Mapping) for message in messages):
+    if not isinstance(messages, Sequence) or not messages or not all(isinstance(message, Mapping) for message in messages):
         raise InputError("a conversation is a list of messages, each such as {'role': 'user', 'content': 'hello'}")
-    if continue_final_message and add_generation_prompt:
+    if flag("continue_final_message", continue_final_message) and flag("add_generation_prompt", add_generation_prompt):
         raise InputError("continue_final_message and add_generation_prompt contradict each other; leave one out")
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
     if continue_final_message:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..config import short
 from ..errors import InputError, UnknownOptionError, nearest, warn_once
-from .arguments import as_ids
+from .arguments import as_ids, checked_text, flag, listed
 from .special import SpecialTokens
 from .stream import StreamDecoder, bytes_of
 
@@ -39,7 +40,10 @@ class Decoding(SpecialTokens):
             name = next(iter(unknown))
             options = ("skip_special_tokens", "clean_up_tokenization_spaces")
             raise UnknownOptionError(f"decode has no option {name!r}{nearest(name, options)}")
-        if clean_up_tokenization_spaces or (clean_up_tokenization_spaces is None and self.clean_up_tokenization_spaces):
+        skip_special_tokens = flag("skip_special_tokens", skip_special_tokens)
+        if (
+            clean_up_tokenization_spaces is not None and flag("clean_up_tokenization_spaces", clean_up_tokenization_spaces)
+        ) or (clean_up_tokenization_spaces is None and self.clean_up_tokenization_spaces):
             warn_once("clean_up_tokenization_spaces=True is ignored: it would strip spaces that byte-level BPE keeps exactly")
         ids = as_ids(token_ids)
         if isinstance(ids, list) and any(isinstance(i, list) for i in ids):
@@ -48,8 +52,8 @@ class Decoding(SpecialTokens):
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
         """Texts of rows of ids [B, T], or the one text of a row [T] in a list; options as in `decode`."""
-        if isinstance(sequences, Iterable) and not hasattr(sequences, "__len__"):
-            sequences = list(sequences)
+        if not isinstance(sequences, Mapping):
+            sequences = listed("sequences", sequences)
         if len(sequences) == 0:
             return []
         text = self.decode(sequences, skip_special_tokens, **options)
@@ -62,15 +66,20 @@ class Decoding(SpecialTokens):
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """Text of tokens in the byte alphabet of GPT-2."""
-        return self.backend_tokenizer.decoder.decode(list(tokens))
+        given = [tokens] if isinstance(tokens, str) else listed("tokens", tokens)
+        return self.backend_tokenizer.decoder.decode([checked_text(t, f"token {i}") for i, t in enumerate(given)])
 
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder that takes tokens one by one; its pieces joined are what `decode` gives for all of them."""
         special = (i for i, token in self.added_tokens_decoder.items() if token.special)
-        return StreamDecoder(self.token_bytes, special if skip_special_tokens else ())
+        return StreamDecoder(self.token_bytes, special if flag("skip_special_tokens", skip_special_tokens) else ())
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; empty for an id beyond the vocabulary."""
-        if token_id not in self._bytes:
-            self._bytes[token_id] = bytes_of(self.backend_tokenizer.id_to_token(as_ids(token_id)) or "")
-        return self._bytes[token_id]
+        known = self._bytes.get(token_id) if type(token_id) is int else None
+        if known is None:
+            found = as_ids(token_id)
+            if isinstance(found, list):
+                raise InputError(f"token_id is {short(found)}; give one id")
+            known = self._bytes[found] = bytes_of(self.backend_tokenizer.id_to_token(found) or "")
+        return known

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from tokenizers import Encoding, Tokenizer
 
+from ..config import short
 from ..errors import InputError, UnknownOptionError, nearest
-from .arguments import Shape, checked_texts
+from .arguments import Shape, checked_texts, flag, mapping
 from .encoding import BatchEncoding
 from .padding import no_pad_token
 
@@ -52,7 +53,10 @@ def encode(tokenizer: Settings, text: Any, pair: Any, shape: Shape, given: Mappi
     for name in given:
         if name not in _OPTIONS:
             raise UnknownOptionError(f"the tokenizer has no option {name!r}{nearest(name, [*_OPTIONS, *_SHAPES])}")
-    options = _OPTIONS | dict(given) | dict(given.get("tokenizer_kwargs") or {})
+    options = _OPTIONS | dict(given) | dict(mapping("tokenizer_kwargs", given.get("tokenizer_kwargs")))
+    for name, value in options.items():
+        if name not in ("return_tensors", "tokenizer_kwargs") and value is not None:
+            options[name] = flag(name, value)
     words = bool(options["is_split_into_words"])
     rows, batched = _rows(text, pair, words)
     if shape.truncation == "only_second" and not all(isinstance(row, tuple) for row in rows):
@@ -121,7 +125,7 @@ def _run(tokenizer: Settings, rows: list[Any], shape: Shape, options: Mapping[st
         except Exception as error:  # truncation raises bare Exception
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"the texts cannot be cut to {shape.max_length} tokens: {error}") from error
+            raise InputError(f"the texts cannot be cut to {short(shape.max_length)} tokens: {error}") from error
         finally:
             backend.no_truncation()
             backend.no_padding()

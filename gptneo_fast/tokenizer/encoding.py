@@ -10,6 +10,7 @@ import torch
 from tokenizers import Encoding
 from torch import Tensor
 
+from ..config import short
 from ..errors import InputError
 
 
@@ -154,8 +155,8 @@ class BatchEncoding(dict[Any, Any]):
         """
         if tensor_type is None:
             return self
-        if tensor_type not in ("pt", "np"):
-            raise InputError(f"return_tensors {tensor_type!r} is unknown; use 'pt', 'np' or None")
+        if not isinstance(tensor_type, str) or tensor_type not in ("pt", "np"):
+            raise InputError(f"return_tensors {short(tensor_type)} is unknown; use 'pt', 'np' or None")
         for key, value in self.items():
             if not isinstance(value, Tensor if tensor_type == "pt" else np.ndarray):
                 self[key] = _array(key, [value] if prepend_batch_axis else value, tensor_type)

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from ..errors import InputError, NoTokenizerError, TokenizerError
 from ..files.hub import Source
 from ..files.strict_json import MAX_BYTES, read_object
+from .arguments import listed
 from .stream import ALPHABET
 
 # Component of tokenizer.json -> kinds that GPT-2's may have. A regular expression of a stranger is none of them.
@@ -78,6 +79,9 @@ def given_parts(vocab: Any, merges: Any, tokenizer_file: Any) -> Parts:
     """
     if isinstance(vocab, Parts):
         return vocab
+    for name, given in (("tokenizer_file", tokenizer_file), ("vocab", None if isinstance(vocab, Mapping) else vocab)):
+        if given is not None and not isinstance(given, (str, os.PathLike)):
+            raise InputError(f"{name} is {given!r:.100}; give the path of a file")
     if tokenizer_file is not None:
         return _of_json(Path(tokenizer_file))
     if vocab is None or merges is None:
@@ -205,7 +209,7 @@ def _screened(parts: Parts, where: str) -> Parts:
 def _pairs(merges: Iterable[Any], where: Callable[[int], str]) -> list[tuple[str, str]]:
     """Merges, each "a b" or ["a", "b"], as pairs; `where` names the place of one that is neither."""
     pairs = []
-    for i, merge in enumerate(merges):
+    for i, merge in enumerate(listed("merges", merges)):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if isinstance(pair, (list, tuple)) and len(pair) == 2:
             left, right = pair

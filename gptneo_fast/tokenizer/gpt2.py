@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
 
-from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest
+from ..config import short
+from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest, warn_once
 from ..files.hub import Source
 from . import chat, saving
-from .arguments import checked_side, shape_of
+from .arguments import checked_text, checked_tokens, flag, mapping, shape_of
 from .decode import Decoding
 from .encode import encode
 from .encoding import BatchEncoding
@@ -19,10 +20,12 @@ from .files import Parts, build, given_parts, read_parts
 from .forks import new_lock
 from .padding import Padding
 from .settings import read_settings
-from .special import NAMES
+from .special import NAMES, extra_tokens
+from .training import train
 
 _END = "<|endoftext|>"
-_IGNORED = {"use_fast", "trust_remote_code", "proxies", "legacy", "verbose", "tokenizer_type", "backend"}
+_IGNORED = {"use_fast", "trust_remote_code", "proxies", "legacy", "verbose", "tokenizer_type", "backend", "from_slow"}
+_IGNORED |= {"do_lower_case"}  # which GPT-2's tokenizer does not know in transformers either
 
 
 class GPT2Tokenizer(Decoding, Padding):
@@ -74,31 +77,35 @@ class GPT2Tokenizer(Decoding, Padding):
         name_or_path: str = "",
         **special: Any,
     ) -> None:
-        if errors != "replace":
-            raise InputError(f"errors={errors!r} is not offered; decode gives U+FFFD for bytes that form no character")
+        if not isinstance(errors, str) or errors != "replace":
+            raise InputError(f"errors={short(errors)} is not offered; decode gives U+FFFD for bytes that form no character")
         self._lock, self._bytes, self._around = new_lock(), {}, (False, False)
-        self._extra = list(extra_special_tokens or [])
+        self._extra = extra_tokens(extra_special_tokens)
         if tokenizer_object is not None:
+            if not isinstance(tokenizer_object, Tokenizer):
+                raise InputError(f"tokenizer_object is {short(tokenizer_object)}; give a tokenizers.Tokenizer")
             added = added_tokens_decoder or {}
             self.backend_tokenizer = Tokenizer.from_str(tokenizer_object.to_str())
         else:
             parts = given_parts(vocab, merges, tokenizer_file)
             added = parts.added if added_tokens_decoder is None else added_tokens_decoder
-            self.backend_tokenizer = build(parts, add_prefix_space)
+            self.backend_tokenizer = build(parts, flag("add_prefix_space", add_prefix_space))
         self.name_or_path, self.chat_template, self.add_prefix_space = name_or_path, chat_template, add_prefix_space
-        self.model_max_length = int(1e30) if model_max_length is None else model_max_length
-        self.padding_side = checked_side("padding_side", padding_side)
-        self.truncation_side = checked_side("truncation_side", truncation_side)
+        self.model_max_length: int = model_max_length  # type: ignore[assignment]  # None becomes a number there
+        self.padding_side: str = padding_side
+        self.truncation_side: str = truncation_side
         self.split_special_tokens, self.clean_up_tokenization_spaces = split_special_tokens, clean_up_tokenization_spaces
-        self.model_input_names = list(model_input_names or ("input_ids", "attention_mask"))
+        self.model_input_names = ["input_ids", "attention_mask"] if model_input_names is None else model_input_names
         self._name_special(special)
         self._add_all(added)
         if add_bos_token is not None or add_eos_token is not None or self.backend_tokenizer.post_processor is None:
-            self._set_around(bool(add_bos_token), bool(add_eos_token))
+            self._set_around(flag("add_bos_token", add_bos_token), flag("add_eos_token", add_eos_token))
 
     def _name_special(self, special: dict[str, Any]) -> None:
         """Take the keywords that end in `_token`; the vocabulary need not have them yet."""
         named: dict[str, Any] = dict.fromkeys(NAMES) | dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+        if flag("do_lower_case", special.get("do_lower_case")):
+            warn_once("do_lower_case=True changes nothing: GPT-2's vocabulary has capitals; lower the texts before the call")
         for name, value in special.items():
             if name in _IGNORED:
                 continue
@@ -107,11 +114,16 @@ class GPT2Tokenizer(Decoding, Padding):
                 raise UnknownOptionError(f"GPT2Tokenizer has no option {name!r}{nearest(name, options)}")
             if value is not None and not isinstance(value, (str, AddedToken)):
                 raise InputError(f"{name} is a {type(value).__name__}; give a string, an AddedToken or None")
+            if value is not None:
+                checked_text(str(value), name)
             named[name] = value
         self._special = named
 
     def _add_all(self, added: dict[int, AddedToken]) -> None:
         """Add listed tokens by id, then named and extra ones that are not among them, and see that each got its id."""
+        for index, given in mapping("added_tokens_decoder", added).items():
+            if not isinstance(given, AddedToken):
+                raise InputError(f"added_tokens_decoder[{short(index)}] is {short(given)}; give an AddedToken")
         tokens = [token for _, token in sorted(added.items())]
         known = {*self.added_tokens_encoder, *(t.content for t in tokens)}
         names = {str(t) for t in self._special.values() if t is not None}
@@ -142,9 +154,10 @@ class GPT2Tokenizer(Decoding, Padding):
         """
         given = {k: options.pop(k) for k in Source.OPTIONS if k in options}
         source = Source.of(pretrained_model_name_or_path, **given)
-        extra = options.pop("extra_special_tokens", None) or options.pop("additional_special_tokens", None)
+        extra = options.pop("extra_special_tokens", None)
+        extra = options.pop("additional_special_tokens", None) if extra is None else extra
         if extra is not None:  # a list, or name -> token
-            options |= extra if isinstance(extra, dict) else {"extra_special_tokens": extra}
+            options |= extra if isinstance(extra, dict) else {"extra_special_tokens": extra_tokens(extra)}
         with source.reading():
             parts = read_parts(source)
             return cls(parts, **({"name_or_path": source.name} | read_settings(source, parts, options)))
@@ -252,7 +265,10 @@ class GPT2Tokenizer(Decoding, Padding):
         Raises:
             SetupError: there is no template. InputError, TokenizerError: see `chat.render`.
         """
-        template = chat.template_of(self.chat_template, chat_template, tools is not None)
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value is not None and not isinstance(value, (list, tuple)):
+                raise InputError(f"{name} is a {type(value).__name__}; give a list, or leave it out")
+        template = self.get_chat_template(chat_template, tools)
         several = isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], (list, tuple))
         seen = self.special_tokens_map | {"tools": tools, "documents": documents} | names
         texts = [
@@ -266,7 +282,7 @@ class GPT2Tokenizer(Decoding, Padding):
             for messages in (conversation if several else [conversation])
         ]
         given = texts if several else texts[0]
-        if not tokenize:
+        if not flag("tokenize", tokenize):
             return given
         out = self(
             given,
@@ -275,9 +291,50 @@ class GPT2Tokenizer(Decoding, Padding):
             max_length=max_length,
             add_special_tokens=False,
             return_tensors=return_tensors,
-            **(tokenizer_kwargs or {}),
+            **mapping("tokenizer_kwargs", tokenizer_kwargs),
         )
-        return out if return_dict else out["input_ids"]
+        return out if flag("return_dict", return_dict) else out["input_ids"]
+
+    def get_chat_template(self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None) -> str:
+        """The template that `apply_chat_template` uses with these arguments."""
+        return chat.template_of(self.chat_template, chat_template, tools is not None)
+
+    def train_new_from_iterator(
+        self,
+        text_iterator: Any,
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: list[str | AddedToken] | None = None,
+        special_tokens_map: dict[str, str] | None = None,
+        **options: Any,
+    ) -> GPT2Tokenizer:
+        """A tokenizer with the settings of this one and a vocabulary trained on other texts; the same as in transformers.
+
+        Args:
+            text_iterator: texts, or lists of them, in a list or one by one.
+            vocab_size: tokens in all; 256 bytes and the special tokens are always among them.
+            length: texts in all, for the bar.
+            new_special_tokens: further ones. special_tokens_map: special token -> its new text.
+            options: min_frequency, limit_alphabet, max_token_length, show_progress of `tokenizers.trainers.BpeTrainer`.
+
+        Raises:
+            InputError: a number out of range, or something that is no text. UnknownOptionError: another option.
+        """
+        if not isinstance(special_tokens_map, (dict, type(None))):
+            raise InputError(f"special_tokens_map is {short(special_tokens_map)}; give a dict, token -> its new text")
+        new, renamed = (
+            checked_tokens([] if new_special_tokens is None else new_special_tokens, "new_special_tokens"),
+            special_tokens_map or {},
+        )
+        for text in renamed.values():
+            checked_text(text, "a text of special_tokens_map")
+        backend = train(self.backend_tokenizer, text_iterator, vocab_size, length, new, renamed, options)
+        settings = saving.settings_of(self) | {"extra_special_tokens": [*self._extra, *new], "name_or_path": self.name_or_path}
+        for name, token in self._special.items():
+            settings[name] = renamed.get(str(token), token)
+        found = type(self)(tokenizer_object=backend, **settings)
+        found._around = self._around
+        return found
 
     def to_transformers(self) -> Any:
         """The same tokenizer as a PreTrainedTokenizerFast: for what asks for one.
@@ -295,7 +352,9 @@ class GPT2Tokenizer(Decoding, Padding):
 
     # Files and copies
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], legacy_format: bool | None = None) -> tuple[str, ...]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], legacy_format: bool | None = None, **others: Any
+    ) -> tuple[str, ...]:
         """Write tokenizer.json and tokenizer_config.json, which gptneo_fast and transformers load with equal ids.
 
         Args:
@@ -306,9 +365,17 @@ class GPT2Tokenizer(Decoding, Padding):
 
         Raises:
             TokenizerError: the folder cannot be written; what stands there is left as it is.
+            UnknownOptionError: another keyword, or push_to_hub and filename_prefix, which are not offered.
         """
+        if odd := next(
+            (name for name, value in others.items() if value or name not in ("push_to_hub", "filename_prefix")), None
+        ):
+            raise UnknownOptionError(
+                f"save_pretrained has no option {odd!r}{nearest(odd, ['save_directory', 'legacy_format'])}"
+                + ("; save_pretrained(folder), then huggingface_hub.upload_folder" if odd == "push_to_hub" else "")
+            )
         with self._lock:
-            return saving.save(self, save_directory, bool(legacy_format))
+            return saving.save(self, save_directory, flag("legacy_format", legacy_format))
 
     def save_vocabulary(self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write vocab.json and merges.txt, which do not hold the added tokens; gives their paths."""

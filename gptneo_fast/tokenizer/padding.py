@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
-from .arguments import Shape, as_ids, shape_of
+from .arguments import Shape, as_ids, flag, listed, shape_of
 from .encoding import BatchEncoding
 
 _FILLERS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
@@ -51,7 +51,7 @@ class Padding:
             InputError: no ids in it, rows of its entries that do not go together, or no pad token.
         """
         columns = _columns(encoded_inputs)
-        kind = return_tensors or _kind(columns["input_ids"])
+        kind = return_tensors if return_tensors is not None else _kind(columns["input_ids"])
         if len(columns["input_ids"]) == 0:
             wants_mask = return_attention_mask or return_attention_mask is None
             return BatchEncoding(columns | ({"attention_mask": []} if wants_mask else {}), tensor_type=kind)
@@ -61,6 +61,8 @@ class Padding:
         rows: dict[str, list[Any]] = {key: _lists(value) for key, value in columns.items()}
         if single := not isinstance(rows["input_ids"][0], list):
             rows = {key: [value] for key, value in rows.items()}
+        if return_attention_mask is not None:
+            return_attention_mask = flag("return_attention_mask", return_attention_mask)
         if return_attention_mask is None:
             return_attention_mask = "attention_mask" in self.model_input_names
         if not return_attention_mask:
@@ -115,7 +117,9 @@ def _columns(encoded: Any) -> dict[str, Any]:
             raise InputError(f"encoding {odd} lacks entries of the first one, which has {', '.join(map(str, keys))}")
         columns = {key: [e[key] for e in encoded] for key in keys}
     else:
-        columns = {"input_ids": encoded}
+        columns = {
+            "input_ids": listed("encoded_inputs", encoded) if isinstance(encoded, (set, np.ndarray, Tensor)) else encoded
+        }
     if "input_ids" not in columns or not hasattr(columns["input_ids"], "__len__"):
         raise InputError(f"there are no input_ids to pad, but {', '.join(map(str, columns)) or type(encoded).__name__}")
     return columns

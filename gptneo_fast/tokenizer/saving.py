@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..config import short
 from ..errors import InputError, TokenizerError
 from ..files import atomic
+from .arguments import checked_text
 
 
 def save(tokenizer: Any, save_directory: str | os.PathLike[str], legacy: bool) -> tuple[str, ...]:
@@ -18,7 +20,8 @@ def save(tokenizer: Any, save_directory: str | os.PathLike[str], legacy: bool) -
         TokenizerError: the folder is a file, or cannot be written; what was there still is.
     """
     whole = tokenizer.backend_tokenizer.to_str(pretty=True)
-    texts = {"tokenizer.json": whole, "tokenizer_config.json": _text(_settings(tokenizer))}
+    config = {"tokenizer_class": "GPT2Tokenizer", **settings_of(tokenizer)}
+    texts = {"tokenizer.json": whole, "tokenizer_config.json": _text(config)}
     if legacy:
         texts |= _vocabulary(whole) | {"added_tokens.json": _text(tokenizer.added_tokens_encoder)}
     return _write(save_directory, dict(sorted(texts.items())))
@@ -31,6 +34,9 @@ def save_vocabulary(tokenizer: Any, save_directory: str | os.PathLike[str], pref
         TokenizerError: as `save`.
         InputError: the prefix is that of a path.
     """
+    if prefix is not None and not isinstance(prefix, str):
+        raise InputError(f"filename_prefix is {short(prefix)}; give the beginning of a file's name")
+    checked_text(prefix or "", "filename_prefix")
     if prefix and os.path.basename(prefix) != prefix:
         raise InputError(f"filename_prefix {prefix!r} names a folder; give that as save_directory")
     texts = _vocabulary(tokenizer.backend_tokenizer.to_str())
@@ -50,10 +56,9 @@ def _vocabulary(tokenizer_json: str) -> dict[str, str]:
     return {"vocab.json": vocabulary, "merges.txt": "\n".join(merges)}
 
 
-def _settings(tokenizer: Any) -> dict[str, Any]:
-    """tokenizer_config.json, as transformers 5 reads it; tokenizer.json holds all that the added tokens are."""
+def settings_of(tokenizer: Any) -> dict[str, Any]:
+    """Keywords of GPT2Tokenizer, as tokenizer_config.json has them; tokenizer.json holds all that the added tokens are."""
     settings: dict[str, Any] = {
-        "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": tokenizer.add_prefix_space,
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
         "errors": "replace",

@@ -6,10 +6,13 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, processors
+from torch import Tensor
 
+from ..config import is_int, short
 from ..errors import InputError, nearest, warn_once
-from .arguments import as_ids, checked_text, checked_tokens
+from .arguments import as_ids, checked_setting, checked_text, checked_tokens, flag, listed, mapping
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -45,16 +48,22 @@ class SpecialTokens:
     def __setattr__(self, name: str, value: Any) -> None:
         special, bare = self.__dict__.get("_special", {}), name.removesuffix("_id")
         if bare in special and name != bare and value is not None:
-            token = None if isinstance(value, bool) or not isinstance(value, int) else self.convert_ids_to_tokens(value)
-            if token is None:
-                raise InputError(f"{name} is {value!r}; give an id of the vocabulary, 0 to {len(self) - 1}, or None")
-            value = token
+            value = self._token_of(name, value)
         if bare in special:
             self._set_special(bare, value)
         elif name == "extra_special_tokens":
-            self._extra = checked_tokens(value or [], name)
+            self._extra = extra_tokens(value)
+        elif name == "extra_special_tokens_ids":
+            self._extra = extra_tokens([self._token_of(name, i) for i in listed(name, value)])
         else:
-            super().__setattr__(name, value)
+            super().__setattr__(name, checked_setting(name, value))
+
+    def _token_of(self, name: str, value: Any) -> str:
+        value = value.tolist() if isinstance(value, (Tensor, np.generic)) else value
+        token = self.convert_ids_to_tokens(value) if is_int(value) else None
+        if token is None:
+            raise InputError(f"{name} is {short(value)}; give an id of the vocabulary, 0 to {len(self) - 1}, or None")
+        return str(token)
 
     def _set_special(self, name: str, value: Any) -> None:
         if value is not None:
@@ -122,7 +131,7 @@ class SpecialTokens:
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """Id of a token, or ids of several; an unknown one gets the unk token's, or None where there is no unk token."""
         if not isinstance(tokens, str):
-            return [self.convert_tokens_to_ids(t) for t in tokens]
+            return [self.convert_tokens_to_ids(t) for t in listed("tokens", tokens)]
         found = self.backend_tokenizer.token_to_id(checked_text(tokens, "token"))
         unk = self._special.get("unk_token")
         return self.backend_tokenizer.token_to_id(str(unk)) if found is None and unk is not None else found
@@ -132,7 +141,9 @@ class SpecialTokens:
         ids = as_ids(ids)
         if isinstance(ids, int):
             return self.backend_tokenizer.id_to_token(ids)
-        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        skipped = set(self.all_special_ids) if flag("skip_special_tokens", skip_special_tokens) else set()
+        if any(isinstance(i, list) for i in ids):
+            raise InputError(f"ids is {short(ids)}; give an id or one row of them")
         return [self.backend_tokenizer.id_to_token(i) for i in ids if i not in skipped]
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
@@ -145,12 +156,16 @@ class SpecialTokens:
         Returns:
             How many were new.
         """
-        tokens = checked_tokens(new_tokens or [])
+        tokens = checked_tokens([] if new_tokens is None else new_tokens)
         if not tokens:
             return 0
         with self._lock:
             self._bytes.clear()
-            add = self.backend_tokenizer.add_special_tokens if special_tokens else self.backend_tokenizer.add_tokens
+            add = (
+                self.backend_tokenizer.add_special_tokens
+                if flag("special_tokens", special_tokens)
+                else self.backend_tokenizer.add_tokens
+            )
             return add(tokens)
 
     def add_special_tokens(self, special_tokens_dict: dict[str, Any], replace_extra_special_tokens: bool = True) -> int:
@@ -164,7 +179,8 @@ class SpecialTokens:
         Returns:
             How many were new.
         """
-        given = dict(special_tokens_dict)
+        given = dict(mapping("special_tokens_dict", special_tokens_dict))
+        replace_extra_special_tokens = flag("replace_extra_special_tokens", replace_extra_special_tokens)
         if "additional_special_tokens" in given:
             given.setdefault("extra_special_tokens", given.pop("additional_special_tokens"))
         known = [*self._special, "extra_special_tokens"]
@@ -194,12 +210,15 @@ class SpecialTokens:
         Raises:
             InputError: anything but one row that already has its special tokens.
         """
-        if not already_has_special_tokens or token_ids_1 is not None:
+        if not flag("already_has_special_tokens", already_has_special_tokens) or token_ids_1 is not None:
             raise InputError(
                 "give one row of ids with already_has_special_tokens=True, or call with return_special_tokens_mask"
             )
         special = set(self.all_special_ids)
-        return [int(i in special) for i in as_ids(token_ids_0)]
+        ids = as_ids(token_ids_0)
+        if not isinstance(ids, list) or any(isinstance(i, list) for i in ids):
+            raise InputError(f"token_ids_0 is {short(ids)}; give one row of ids")
+        return [int(i in special) for i in ids]
 
     # bos before and eos behind every text, off unless asked for
 
@@ -210,7 +229,7 @@ class SpecialTokens:
 
     @add_bos_token.setter
     def add_bos_token(self, value: bool) -> None:
-        self._set_around(bool(value), self._around[1])
+        self._set_around(flag("add_bos_token", value), self._around[1])
 
     @property
     def add_eos_token(self) -> bool:
@@ -219,7 +238,7 @@ class SpecialTokens:
 
     @add_eos_token.setter
     def add_eos_token(self, value: bool) -> None:
-        self._set_around(self._around[0], bool(value))
+        self._set_around(self._around[0], flag("add_eos_token", value))
 
     def _set_around(self, bos: bool, eos: bool) -> None:
         bos, eos = bos and self.bos_token is not None, eos and self.eos_token is not None
@@ -237,7 +256,7 @@ class SpecialTokens:
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """Special tokens that a call puts around a text or a pair."""
-        return self.backend_tokenizer.num_special_tokens_to_add(pair)
+        return self.backend_tokenizer.num_special_tokens_to_add(flag("pair", pair))
 
     @property
     def max_len_single_sentence(self) -> int:
@@ -248,6 +267,17 @@ class SpecialTokens:
     def max_len_sentences_pair(self) -> int:
         """Tokens of a pair that fit model_max_length."""
         return self.model_max_length - self.num_special_tokens_to_add(pair=True)
+
+
+def extra_tokens(tokens: Any) -> list[str | AddedToken]:
+    """Special tokens without a name, as a list.
+
+    Raises:
+        InputError: something else than a list of tokens.
+    """
+    if tokens is not None and not isinstance(tokens, (list, tuple)):
+        raise InputError(f"extra_special_tokens is {short(tokens)}; give a list of strings and AddedTokens")
+    return checked_tokens(tokens or [], "extra_special_tokens")
 
 
 def _special(token: str | AddedToken) -> AddedToken:

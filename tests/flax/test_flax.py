@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gptneo_fast
-from gptneo_fast.errors import CacheError, InputError
+from gptneo_fast.errors import CacheError, ConfigError, GPTNeoFastError, InputError
 from tests.support.peers import SMALL
 
 jax = pytest.importorskip("jax")
@@ -345,3 +345,74 @@ def test_the_names_resolve_at_the_root():
 def test_an_activation_that_is_not_computed_is_refused():
     with pytest.raises(InputError, match="activation_function 'relu' is not offered by the Flax classes"):
         gptneo_fast.FlaxGPTNeoModel(gptneo_fast.GPTNeoConfig(**SMALL, activation_function="relu"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_layers": ["global", "global"]}, {"attention_types": [[["local"], 2]]}, {"resid_dropout": 0.5}],
+    ids=str,
+)
+def test_what_is_set_on_the_configuration_counts_from_the_next_call_on(changes):
+    config = gptneo_fast.GPTNeoConfig(**(SMALL | {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}))
+    model, ids = FlaxGPTNeoForCausalLM(config), np.arange(20).reshape(1, 20)
+    how = dict(train=True, dropout_rng=jax.random.PRNGKey(0)) if "resid_dropout" in changes else {}
+    before = model(ids, **how).logits
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    fresh = FlaxGPTNeoForCausalLM(model.config.replace(), _do_init=False)
+    np.testing.assert_array_equal(model(ids, **how).logits, fresh(ids, params=model.params, **how).logits)
+    assert not np.array_equal(model(ids, **how).logits, before)
+    np.testing.assert_array_equal(
+        model.generate(ids, max_new_tokens=4).sequences, fresh.generate(ids, params=model.params, max_new_tokens=4).sequences
+    )
+
+
+@pytest.mark.parametrize("cls", [FlaxGPTNeoForCausalLM, FlaxGPTNeoModel])
+def test_what_the_parameters_follow_and_options_of_generate_are_refused_on_the_configuration(cls):
+    small = SMALL | {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}
+    ids = np.arange(5).reshape(1, 5)
+    for name, value in {"hidden_size": 64, "num_heads": 2, "window_size": 3, "layer_norm_epsilon": 0.1}.items():
+        with pytest.raises(ConfigError, match=f"{name} shapes the weights of a model that is built"):
+            setattr(cls(gptneo_fast.GPTNeoConfig(**small)).config, name, value)
+    for name, value in {"num_layers": 3, "vocab_size": 98, "tie_word_embeddings": False, "max_position_embeddings": 9}.items():
+        model = cls(gptneo_fast.GPTNeoConfig(**small))
+        setattr(model.config, name, value)
+        calls = [model, model.generate] if model.can_generate() else [model]
+        for call in calls:
+            with pytest.raises(ConfigError, match=f"config.{name} is {value} and the model was built with"):
+                call(ids)
+        setattr(model.config, name, model._built[name])
+        assert len(model(ids)) == 1
+    for name, value in {"max_length": 9, "do_sample": True, "num_beams": 2, "temperature": 0.5, "output_scores": True}.items():
+        with pytest.raises(ConfigError, match=rf"set model\.generation_config\.{name}"):
+            setattr(cls(gptneo_fast.GPTNeoConfig(**small)).config, name, value)
+    model.config = gptneo_fast.GPTNeoConfig(**(small | {"window_size": 3}))
+    with pytest.raises(ConfigError, match=r"config\.window_size is 3"):
+        model(ids)
+
+
+ODD = [5, -1, 10**400, 1.5, True, b"x", "x", [None], [[1], [1, 2]], [[10**400]], {}, np.array(3), np.array([["a"]])]
+ODD += [torch.tensor(1.5), object()]
+
+
+def test_arguments_of_no_kind_that_is_taken_are_named():
+    model = FlaxGPTNeoForCausalLM(gptneo_fast.GPTNeoConfig(**(SMALL | {"num_layers": 1, "attention_types": [[["local"], 1]]})))
+    ids = np.array([[5, 6, 7]])
+    calls = {
+        name: lambda v, n=name: model(**({"input_ids": ids} | {n: v})) for name in ("attention_mask", "position_ids", "params")
+    }
+    for name in ("input_ids", "attention_mask", "params", "prng_key", "generation_config"):
+        calls[f"generate {name}"] = lambda v, n=name: model.generate(**({"input_ids": ids, "max_new_tokens": 1} | {n: v}))
+    calls["dropout_rng"] = lambda v: model(ids, train=True, dropout_rng=v)
+    calls["init_cache"] = lambda v: model.init_cache(1, v if v not in (5, True) else "5")
+    calls["dtype"] = lambda v: FlaxGPTNeoModel(model.config, dtype=v, _do_init=False)
+    calls["seed"] = lambda v: FlaxGPTNeoModel(model.config, seed=v if v != 5 else "5", _do_init=False)
+    for name, call in calls.items():
+        for value in ODD:
+            if isinstance(value, (np.ndarray, torch.Tensor)) and name in ("init_cache", "seed"):
+                continue
+            with pytest.raises(GPTNeoFastError):
+                call(value)
+    typed = model.generate(ids, max_new_tokens=3, do_sample=True, prng_key=jax.random.key(0)).sequences
+    np.testing.assert_array_equal(typed, model.generate(ids, max_new_tokens=3, do_sample=True).sequences)
+    np.testing.assert_array_equal(model(torch.tensor(ids)).logits, model(ids).logits)
