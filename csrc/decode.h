@@ -45,12 +45,25 @@ struct Step {
   int64_t C() const { return H * D; }
 };
 
+// One linear layer: [LayerNorm of x] -> weight -> [bias] -> [gelu_new] -> [residual].
+struct Linear {
+  Number number;  // of all tensors
+  const void* x;  // [M, K]
+  int64_t M;
+  const Norm* norm;  // or null
+  Product product;
+  bool gelu;
+  const void* residual;  // [M, N], or null
+  void* out;             // [M, N]
+};
+
 // Runs task(begin, end, context) over [0, count) in pieces of at least `grain`, on as many threads as torch has.
 using Parallel = void (*)(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
 
 // What there is once for each instruction set: the same code on vectors of as many floats.
 struct Lanes {
   void (*decode)(const Step&, Parallel, float* workspace);
+  void (*linear)(const Linear&, Parallel, float* workspace);
   // The first of the largest of [V] logits, or -1 where one is not finite.
   int64_t (*likeliest)(const float* logits, int64_t V);
 };
@@ -76,6 +89,11 @@ inline int64_t workspace_floats(const Step& s) {
   }
   inner = 3 * s.C() > widest ? 3 * s.C() : widest;
   return s.B * s.T * (3 * padded(s.C()) + padded(inner)) + s.B * s.H * padded(slots) + kPad;
+}
+
+// Of a linear layer: x, x normalised, what the product gives.
+inline int64_t workspace_floats(const Linear& l) {
+  return l.M * (2 * padded(l.product.inputs) + padded(l.product.outputs));
 }
 
 }  // namespace gptneo_fast

@@ -1,6 +1,7 @@
-// The op gptneo_fast_csrc::decode: embedding, a run of blocks and the head for a few rows, in one call. Its parameters were
-// named once, by `plan`, because handing 13 tensors a block over costs more than a small model's step; they are read where they
-// stand, and looked at anew, in each call: a plan holds tensors, not addresses.
+// The ops of the CPU for a few rows, which take as long as reading the weights does: `linear`, and `decode`: embedding, a run of
+// blocks and the head in one call. Its parameters were named once, by `plan`, because handing 13 tensors a block over costs more
+// than a small model's step; they are read where they stand, and looked at anew, in each call: a plan holds tensors, not
+// addresses.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -32,7 +33,7 @@ constexpr int64_t kMaxHeadDim = 512;
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream text;
-  text << "decode: ";
+  text << "gptneo_fast_csrc: ";
   ((text << parts), ...);
   throw std::runtime_error(text.str());
 }
@@ -137,6 +138,13 @@ void check_slots(const Step& s, const Layer& layer) {
   }
 }
 
+Number number_of(ScalarType dtype) {
+  if (dtype == ScalarType::Float) return Number::kFloat32;
+  if (dtype == ScalarType::BFloat16) return Number::kBFloat16;
+  if (dtype == ScalarType::Half) return Number::kFloat16;
+  refuse("weights are ", torch::headeronly::toString(dtype), ", but must be float32, bfloat16 or float16");
+}
+
 void run_parallel(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, task, context));
 }
@@ -219,8 +227,6 @@ Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, 
     refuse(keys.size(), " keys and ", values.size(), " values, but ", L, " blocks");
   const int64_t B = x.size(0), T = x.size(1);
   const ScalarType dtype = plan->blocks[0].scalar_type();
-  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)
-    refuse("weights are ", torch::headeronly::toString(dtype), ", but must be float32, bfloat16 or float16");
   if (B * T < 1 || B * T > kMaxRows) refuse("x has ", B * T, " rows, but must have from 1 to ", kMaxRows);
   if (keep < 1 || keep > T) refuse("keep is ", keep, ", but must be from 1 to ", T);
   if (keys[0].dim() != 4) refuse("keys are ", shape(keys[0]), ", but must have four axes");
@@ -229,7 +235,7 @@ Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, 
     refuse("keys are ", shape(keys[0]), ", but a head must be from 1 to ", kMaxHeadDim, " wide");
   const Reader read{dtype, -1};
   Step s{};
-  s.number = dtype == ScalarType::Float ? Number::kFloat32 : dtype == ScalarType::Half ? Number::kFloat16 : Number::kBFloat16;
+  s.number = number_of(dtype);
   s.B = B, s.T = T, s.H = cached.H, s.D = cached.D, s.L = L, s.keep = keep;
   const int64_t C = s.C();
   if (embeds) {
@@ -278,6 +284,40 @@ Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, 
   return out;
 }
 
+Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+              std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool gelu, int64_t max_lanes) {
+  const Reader read{weight.scalar_type(), -1};
+  const int64_t N = read.rows_of(weight, "weight"), K = weight.size(1), rows = K ? x.numel() / K : 0;
+  if (x.dim() < 1 || x.size(-1) != K || rows < 1 || rows > kMaxRows || x.scalar_type() != weight.scalar_type() ||
+      !x.is_contiguous() || !x.is_cpu())
+    refuse("x is ", shape(x), ", but must be contiguous, of the weight's dtype, 1 to ", kMaxRows, " rows of ", K, " numbers");
+  Linear l{};
+  l.number = number_of(weight.scalar_type());
+  l.x = x.const_data_ptr();
+  l.M = rows;
+  l.product = {{read(weight, N, K, "weight")}, 1, N, K, bias ? read(*bias, 0, N, "bias") : nullptr};
+  l.gelu = gelu;
+  if (gelu && !bias) refuse("gelu needs a bias");
+  Norm norm{};
+  if (norm_weight || norm_bias) {
+    if (!norm_weight || !norm_bias) refuse("a norm has a weight and a bias");
+    norm = {read(*norm_weight, 0, K, "norm_weight"), read(*norm_bias, 0, K, "norm_bias"), static_cast<float>(eps)};
+    l.norm = &norm;
+  }
+  if (residual) {
+    if (residual->numel() != rows * N || residual->scalar_type() != weight.scalar_type() || !residual->is_contiguous() ||
+        !residual->is_cpu())
+      refuse("the residual is ", shape(*residual), ", but must be contiguous, of the weight's dtype, ", rows, " x ", N);
+    l.residual = residual->const_data_ptr();
+  }
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = N;
+  Tensor out = torch::stable::new_empty(x, sizes);
+  l.out = out.mutable_data_ptr();
+  lanes_of(lanes(max_lanes)).linear(l, run_parallel, workspace(workspace_floats(l)));
+  return out;
+}
+
 Tensor likeliest(const Tensor& logits, int64_t max_lanes) {
   if (!(logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == ScalarType::Float && logits.is_cpu() &&
         (logits.stride(1) == 1 || logits.size(1) == 1)))
@@ -296,11 +336,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
   m.def(
       "decode(int plan, Tensor x, Tensor? positions, Tensor? types, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor lengths,"
       " Tensor? starts, int keep, int max_lanes=0) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps,"
+      " bool gelu, int max_lanes=0) -> Tensor");
   m.def("likeliest(Tensor logits, int max_lanes=0) -> Tensor");
   m.def("lanes() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode));
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("likeliest", TORCH_BOX(&likeliest));
 }
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CompositeExplicitAutograd, m) {

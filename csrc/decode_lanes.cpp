@@ -1,4 +1,4 @@
-// One step of decoding on vectors of GPTNEO_FAST_LANES floats; built once for each instruction set, see setup.py. What it
+// A step of decoding, and linear layers of a few rows, on vectors of GPTNEO_FAST_LANES floats; built once for each instruction set, see setup.py. What it
 // includes must not leave functions behind that the linker could take for those of another CPU: no C++ library.
 //
 // All sums are float32 and go lane by lane, a row's numbers in order, then lanes in pairs. The order knows nothing of how
@@ -579,6 +579,37 @@ void decode(const Step& s, Parallel run, float* workspace) {
   product<T>(run, *s.head, last, ld, kept, logits, s.V, [](int64_t, int64_t) {});
 }
 
+template <typename T>
+void linear(const Linear& l, Parallel run, float* workspace) {
+  const int64_t M = l.M, K = l.product.inputs, N = l.product.outputs, ld = padded(K), ldy = padded(N);
+  float *x = workspace, *normed = x + M * ld, *y = normed + M * ld;
+  for (int64_t m = 0; m < M; ++m) {
+    const T* from = static_cast<const T*>(l.x) + m * K;
+    for (int64_t k = 0; k < K; ++k) x[m * ld + k] = widen(from[k]);
+    for (int64_t k = K; k < ld; ++k) x[m * ld + k] = normed[m * ld + k] = 0;
+  }
+  if (l.norm) layer_norm<T>(*l.norm, x, normed, K, ld, M);
+  const T *bias = static_cast<const T*>(l.product.bias), *residual = static_cast<const T*>(l.residual);
+  product<T>(run, l.product, l.norm ? normed : x, ld, M, y, ldy, [&](int64_t begin, int64_t end) {
+    for (int64_t m = 0; m < M; ++m) {
+      float* row = y + m * ldy;
+      if (l.gelu) activate<T>(row, bias, begin, end);
+      for (int64_t n = begin; n < end; ++n) {
+        const float value = row[n] + (bias && !l.gelu ? widen(bias[n]) : 0.0f);
+        narrow(value + (residual ? widen(residual[m * N + n]) : 0.0f), static_cast<T*>(l.out) + m * N + n);
+      }
+    }
+  });
+}
+
+void linear_any(const Linear& l, Parallel run, float* workspace) {
+  switch (l.number) {
+    case Number::kFloat32: return linear<float>(l, run, workspace);
+    case Number::kBFloat16: return linear<BFloat16>(l, run, workspace);
+    case Number::kFloat16: return linear<Float16>(l, run, workspace);
+  }
+}
+
 void decode_any(const Step& s, Parallel run, float* workspace) {
   switch (s.number) {
     case Number::kFloat32: return decode<float>(s, run, workspace);
@@ -589,6 +620,6 @@ void decode_any(const Step& s, Parallel run, float* workspace) {
 
 }  // namespace
 
-const Lanes JOIN(lanes_, GPTNEO_FAST_LANES) = {decode_any, likeliest};
+const Lanes JOIN(lanes_, GPTNEO_FAST_LANES) = {decode_any, linear_any, likeliest};
 
 }  // namespace gptneo_fast

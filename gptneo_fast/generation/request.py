@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from .callbacks import named
 from .config import GenerationConfig, Options
 from .processors import LogitsProcessorList
 from .prompt import Prompt
-from .stopping import EosTokenCriteria, StoppingCriteriaList
+from .stopping import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 if TYPE_CHECKING:
     from ..network.touch import Look
@@ -135,6 +136,26 @@ class Request:
     def may_end_early(self) -> bool:
         """Whether a row can end by a token, so that finished rows need filling."""
         return any(isinstance(c, EosTokenCriteria) for c in self.criteria)
+
+    @cached_property
+    def _ends(self) -> frozenset[int] | None:
+        """Tokens that end a text, where nothing else does before `total`; None where something may."""
+        ends: set[int] = set()
+        for criterion in self.criteria:
+            if type(criterion) is EosTokenCriteria:
+                ends.update(criterion.eos_token_id.tolist())
+            elif type(criterion) is not MaxLengthCriteria or criterion.max_length < self.total:
+                return None
+        return frozenset(ends)
+
+    def ended(self, ids: Tensor) -> Tensor | None:
+        """Boolean [B]: which of the texts ids [B, T] have ended; None where none has."""
+        if self._ends is None:
+            return self.criteria(ids, self.record.scores)
+        last = ids[:, -1].tolist()
+        if self._ends.isdisjoint(last):
+            return None
+        return torch.tensor([token in self._ends for token in last], device=ids.device)
 
     def draw(self, scores: Tensor, running: Tensor) -> Tensor:
         """Tokens [B] int64 from processed scores [B, V]: one multinomial over the softmax, or the likeliest.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..ops import extension
 from .request import LanguageModel, Request, non_finite
 from .session import Session
 
@@ -29,9 +30,12 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
     options, pad = request.options, request.options.pad_id
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     broken: dict[int, int] = {}  # row -> columns that it had
+    plain = not options.do_sample and not request.processors
     while ids.shape[1] < request.total:
         logits = session.feed(ids)[:, -1].float()
-        if not options.remove_invalid_values and not bool((finite := logits.isfinite().all(-1)).all()):
+        best = extension.likeliest(logits)
+        if not options.remove_invalid_values and min(best.tolist()) < 0:
+            finite = best >= 0
             for row in (running & ~finite).nonzero().flatten().tolist():
                 broken[row] = ids.shape[1]
             running = running & finite
@@ -40,13 +44,14 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
             logits = torch.where(finite[:, None], logits, 0.0)
         scores = request.processors(ids, logits)
         request.record.step(session, logits, scores)
-        token = request.draw(scores, running)
+        token = best if plain else request.draw(scores, running)
         if request.may_end_early or broken:
             token = torch.where(running, token, pad if pad is not None else 0)
         ids = torch.cat([ids, token[:, None]], 1)
         yield token[:, None]
-        running = running & ~request.criteria(ids, request.record.scores)
-        if not bool(running.any()):
-            break
+        if (ended := request.ended(ids)) is not None:
+            running = running & ~ended
+            if not bool(running.any()):
+                break
     if broken:
         raise non_finite(broken, ids)

@@ -21,8 +21,6 @@ from .fused import OURS, Kinds
 from .masks import Rows
 from .touch import Watched, is_readable
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @dataclass(frozen=True)
 class Span:
@@ -59,7 +57,7 @@ def takes(op: ModuleType, x: Tensor, cache: KVCache, rows: Rows) -> bool:
     """Whether calls with these inputs are for the extension. x: ids [B, T] or embeddings [B, T, C]."""
     if op is not cpu or not cache.keys or type(x) is not Tensor:
         return False
-    if not 0 < x.shape[0] * x.shape[1] <= cpu.ROWS or rows.ends is not None or cache.keys[0].dtype not in _DTYPES:
+    if not 0 < x.shape[0] * x.shape[1] <= cpu.ROWS or rows.ends is not None or cache.keys[0].dtype not in cpu.DTYPES:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(keys.requires_grad for keys in cache.keys)):
         return False

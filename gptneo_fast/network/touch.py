@@ -67,7 +67,8 @@ ours(nn.Module, methods=("__call__", "__getattr__"))  # tracers patch them
 
 def patched(*kinds: type[nn.Module]) -> bool:
     """Whether a method that `ours` was told of is another now: of these classes, or where none is given of any."""
-    return any(k.__dict__[name] is not method for (k, name), method in _methods.items() if not kinds or k in kinds)
+    changed = [kind for (kind, name), method in _methods.items() if kind.__dict__[name] is not method]
+    return bool(changed) and (not kinds or any(kind in kinds for kind in changed))
 
 
 Stamp = tuple[int, int, bool]

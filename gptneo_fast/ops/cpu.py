@@ -1,7 +1,8 @@
-"""The ops on the CPU for inference: linear layers of a few rows through the extension, the reference for the rest.
+"""The ops on the CPU for inference: a few rows through the extension, the reference for the rest.
 
-A linear layer of one row reads its weight once and does nothing else worth the name; `csrc/linear_cpu.cpp` does so at the
-rate of the memory. Same names, arguments and results as in `reference`; no backward.
+A linear layer of one row reads its weight once and does nothing else worth the name; `csrc/decode_lanes.cpp` does so at the
+rate of the memory, for a layer alone and for a whole step (`Plan`). Same names, arguments and results as in `reference`; no
+backward.
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ from __future__ import annotations
 import weakref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import extension, reference
 from .reference import attention, decode_attention, embed, kv_append, layer_norm, sample
 
-ROWS = 16  # of x that a plan takes: B * T
-_ROWS = 4  # of x that the extension takes; a blocked GEMM reads weights seldom enough with more
-_INPUT = 8192  # numbers of x, which stay in the first-level cache
-_DTYPES = (torch.float32, torch.bfloat16)
+ROWS = 16  # of x that the extension takes; a blocked GEMM reads weights seldom enough with more
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 __all__ = [
     "attention",
@@ -83,7 +83,7 @@ class Plan:
         try:
             found: Tensor = decode(self._number, x, positions, types, keys, values, lengths, starts, keep)
         except RuntimeError as error:
-            if str(error).startswith("decode: "):
+            if str(error).startswith("gptneo_fast_csrc: "):
                 return None
             raise
         return found
@@ -92,12 +92,17 @@ class Plan:
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the extension computes this layer."""
     return (
-        0 < x.numel() <= min(_INPUT, _ROWS * weight.shape[1])
+        0 < x.numel() <= ROWS * weight.shape[1]
         and x.dtype is weight.dtype
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and x.is_contiguous()
         and weight.is_contiguous()
     )
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T. x: [..., K]; weight: [N, K]; returns [..., N]."""
+    return _linear(x, weight, None, None, None, None, 0.0, False) if _takes(x, weight) else F.linear(x, weight)
 
 
 def _linear(x: Tensor, weight: Tensor, *others: Tensor | float | bool | None) -> Tensor:

@@ -18,7 +18,11 @@ from ..errors import DeviceError, InputError
 
 LIBRARY = Path(__file__).parents[1] / "_csrc.so"
 REPORT = Path(__file__).parents[1] / "_csrc.json"
-_SHAPE_RULES = {"kv_append": lambda *_: None, "linear": lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0])}
+_SHAPE_RULES = {
+    "kv_append": lambda *_: None,
+    "linear": lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    "likeliest": lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
+}
 _LOADING = threading.Lock()
 _TWIN = "on CUDA the Triton kernel stores keys and values"
 
@@ -73,6 +77,14 @@ def status() -> str:
         return f"{built()}; {_TWIN}"
     faults = [why_not_on(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
     return "; ".join([built(), *(f"{fault}, where {_TWIN}" for fault in faults if fault)])
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The first of the largest logits of each row, or -1 where one of them is not finite: int64 [B] of logits [B, V]."""
+    if logits.device.type == "cpu" and logits.dtype is torch.float32 and logits.stride(1) == 1 and why_not() is None:
+        found: Tensor = torch.ops.gptneo_fast_csrc.likeliest(logits)
+        return found
+    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
 
 
 def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The CPU namespace: linear layers of a few rows in C++ compute what the reference does, at every odd shape."""
+"""Linear layers of a few rows in C++ compute what the reference does, at every odd shape, with every instruction set."""
 
 import pytest
 import torch
@@ -7,16 +7,25 @@ from gptneo_fast.ops import backends, cpu, extension, ops, reference
 from gptneo_fast.ops.testing import EPS, SAMPLES, Sample, over_budget
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = cpu.DTYPES
+LANES = [n for n in (4, 8, 16) if extension.why_not() is None and n <= torch.ops.gptneo_fast_csrc.lanes()]
+
+
+@pytest.fixture(params=LANES, ids=lambda n: f"{n} lanes")
+def lanes(request, monkeypatch):
+    """The instruction set that computes, of those that this CPU has, by the floats of its vectors."""
+    plain = cpu._linear
+    monkeypatch.setattr(cpu, "_linear", lambda *args: plain(*args, request.param))
+    return request.param
 
 
 def test_it_has_every_op():
     assert set(ops.NAMES) == set(cpu.__all__)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", cpu.__all__)
-def test_it_stays_within_the_error_budget(name, dtype):
+def test_it_stays_within_the_error_budget(name, dtype, lanes):
     for sample in SAMPLES[name]():
         assert not over_budget(name, getattr(cpu, name), sample.to(dtype))
 
@@ -26,9 +35,9 @@ def random(*shape, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize(("K", "N"), [(1, 301), (15, 317), (16, 320), (65, 303), (100, 129), (768, 40)])
-def test_lanes_chains_and_blocks_may_be_cut_anywhere(rows, K, N, dtype):
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+@pytest.mark.parametrize(("K", "N"), [(1, 301), (15, 317), (16, 320), (65, 303), (100, 129), (1100, 40)])
+def test_lanes_and_pieces_may_be_cut_anywhere(rows, K, N, dtype, lanes):
     w, b = random(N, K, seed=1) * K**-0.5, random(N, seed=2)
     x, residual = random(1, rows, K, seed=3), random(1, rows, N, seed=4)
     norm = (1 + 0.1 * random(K, seed=5), 0.1 * random(K, seed=6))
@@ -38,24 +47,24 @@ def test_lanes_chains_and_blocks_may_be_cut_anywhere(rows, K, N, dtype):
     assert not over_budget("linear_add", cpu.linear_add, Sample("residual", (x, w, b, residual)).to(dtype))
 
 
-def one_large(*shape):
+def one_large(*shape, lanes):
     """Ones after a 2^24 beside which float32 loses every 1 that is added: in a lane alone those that are of that lane."""
     x = torch.ones(*shape)
     x[..., 0] = 2**24
-    return x, (shape[-1] - 1) // 16 + 2  # the 1s that may be lost: the lane's, and two in adding up the lanes
+    return x, (shape[-1] - 1) // lanes + 2  # the 1s that may be lost: the lane's, and two in adding up the lanes
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("K", [15, 31, 63, 100, 127])
-def test_the_end_of_a_row_is_multiplied_in_the_lanes(rows, K):
-    x, lost = one_large(1, rows, K)
+def test_the_end_of_a_row_is_multiplied_in_the_lanes(rows, K, lanes):
+    x, lost = one_large(1, rows, K, lanes=lanes)
     out = cpu.linear_add(x, torch.ones(5, K), torch.zeros(5), torch.zeros(1, rows, 5)).double()
     assert (out - (2**24 + K - 1)).abs().max() <= lost
 
 
 @pytest.mark.parametrize("K", [15, 31, 47])
-def test_the_end_of_a_row_is_normalised_in_the_lanes(K):
-    x, lost = one_large(1, 1, K)
+def test_the_end_of_a_row_is_normalised_in_the_lanes(K, lanes):
+    x, lost = one_large(1, 1, K, lanes=lanes)
     one, zero = torch.ones(K), torch.zeros(K)
     exact = reference.layer_norm(x.double(), one.double(), zero.double(), EPS)
     out = cpu.norm_linear(x, one, zero, torch.eye(K), zero, EPS, False)
@@ -66,7 +75,7 @@ def test_the_end_of_a_row_is_normalised_in_the_lanes(K):
 
 def test_more_rows_and_other_dtypes_take_the_reference(monkeypatch):
     monkeypatch.setattr(cpu, "_linear", None)
-    for rows, dtype in ((5, torch.float32), (1, torch.float16), (1, torch.float64)):
+    for rows, dtype in ((17, torch.float32), (17, torch.bfloat16), (1, torch.float64)):
         x, w = torch.ones(1, rows, 8, dtype=dtype), torch.ones(8, 8, dtype=dtype)
         assert torch.equal(cpu.linear_add(x, w, w[0], x), reference.linear_add(x, w, w[0], x))
 
@@ -84,17 +93,47 @@ def test_bfloat16_results_round_to_the_nearest_even_and_nan_stays():
 def test_a_tensor_that_does_not_fit_is_refused():
     linear = torch.ops.gptneo_fast_csrc.linear.default
     x, w = torch.ones(1, 8), torch.ones(4, 8)
-    for args in (
-        (torch.ones(1, 7), w),
-        (torch.ones(5, 8), w),
-        (x.half(), w.half()),
-        (x, w.bfloat16()),
-        (x, torch.ones(8, 4).T),
+    for args, message in (
+        ((torch.ones(1, 7), w), "x is Float .1, 7., but must be"),
+        ((torch.ones(17, 8), w), "1 to 16 rows of 8 numbers"),
+        ((x.double(), w.double()), "weights are Double"),
+        ((x, w.bfloat16()), "of the weight's dtype"),
+        ((x, torch.ones(8, 4).T), "weight is Float .4, 8., but must be contiguous"),
     ):
-        with pytest.raises(RuntimeError, match="linear: "):
+        with pytest.raises(RuntimeError, match=f"gptneo_fast_csrc: .*{message}"):
             linear(*args, None, None, None, None, EPS, False)
-    with pytest.raises(RuntimeError, match="linear: all tensors"):
+    with pytest.raises(RuntimeError, match="bias is Float .3., but must be contiguous Float .4."):
         linear(x, w, torch.ones(3), None, None, None, EPS, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_number_of_two_bytes_is_read_and_written_as_it_is(dtype, lanes):
+    every = torch.arange(2**16).to(torch.uint16).view(dtype)[:, None]
+    for rows in (1, 3):
+        got = cpu.linear(torch.ones(rows, 1, dtype=dtype), every)
+        assert torch.equal(got.isnan(), every.T.expand(rows, -1).isnan())
+        assert torch.equal(got.nan_to_num(7.0), every.T.expand(rows, -1).nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_results_round_as_in_torch(dtype, lanes):
+    a = torch.randn(4096, 1, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 6, 4096)[:, None]
+    a, b = a.to(dtype), torch.tensor([[1.0 + 3 / 128]]).to(dtype)  # products of more digits than fit; subnormals, infinities
+    assert torch.equal(cpu.linear(b, a), (a.float() * b.float()).to(dtype).T)
+
+
+@pytest.mark.parametrize("V", [1, 3, 8, 31, 50257])
+def test_the_likeliest_is_the_first_of_the_largest(V, lanes):
+    rows = torch.randint(-3, 4, (6, V), generator=torch.Generator().manual_seed(V)).float()
+    rows[0] = float("-inf")
+    rows[1, V // 2] = float("nan")
+    rows[2, V - 1] = float("inf")
+    rows[3] = torch.finfo(torch.float32).min
+    want = torch.where(rows.isfinite().all(-1), rows.argmax(-1), -1)
+    assert want[:3].tolist() == [-1, -1, -1]
+    assert torch.equal(torch.ops.gptneo_fast_csrc.likeliest(rows, lanes), want)
+    assert torch.equal(extension.likeliest(rows), want)
+    assert torch.equal(extension.likeliest(rows.double()), want)
 
 
 def test_threads_change_nothing():
