@@ -8,6 +8,7 @@ backward.
 from __future__ import annotations
 
 import weakref
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,8 @@ class Plan:
         eps: of ln_1 and ln_2 of each block, then of ln_f.
     """
 
+    max_lanes: ClassVar[int] = 0  # floats of the widest vectors that may compute, 4, 8 or 16; 0 for what the CPU has
+
     def __init__(
         self, embeddings: list[Tensor], blocks: list[Tensor], last: list[Tensor], windows: list[int], eps: list[float]
     ) -> None:
@@ -81,7 +84,7 @@ class Plan:
         """
         decode = torch.ops.gptneo_fast_csrc.decode.default
         try:
-            found: Tensor = decode(self._number, x, positions, types, keys, values, lengths, starts, keep)
+            found: Tensor = decode(self._number, x, positions, types, keys, values, lengths, starts, keep, self.max_lanes)
         except RuntimeError as error:
             if str(error).startswith("gptneo_fast_csrc: "):
                 return None

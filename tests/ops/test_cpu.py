@@ -102,7 +102,7 @@ def test_a_tensor_that_does_not_fit_is_refused():
     ):
         with pytest.raises(RuntimeError, match=f"gptneo_fast_csrc: .*{message}"):
             linear(*args, None, None, None, None, EPS, False)
-    with pytest.raises(RuntimeError, match="bias is Float .3., but must be contiguous Float .4."):
+    with pytest.raises(RuntimeError, match=r"bias is Float .3., but must be contiguous Float .4."):
         linear(x, w, torch.ones(3), None, None, None, EPS, False)
 
 

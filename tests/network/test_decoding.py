@@ -1,0 +1,392 @@
+"""Few rows on the CPU in one call of the extension: the reference's results, whatever the shape; true to what was touched."""
+
+import copy
+import gc
+import os
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from gptneo_fast import GPTNeoConfig, GPTNeoForCausalLM
+from gptneo_fast.network import decoding
+from gptneo_fast.network.masks import Rows
+from gptneo_fast.ops import cpu, extension
+from tests.support.peers import SMALL, peers
+
+pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
+LANES = [n for n in (4, 8, 16) if extension.why_not() is None and n <= torch.ops.gptneo_fast_csrc.lanes()]
+# head_dim, inner width: below the lanes, their multiples and beside them, four vectors at a time and more
+SHAPES = [(8, None), (1, 5), (3, 77), (4, 64), (12, 40), (20, 33), (48, 96), (64, 129), (80, 320)]
+
+
+@pytest.fixture(params=LANES, ids=lambda n: f"{n} lanes")
+def lanes(request, monkeypatch):
+    monkeypatch.setattr(cpu.Plan, "max_lanes", request.param)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The blocks of each call of the extension, and whether it took them."""
+    found, plain = [], cpu.Plan.__call__
+
+    def called(self, *args):
+        out = plain(self, *args)
+        found.append((len(args[3]), out is not None))
+        return out
+
+    monkeypatch.setattr(cpu.Plan, "__call__", called)
+    return found
+
+
+def build(dtype=torch.float32, backend="auto", **changes):
+    torch.manual_seed(0)
+    model = GPTNeoForCausalLM(GPTNeoConfig(**(SMALL | changes)), backend=backend)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.08 + (1 if p.dim() == 1 else 0))
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def twin(model, dtype, backend="reference"):
+    """The same weights in plain torch."""
+    other = GPTNeoForCausalLM(model.config, backend=backend)
+    other.load_state_dict(model.state_dict())
+    return other.to(dtype).eval().requires_grad_(False)
+
+
+def steps(model, ids, sizes, starts=None, keep=None):
+    """Logits of pieces of ids [B, T], each appended to the cache of those before it; and the cache."""
+    cache, at, out = model.transformer.new_cache(len(ids)), 0, []
+    for n, size in enumerate(sizes):
+        places = torch.arange(at, at + size)[None]
+        rows = Rows(starts=starts) if n == 0 and starts is not None else Rows()
+        out.append(model.step(ids[:, at : at + size].contiguous(), places, None, cache, keep=keep or size, rows=rows))
+        at += size
+    return out, cache
+
+
+def check(model, ids, sizes):
+    """All logits, and what the cache holds, err from float64 by at most twice what plain torch errs in this dtype and one
+    rounding, in the mean by 1.5 times and a quarter of one."""
+    exact, plain, got = (steps(m, ids, sizes) for m in (twin(model, torch.float64), twin(model, model.dtype), model))
+    compared = [[torch.cat(out, 1) for out, _ in (exact, plain, got)]]
+    for name in ("keys", "values"):
+        for tensors in zip(*(getattr(cache, name) for _, cache in (exact, plain, got)), strict=True):
+            slots = min(sum(sizes), *(t.shape[2] for t in tensors))
+            compared.append([t[:, :, :slots].double() for t in tensors])
+    for e, p, g in compared:
+        rounding = e.abs().max() * torch.finfo(model.dtype).eps
+        may, error = (p - e).abs(), (g - e).abs()
+        assert error.max() <= 2 * (may.max() + rounding)
+        assert error.mean() <= 1.5 * may.mean() + rounding / 4
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize(("D", "F"), SHAPES)
+def test_steps_of_every_shape_and_dtype_compute_what_the_reference_does(D, F, dtype, lanes, calls):
+    model = build(dtype, hidden_size=4 * D, intermediate_size=F)
+    ids = torch.randint(0, 97, (1, 22), generator=torch.Generator().manual_seed(D))
+    check(model, ids, [9, 1, 1, 3, 8])  # the window of 7 is crossed in the first
+    assert calls == [(3, True)] * 5
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("B", [1, 2, 3, 16])
+def test_batches_and_rings_that_wrapped(B, dtype, lanes, calls):
+    model = build(dtype)
+    ids = torch.randint(0, 97, (B, 304), generator=torch.Generator().manual_seed(B))
+    sizes = [280, 1, 1, *([16 // B] if B < 16 else []), 1]  # a ring has 135 slots
+    check(model, ids, sizes)
+    assert calls == [(3, True)] * (len(sizes) - 1)
+
+
+def test_left_padding_is_never_stored_and_never_seen(calls):
+    model = build()
+    ids = torch.randint(0, 97, (3, 9), generator=torch.Generator().manual_seed(5))
+    starts = torch.tensor([0, 2, 4], dtype=torch.int32)
+    places = (torch.arange(5)[None] - starts[:, None]).clamp(min=0)
+    cache = model.transformer.new_cache(3)
+    got = [model.step(ids[:, :5].contiguous(), places, None, cache, keep=5, rows=Rows(starts=starts))]
+    got += [model.step(ids[:, i : i + 1].contiguous(), places[:, -1:] + i - 4, None, cache) for i in range(5, 9)]
+    assert calls == [(3, True)] * 5 and cache.lengths.tolist() == [9, 7, 5]
+    for row in range(3):
+        start = int(starts[row])
+        alone, _ = steps(model, ids[row : row + 1, start:], [5 - start, 1, 1, 1, 1])
+        assert torch.equal(got[0][row, start:], alone[0][0])
+        for together, single in zip(got[1:], alone[1:], strict=True):
+            assert torch.equal(together[row], single[0])
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+def test_a_rows_bits_know_nothing_of_its_company_of_threads_or_of_how_it_came(dtype, lanes):
+    model = build(dtype, hidden_size=96, num_heads=4, intermediate_size=700, vocab_size=4099)
+    ids = torch.randint(0, 4099, (5, 12), generator=torch.Generator().manual_seed(1))
+    together, _ = steps(model, ids, [3, 3, 1, 3, 1, 1])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2 if threads == 1 else 1)
+        alone = [steps(model, ids[row : row + 1], [3, 3, 1, 3, 1, 1])[0] for row in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    for row in range(5):
+        assert all(torch.equal(t[row], a[0]) for t, a in zip(together, alone[row], strict=True))
+    one_by_one, _ = steps(model, ids, [1] * 12)
+    assert torch.equal(torch.cat(one_by_one, 1), torch.cat(together, 1))
+
+
+def test_token_types_embeddings_and_kept_columns(calls):
+    model = build()
+    plain = twin(model, torch.float32)
+    ids, types = (torch.randint(0, 97, (2, 6), generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    places = torch.tensor([[3, 4, 5, 9, 10, 11]])
+    got, want = (
+        m.step(ids, places, types, m.transformer.new_cache(2), keep=2)  # a row of positions for all
+        for m in (model, plain)
+    )
+    assert got.shape == (2, 2, 97)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    embeds = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(2))
+    got, want = (m(inputs_embeds=embeds, use_cache=True).logits for m in (model, plain))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert calls == [(3, True)] * 2
+
+
+def test_only_what_is_in_sight_is_read_and_only_new_slots_are_written():
+    model = build()
+    ids = torch.randint(0, 97, (1, 200), generator=torch.Generator().manual_seed(3))
+    _, cache = steps(model, ids[:, :199], [199])
+    cache.reserve(1)
+    for layer, window in enumerate(cache.windows):
+        keys, values = cache.keys[layer], cache.values[layer]
+        R = keys.shape[2]
+        seen = {t % R for t in range(max(0, 199 - window + 1) if window else 0, 199)}
+        for slot in set(range(R)) - seen:
+            keys[:, :, slot] = values[:, :, slot] = float("nan")
+    before = [t.clone() for t in (*cache.keys, *cache.values)]
+    logits = model.step(ids[:, 199:], torch.tensor([[199]]), None, cache)
+    whole = twin(model, torch.float64)(ids).logits[:, -1:]
+    assert (logits - whole).abs().max() < 1e-5
+    for old, new in zip(before, (*cache.keys, *cache.values), strict=True):
+        slot = 199 % old.shape[2]
+        assert new[:, :, slot].isfinite().all()
+        old[:, :, slot] = new[:, :, slot]
+        assert torch.equal(old, new) or (
+            torch.equal(old.isnan(), new.isnan()) and torch.equal(old.nan_to_num(), new.nan_to_num())
+        )
+
+
+def agrees(model, cache, token):
+    """What the model gives for one more token, beside a twin of it in plain torch made this moment."""
+    place = torch.tensor([[cache.get_seq_length()]])
+    other, mine = copy.deepcopy(cache), copy.deepcopy(cache)
+    plain = copy.deepcopy(model)
+    plain.transformer.requested_backend = "reference"
+    want = plain.step(token, place, None, other)
+    got = model.step(token, place, None, mine)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(model(token, past_key_values=copy.deepcopy(cache)).logits, want, atol=2e-5, rtol=2e-5)
+    return got
+
+
+def swap(a, b):
+    a.data, b.data = b.data, a.data
+
+
+def replace(module, name, value):
+    setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+CHANGES = {
+    "a value in place": lambda m: m.transformer.h[1].mlp.c_fc.weight.mul_(1.5),
+    "a parameter": lambda m: replace(m.transformer.h[1].mlp.c_fc, "weight", m.transformer.h[1].mlp.c_fc.weight * 1.5),
+    "its data": lambda m: setattr(m.transformer.h[2].ln_1.weight, "data", m.transformer.h[2].ln_1.weight * 3),
+    "its data, transposed": lambda m: setattr(
+        m.transformer.h[0].attn.attention.q_proj.weight, "data", m.transformer.h[0].attn.attention.q_proj.weight.t()
+    ),
+    "two swapped": lambda m: swap(
+        m.transformer.h[0].attn.attention.q_proj.weight, m.transformer.h[1].attn.attention.k_proj.weight
+    ),
+    "a norm's epsilon": lambda m: setattr(m.transformer.h[1].ln_2, "eps", 0.3),
+    "ln_f's epsilon": lambda m: setattr(m.transformer.ln_f, "eps", 0.3),
+    "a norm": lambda m: setattr(m.transformer.h[1], "ln_2", nn.LayerNorm(32, eps=0.2)),
+    "a linear layer": lambda m: setattr(m.transformer.h[1].mlp, "c_proj", nn.Linear(128, 32)),
+    "blocks in another order": lambda m: setattr(m.transformer, "h", nn.ModuleList(m.transformer.h[i] for i in (0, 2, 1))),
+    "a block doubled": lambda m: m.transformer.h.__setitem__(2, m.transformer.h[1]),
+    "a block by another's weights": lambda m: m.transformer.h.__setitem__(1, copy.deepcopy(m.transformer.h[2])),
+    "the dtype": lambda m: m.double(),
+    "the embeddings": lambda m: m.set_input_embeddings(nn.Embedding(97, 32)),
+    "the head": lambda m: setattr(m, "lm_head", nn.Linear(32, 97, bias=False)),
+    "the positions": lambda m: replace(m.transformer.wpe, "weight", m.transformer.wpe.weight * 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_between_two_steps_counts(change):
+    model = build()
+    ids = torch.randint(0, 97, (1, 12), generator=torch.Generator().manual_seed(4))
+    _, cache = steps(model, ids, [10, 1])
+    before = agrees(model, cache, ids[:, 11:])
+    if change == "the dtype":
+        cache.keys, cache.values = ([t.double() for t in ts] for ts in (cache.keys, cache.values))
+    torch.manual_seed(1)
+    CHANGES[change](model)
+    model.requires_grad_(False)
+    after = agrees(model, cache, ids[:, 11:])
+    if change != "the dtype":
+        assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_blocks_beside_a_touched_one_run_together(calls):
+    theirs, ours = peers(num_layers=5)
+    ids = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(6))
+    outs = []
+    for model in (theirs, ours):
+        model.transformer.h[2].mlp.register_forward_hook(lambda module, args, out: out * 1.5)
+        with torch.no_grad():
+            past = model(ids[:, :8], use_cache=True).past_key_values
+            calls.clear()
+            outs.append(model(ids[:, 8:], past_key_values=past).logits)
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-4, rtol=1e-4)
+    assert calls == [(2, True), (2, True)]
+
+
+def test_hidden_states_are_those_of_each_block(calls):
+    theirs, ours = peers()
+    ids = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(6))
+    outs = []
+    for model in (theirs, ours):
+        with torch.no_grad():
+            past = model(ids[:, :8], use_cache=True).past_key_values
+            calls.clear()
+            outs.append(model(ids[:, 8:], past_key_values=past, output_hidden_states=True))
+    assert calls == [(1, True)] * 3
+    for got, want in zip(outs[1].hidden_states, outs[0].hidden_states, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_plan_ends_with_its_trunk():
+    model = build()
+    steps(model, torch.zeros(1, 2, dtype=torch.long), [1, 1])
+    (planned,) = decoding._plans[model.transformer].values()
+    number = planned.call._number
+    del model, planned
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"there is no plan {number}"):
+        torch.ops.gptneo_fast_csrc.decode(
+            number, torch.zeros(1, 1, dtype=torch.long), None, None, [], [], torch.zeros(1, dtype=torch.int32), None, 1
+        )
+
+
+def test_several_threads_and_a_forked_child_compute_the_same():
+    model = build(vocab_size=20011)
+    ids = torch.randint(0, 20011, (4, 6), generator=torch.Generator().manual_seed(7))
+    want = [torch.cat(steps(model, row[None], [1] * 6)[0], 1) for row in ids]
+    got = [None] * 4
+
+    def run(i):
+        with torch.no_grad():
+            got[i] = torch.cat(steps(model, ids[i : i + 1], [1] * 6)[0], 1)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, got, want))
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # a forked child has none of its parent's
+        same = torch.equal(torch.cat(steps(model, ids[:1], [1] * 6)[0], 1), want[0])
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def arguments(model, cache):
+    """Of the op, for one token."""
+    trunk = model.transformer
+    blocks = []
+    for b in trunk.h:
+        a, m = b.attn.attention, b.mlp
+        blocks += [b.ln_1.weight, b.ln_1.bias, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.out_proj.weight]
+        blocks += [a.out_proj.bias, b.ln_2.weight, b.ln_2.bias, m.c_fc.weight, m.c_fc.bias, m.c_proj.weight, m.c_proj.bias]
+    last = [trunk.ln_f.weight, trunk.ln_f.bias, model.lm_head.weight]
+    plan = ([trunk.wte.weight, trunk.wpe.weight], blocks, last, list(cache.windows), [1e-5] * (2 * len(trunk.h) + 1))
+    token = torch.tensor([[5]])
+    return plan, [token, torch.tensor([[2]]), None, cache.keys, cache.values, cache.lengths, None, 1]
+
+
+REFUSED = {
+    "an id": (lambda p, a: a.__setitem__(0, torch.tensor([[97]])), "ids holds 97, but must be from 0 to 96"),
+    "a negative id": (lambda p, a: a.__setitem__(0, torch.tensor([[-1]])), "ids holds -1"),
+    "a position": (lambda p, a: a.__setitem__(1, torch.tensor([[640]])), "positions holds 640, but must be from 0 to 639"),
+    "int32 ids": (lambda p, a: a.__setitem__(0, torch.tensor([[5]], dtype=torch.int32)), "ids is Int .1, 1."),
+    "many rows": (lambda p, a: a.__setitem__(0, torch.zeros(1, 17, dtype=torch.long)), "17 rows, but must have from 1 to 16"),
+    "no rows": (lambda p, a: a.__setitem__(0, torch.zeros(1, 0, dtype=torch.long)), "0 rows"),
+    "no positions": (lambda p, a: a.__setitem__(1, None), "ids need positions"),
+    "kept columns": (lambda p, a: a.__setitem__(7, 2), "keep is 2, but must be from 1 to 1"),
+    "a length": (lambda p, a: a.__setitem__(5, torch.tensor([-1], dtype=torch.int32)), "row 0 holds -1 tokens"),
+    "no room": (
+        lambda p, a: a.__setitem__(5, torch.tensor([64], dtype=torch.int32)),
+        "a layer has 64 slots, but row 0 needs 65",
+    ),
+    "a start": (lambda p, a: a.__setitem__(6, torch.tensor([2], dtype=torch.int32)), "begins at column 2"),
+    "values of a shape": (lambda p, a: a.__setitem__(4, [t[:, :, :1] for t in a[4]]), "keys or values are Float"),
+    "a cache's dtype": (lambda p, a: a.__setitem__(3, [t.double() for t in a[3]]), "keys or values are Double"),
+    "a layer too many": (lambda p, a: a.__setitem__(3, [*a[3], a[3][0]]), "4 keys and 3 values, but 3 blocks"),
+    "another width": (
+        lambda p, a: p[1].__setitem__(0, torch.ones(31)),
+        "block 0's ln_1.weight is Float .31., but must be contig",
+    ),
+    "another dtype": (lambda p, a: p[1].__setitem__(15, torch.ones(32, 32).half()), "block 1's q_proj.weight is Half .32, 32."),
+    "strides": (
+        lambda p, a: p[1].__setitem__(2, torch.ones(32, 32).t()[::1].t().t()),
+        "q_proj.weight is Float .32, 32., but must be",
+    ),
+    "an inner width": (lambda p, a: p[1].__setitem__(11, torch.ones(32, 31)), "block 0's c_proj.weight is Float .32, 31."),
+    "a head": (lambda p, a: p[2].__setitem__(2, torch.ones(97, 31)), "lm_head.weight is Float .97, 31."),
+    "a window": (lambda p, a: p[3].__setitem__(1, -1), "a window is -1"),
+    "epsilons": (lambda p, a: p[4].pop(), "6 epsilons are not those of a number of blocks"),
+    "embeddings": (lambda p, a: p[0].pop(), "1 tensors before the blocks"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(case):
+    model = build()
+    _, cache = steps(model, torch.ones(1, 2, dtype=torch.long), [2])
+    before = [t.clone() for t in (*cache.keys, *cache.values)]
+    plan, args = arguments(model, cache)
+    spoil, message = REFUSED[case]
+    spoil(plan, args)
+    with pytest.raises(RuntimeError, match=f"gptneo_fast_csrc: .*{message}"):
+        torch.ops.gptneo_fast_csrc.decode(torch.ops.gptneo_fast_csrc.plan(*plan), *args)
+    assert all(map(torch.equal, before, (*cache.keys, *cache.values)))
+
+
+def test_the_arguments_of_these_refusals_are_else_taken():
+    model = build()
+    _, cache = steps(model, torch.ones(1, 2, dtype=torch.long), [2])
+    plan, args = arguments(model, cache)
+    got = torch.ops.gptneo_fast_csrc.decode(torch.ops.gptneo_fast_csrc.plan(*plan), *args)
+    _, other = steps(model, torch.ones(1, 2, dtype=torch.long), [2])
+    assert torch.equal(got, model.step(args[0], args[1], None, other))
+
+
+def test_tracing_and_transforms_do_not_see_it(calls):
+    model = build()
+    _, cache = steps(model, torch.ones(1, 2, dtype=torch.long), [2])
+    calls.clear()
+    token = torch.tensor([[5]])
+    vmapped = torch.func.vmap(lambda ids: model(ids[None], use_cache=False).logits)(token.expand(3, 1))
+    torch.jit.trace(lambda ids: model(ids, past_key_values=cache.fork()).logits, (token,), check_trace=False)
+    assert vmapped.shape[0] == 3 and not calls
+
+
+def test_gradients_go_through_a_cache_and_not_through_the_extension(calls):
+    model = build()
+    model.transformer.h[1].mlp.c_fc.weight.requires_grad_(True)
+    past = model(torch.ones(1, 4, dtype=torch.long), use_cache=True).past_key_values
+    model(torch.ones(1, 1, dtype=torch.long), past_key_values=past).logits.sum().backward()
+    assert model.transformer.h[1].mlp.c_fc.weight.grad.abs().sum() > 0 and not calls
