@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -75,12 +76,7 @@ struct Reader {
   }
 };
 
-// What the layers of a cache have in common.
-struct Cached {
-  int64_t B, H, D;
-};
-
-void read_cache(Layer& l, const Tensor& keys, const Tensor& values, ScalarType dtype, const Cached& c) {
+void read_cache(Layer& l, const Tensor& keys, const Tensor& values, ScalarType dtype, const Step& c) {
   const Tensor* both[] = {&keys, &values};
   for (const Tensor* t : both) {
     bool fits = t->dim() == 4 && t->scalar_type() == dtype && t->is_cpu() && t->size(0) == c.B && t->size(1) == c.H &&
@@ -128,12 +124,12 @@ const int32_t* counts(const Tensor& t, int64_t B, const char* name) {
   return static_cast<const int32_t*>(t.const_data_ptr());
 }
 
-// Every token that a query sees has a slot of its own.
-void check_slots(const Step& s, const Layer& layer) {
+// Every token that a query sees has a slot of its own, `ahead` tokens later, too.
+void check_slots(const Step& s, const Layer& layer, int64_t ahead) {
   for (int64_t b = 0; b < s.B; ++b) {
     const int64_t held = s.lengths[b], start = s.starts ? s.starts[b] : 0, end = held + s.T - start;
     if (held < 0 || start < 0 || start > s.T) refuse("row ", b, " holds ", held, " tokens and begins at column ", start);
-    const int64_t needed = layer.window ? std::min(end, layer.window - 1 + s.T) : end;
+    const int64_t needed = layer.window ? std::min(end + ahead, layer.window - 1 + s.T) : end + ahead;
     if (needed > layer.R) refuse("a layer has ", layer.R, " slots, but row ", b, " needs ", needed);
   }
 }
@@ -215,72 +211,154 @@ std::shared_ptr<const Plan> plan_of(int64_t number) {
   return found->second;
 }
 
+// A step, and what it points to.
+struct Prepared {
+  std::shared_ptr<const Plan> plan;
+  Step s{};
+  std::vector<Layer> layers;
+  Norm norm{};
+  Product head{};
+  std::vector<Tensor> keys, values;
+};
+
+void read_inputs(Prepared& p, const Tensor& x, const std::optional<Tensor>& positions, const std::optional<Tensor>& types) {
+  Step& s = p.s;
+  const ScalarType dtype = p.plan->blocks[0].scalar_type();
+  const Reader read{dtype, -1};
+  const int64_t B = s.B, T = s.T, C = s.C();
+  if (p.plan->embeddings.empty()) {
+    if (x.size(2) != C || x.scalar_type() != dtype) refuse("x is ", shape(x), ", but weights and cache are of width ", C);
+    s.x = x.const_data_ptr();
+    return;
+  }
+  if (!positions) refuse("ids need positions");
+  const Tensor &wte = p.plan->embeddings[0], &wpe = p.plan->embeddings[1];
+  const int64_t V = read.rows_of(wte, "wte"), P = read.rows_of(wpe, "wpe");
+  s.wte = read(wte, V, C, "wte.weight");
+  s.wpe = read(wpe, P, C, "wpe.weight");
+  s.ids = numbers(x, B, T, false, V, "ids");
+  s.types = types ? numbers(*types, B, T, false, V, "token types") : nullptr;
+  s.positions = numbers(*positions, B, T, true, P, "positions");
+  s.position_rows = positions->size(0);
+}
+
+void read_last(Prepared& p) {
+  const std::vector<Tensor>& last = p.plan->last;
+  const Reader read{p.plan->blocks[0].scalar_type(), -1};
+  const int64_t C = p.s.C();
+  if (last.empty()) return;
+  p.norm = {read(last[0], 0, C, "ln_f.weight"), read(last[1], 0, C, "ln_f.bias"), static_cast<float>(p.plan->eps.back())};
+  p.s.norm = &p.norm;
+  if (last.size() < 3) return;
+  p.s.V = read.rows_of(last[2], "lm_head.weight");
+  p.head = {{read(last[2], p.s.V, C, "lm_head.weight")}, 1, p.s.V, C, nullptr};
+  p.s.head = &p.head;
+}
+
+// Everything but `keep` and the output; the cache must have room for `ahead` tokens more.
+void prepare(Prepared& p, int64_t number, const Tensor& x, const std::optional<Tensor>& positions,
+             const std::optional<Tensor>& types, const Tensor& lengths, const std::optional<Tensor>& starts, int64_t ahead) {
+  p.plan = plan_of(number);
+  Step& s = p.s;
+  s.L = static_cast<int64_t>(p.plan->windows.size());
+  const bool embeds = !p.plan->embeddings.empty();
+  if (x.dim() != (embeds ? 2 : 3) || !x.is_cpu() || !x.is_contiguous())
+    refuse("x is ", shape(x), ", but must be contiguous ", embeds ? "ids [B, T]" : "hidden states [B, T, C]", " on the CPU");
+  if (static_cast<int64_t>(p.keys.size()) != s.L || p.keys.size() != p.values.size())
+    refuse(p.keys.size(), " keys and ", p.values.size(), " values, but ", s.L, " blocks");
+  s.B = x.size(0), s.T = x.size(1);
+  const ScalarType dtype = p.plan->blocks[0].scalar_type();
+  s.number = number_of(dtype);
+  if (s.B * s.T < 1 || s.B * s.T > kMaxRows) refuse("x has ", s.B * s.T, " rows, but must have from 1 to ", kMaxRows);
+  if (p.keys[0].dim() != 4) refuse("keys are ", shape(p.keys[0]), ", but must have four axes");
+  s.H = p.keys[0].size(1), s.D = p.keys[0].size(3);
+  if (s.H < 1 || s.D < 1 || s.D > kMaxHeadDim)
+    refuse("keys are ", shape(p.keys[0]), ", but a head must be from 1 to ", kMaxHeadDim, " wide");
+  read_inputs(p, x, positions, types);
+  s.lengths = counts(lengths, s.B, "lengths");
+  s.starts = starts ? counts(*starts, s.B, "starts") : nullptr;
+  p.layers.resize(s.L);
+  for (int64_t i = 0; i < s.L; ++i) {
+    Layer& layer = p.layers[i];
+    read_parameters(layer, &p.plan->blocks[kParameters * i], Reader{dtype, i}, s.C());
+    read_cache(layer, p.keys[i], p.values[i], dtype, s);
+    layer.window = p.plan->windows[i];
+    layer.ln_1.eps = static_cast<float>(p.plan->eps[2 * i]);
+    layer.ln_2.eps = static_cast<float>(p.plan->eps[2 * i + 1]);
+    check_slots(s, layer, ahead);
+  }
+  s.layers = p.layers.data();
+  read_last(p);
+}
+
 Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, std::optional<Tensor> types,
               std::vector<Tensor> keys, std::vector<Tensor> values, const Tensor& lengths, std::optional<Tensor> starts, int64_t keep,
               int64_t max_lanes) {
-  const std::shared_ptr<const Plan> plan = plan_of(number);
-  const int64_t L = static_cast<int64_t>(plan->windows.size());
-  const bool embeds = !plan->embeddings.empty();
-  if (x.dim() != (embeds ? 2 : 3) || !x.is_cpu() || !x.is_contiguous())
-    refuse("x is ", shape(x), ", but must be contiguous ", embeds ? "ids [B, T]" : "hidden states [B, T, C]", " on the CPU");
-  if (static_cast<int64_t>(keys.size()) != L || keys.size() != values.size())
-    refuse(keys.size(), " keys and ", values.size(), " values, but ", L, " blocks");
-  const int64_t B = x.size(0), T = x.size(1);
-  const ScalarType dtype = plan->blocks[0].scalar_type();
-  if (B * T < 1 || B * T > kMaxRows) refuse("x has ", B * T, " rows, but must have from 1 to ", kMaxRows);
-  if (keep < 1 || keep > T) refuse("keep is ", keep, ", but must be from 1 to ", T);
-  if (keys[0].dim() != 4) refuse("keys are ", shape(keys[0]), ", but must have four axes");
-  const Cached cached{B, keys[0].size(1), keys[0].size(3)};
-  if (cached.H < 1 || cached.D < 1 || cached.D > kMaxHeadDim)
-    refuse("keys are ", shape(keys[0]), ", but a head must be from 1 to ", kMaxHeadDim, " wide");
-  const Reader read{dtype, -1};
-  Step s{};
-  s.number = number_of(dtype);
-  s.B = B, s.T = T, s.H = cached.H, s.D = cached.D, s.L = L, s.keep = keep;
-  const int64_t C = s.C();
-  if (embeds) {
-    if (!positions) refuse("ids need positions");
-    const Tensor &wte = plan->embeddings[0], &wpe = plan->embeddings[1];
-    const int64_t V = read.rows_of(wte, "wte"), P = read.rows_of(wpe, "wpe");
-    s.wte = read(wte, V, C, "wte.weight");
-    s.wpe = read(wpe, P, C, "wpe.weight");
-    s.ids = numbers(x, B, T, false, V, "ids");
-    s.types = types ? numbers(*types, B, T, false, V, "token types") : nullptr;
-    s.positions = numbers(*positions, B, T, true, P, "positions");
-    s.position_rows = positions->size(0);
-  } else {
-    if (x.size(2) != C || x.scalar_type() != dtype) refuse("x is ", shape(x), ", but weights and cache are of width ", C);
-    s.x = x.const_data_ptr();
-  }
-  s.lengths = counts(lengths, B, "lengths");
-  s.starts = starts ? counts(*starts, B, "starts") : nullptr;
-  std::vector<Layer> layers(L);
-  for (int64_t i = 0; i < L; ++i) {
-    Layer& layer = layers[i];
-    read_parameters(layer, &plan->blocks[kParameters * i], Reader{dtype, i}, C);
-    read_cache(layer, keys[i], values[i], dtype, cached);
-    layer.window = plan->windows[i];
-    layer.ln_1.eps = static_cast<float>(plan->eps[2 * i]);
-    layer.ln_2.eps = static_cast<float>(plan->eps[2 * i + 1]);
-    check_slots(s, layer);
-  }
-  s.layers = layers.data();
-  Norm norm{};
-  Product head{};
-  if (!plan->last.empty()) {
-    norm = {read(plan->last[0], 0, C, "ln_f.weight"), read(plan->last[1], 0, C, "ln_f.bias"),
-            static_cast<float>(plan->eps.back())};
-    s.norm = &norm;
-  }
-  if (plan->last.size() == 3) {
-    s.V = read.rows_of(plan->last[2], "lm_head.weight");
-    head = {{read(plan->last[2], s.V, C, "lm_head.weight")}, 1, s.V, C, nullptr};
-    s.head = &head;
-  }
-  Tensor out = s.head ? torch::stable::new_empty(lengths, {B, keep, s.V}, ScalarType::Float)
-                      : torch::stable::new_empty(keys[0], {B, keep, C});
+  Prepared p;
+  p.keys = std::move(keys), p.values = std::move(values);
+  prepare(p, number, x, positions, types, lengths, starts, 0);
+  Step& s = p.s;
+  if (keep < 1 || keep > s.T) refuse("keep is ", keep, ", but must be from 1 to ", s.T);
+  s.keep = keep;
+  Tensor out = s.head ? torch::stable::new_empty(lengths, {s.B, keep, s.V}, ScalarType::Float)
+                      : torch::stable::new_empty(p.keys[0], {s.B, keep, s.C()});
   s.out = out.mutable_data_ptr();
   lanes_of(lanes(max_lanes)).decode(s, run_parallel, workspace(workspace_floats(s)));
+  return out;
+}
+
+// Up to `steps` steps, each on the likeliest tokens of the one before it: tokens int64 [B, n], fewer where all rows have ended.
+// The first token of a row that is one of `ends` is its last; `pad` follows. A row whose logits are not finite gets -1 in that
+// place, and has ended. In the first `least` steps `ends` are not chosen.
+Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::vector<Tensor> keys, std::vector<Tensor> values,
+              const Tensor& lengths, const Tensor& running, std::vector<int64_t> ends, int64_t pad, int64_t least, int64_t steps,
+              int64_t max_lanes) {
+  if (steps < 1) refuse("steps is ", steps, ", but must be at least 1");
+  Prepared p;
+  p.keys = std::move(keys), p.values = std::move(values);
+  prepare(p, number, ids, positions, std::nullopt, lengths, std::nullopt, steps - 1);
+  Step& s = p.s;
+  if (!s.head || !s.ids || s.T != 1) refuse("greedy steps are from ids [B, 1] to logits");
+  if (pad < 0 || pad >= s.V) refuse("pad is ", pad, ", but must be from 0 to ", s.V - 1);
+  if (running.dim() != 1 || running.size(0) != s.B || running.scalar_type() != ScalarType::Bool || !running.is_contiguous() ||
+      !running.is_cpu())
+    refuse("running is ", shape(running), ", but must be contiguous Bool [", s.B, "] on the CPU");
+  const int64_t P = p.plan->embeddings[1].size(0), V = std::min(s.V, p.plan->embeddings[0].size(0));
+  for (int64_t i = 0; i < s.position_rows; ++i)
+    if (s.positions[i] + steps > P) refuse("positions go on from ", s.positions[i], " for ", steps, ", past ", P);
+  const auto* alive = static_cast<const bool*>(running.const_data_ptr());
+  std::vector<bool> runs(alive, alive + s.B);
+  std::vector<int64_t> token(s.ids, s.ids + s.B), place(s.positions, s.positions + s.position_rows), found;
+  std::vector<int32_t> held(s.lengths, s.lengths + s.B);
+  std::vector<float> logits(s.B * s.V);
+  s.ids = token.data(), s.positions = place.data(), s.lengths = held.data(), s.keep = 1, s.out = logits.data();
+  const Lanes& of = lanes_of(lanes(max_lanes));
+  float* space = workspace(workspace_floats(s));
+  int64_t n = 0;
+  for (bool any = true; any && n < steps; ++n) {
+    of.decode(s, run_parallel, space);
+    any = false;
+    for (int64_t b = 0; b < s.B; ++b) {
+      float* row = &logits[b * s.V];
+      int64_t best = of.likeliest(row, s.V);
+      if (best >= 0 && n < least) {
+        for (const int64_t end : ends)
+          if (end >= 0 && end < s.V) row[end] = -std::numeric_limits<float>::infinity();
+        best = std::max_element(row, row + s.V) - row;
+      }
+      if (best >= V) refuse("token ", best, " has no embedding");
+      found.push_back(runs[b] ? best : pad);
+      token[b] = runs[b] && best >= 0 ? best : pad;
+      runs[b] = runs[b] && best >= 0 && std::find(ends.begin(), ends.end(), best) == ends.end();
+      any = any || runs[b];
+      ++held[b];
+    }
+    for (int64_t& at : place) ++at;
+  }
+  Tensor out = torch::stable::new_empty(lengths, {s.B, n}, ScalarType::Long);
+  auto* to = static_cast<int64_t*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t b = 0; b < s.B; ++b) to[b * n + i] = found[i * s.B + b];
   return out;
 }
 
@@ -340,10 +418,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps,"
       " bool gelu, int max_lanes=0) -> Tensor");
   m.def("likeliest(Tensor logits, int max_lanes=0) -> Tensor");
+  m.def(
+      "greedy(int plan, Tensor ids, Tensor positions, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor lengths, Tensor running,"
+      " int[] ends, int pad, int least, int steps, int max_lanes=0) -> Tensor");
   m.def("lanes() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode));
+  m.impl("greedy", TORCH_BOX(&greedy));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("likeliest", TORCH_BOX(&likeliest));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from ..ops import extension
 from .request import LanguageModel, Request, non_finite
 from .session import Session
+
+_STEPS, _SECONDS = 32, 0.05  # the most that runs in one call, which nothing can interrupt
 
 
 def stepwise(model: LanguageModel, request: Request) -> Iterator[Tensor]:
@@ -31,7 +34,18 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     broken: dict[int, int] = {}  # row -> columns that it had
     plain = not options.do_sample and not request.processors
+    steps = 1
     while ids.shape[1] < request.total:
+        T, begin = ids.shape[1], time.monotonic()
+        if request.greedy and (found := session.greedy(ids, request.several(T, running, steps))) is not None:
+            steps = min(_STEPS, 1 + int(_SECONDS * found.shape[1] / (time.monotonic() - begin)))
+            tokens, running = request.settle(found, running, T, broken)
+            ids = torch.cat([ids, tokens], 1)
+            if tokens.shape[1]:
+                yield tokens
+            if not bool(running.any()):
+                break
+            continue
         logits = session.feed(ids)[:, -1].float()
         best = extension.likeliest(logits)
         if not options.remove_invalid_values and min(best.tolist()) < 0:

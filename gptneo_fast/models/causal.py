@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
 from ..generation import GenerationConfig, GenerationMixin, TextMixin
-from ..network import touch
+from ..network import decoding, touch
 from ..network.cache import KVCache
+from ..network.decoding import Greedy
+from ..network.fused import OURS
 from ..network.inputs import check_labels, check_unknown, select_positions
 from ..network.masks import Rows
 from ..network.outputs import CausalLMOutputWithPast
-from ..ops import backends
+from ..ops import backends, cpu
 from ..ops.constants import LOGITS_ALIGN
 from .model import GPTNeoModel
 from .pretrained import GPTNeoPreTrainedModel, returns_output
@@ -129,10 +131,12 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         as in `step`: with an odd V the rows begin where the library can store one element at a time only.
         """
         head: Any = self.lm_head
-        kernels = not torch.is_grad_enabled() and self.backend.name == "triton" and not torch.compiler.is_compiling()
-        if not kernels or touch.observed(hidden.device) or not _is_plain_head(head):
+        name = "reference" if torch.is_grad_enabled() or not touch.is_readable() else self.backend.name
+        if name == "reference" or touch.observed(hidden.device) or not _is_plain_head(head):
             logits: Tensor = head(hidden)
             return logits
+        if name == "cpu":
+            return cpu.linear(hidden, head.weight)
         V = head.weight.shape[0]
         logits = hidden.new_empty(*hidden.shape[:-1], V + -V % LOGITS_ALIGN)
         torch.mm(hidden.flatten(0, -2), head.weight.t(), out=logits.view(-1, logits.shape[-1])[:, :V])  # [M, C] x [C, V]
@@ -231,8 +235,21 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         with backends.early_launches(self.backend) if self.early_launch else nullcontext():
             return call(head=head, keep=keep) if fusing else wide(head(call().narrow(1, T - keep, keep)))
 
+    def greedy(self, ids: Tensor, position_ids: Tensor, cache: KVCache, how: Greedy) -> Tensor | None:
+        """Tokens [B, n] of several steps of generation in one call, each the likeliest; None where that cannot be had.
 
-touch.ours(GPTNeoForCausalLM, methods=("forward", "prepare_inputs_for_generation"))
+        Args:
+            ids: int64 [B, 1]. position_ids: [B or 1, 1]. cache: of the columns before; appended to.
+        """
+        trunk, rows, head = self.transformer, Rows(), cast(nn.Linear, self.lm_head)
+        if not self.looked() or touch.observed(ids.device) or not touch.has_own(self, GPTNeoForCausalLM, "step"):
+            return None
+        if not decoding.takes(trunk.functions(ids), ids, cache, rows):
+            return None
+        return decoding.Few(trunk, cache, rows, OURS).greedy(head, ids, position_ids, how)
+
+
+touch.ours(GPTNeoForCausalLM, methods=("forward", "prepare_inputs_for_generation", "step"))
 
 
 def _is_plain_head(head: Any) -> bool:

@@ -36,6 +36,17 @@ class Span:
     head: nn.Linear | None = None
 
 
+@dataclass(frozen=True)
+class Greedy:
+    """How several steps go on by themselves, as in `cpu.Plan.greedy`."""
+
+    running: Tensor
+    ends: list[int]
+    pad: int
+    least: int
+    steps: int
+
+
 @dataclass
 class _Planned:
     """A plan, and by what it is known to hold."""
@@ -84,6 +95,26 @@ class Few:
             keep: columns that are wanted, the last ones.
             positions: [B or 1, T]. types: [B, T] or None.
         """
+        planned, keys, values = self._planned(span)
+        where = positions.contiguous() if span.embeds and positions is not None else None
+        what = types.contiguous() if span.embeds and types is not None else None
+        return planned.call(x.contiguous(), where, what, keys, values, self.cache.lengths, self.rows.starts, keep)
+
+    def greedy(self, head: nn.Linear, ids: Tensor, positions: Tensor, how: Greedy) -> Tensor | None:
+        """Tokens [B, n] of up to `how.steps` steps of the whole model from ids [B, 1] on, see `cpu.Plan.greedy`; the cache has
+        then taken n tokens. None where the extension does not take it, and then nothing has been written."""
+        written = self.cache._written
+        self.cache.reserve(how.steps)
+        planned, keys, values = self._planned(Span(0, len(self.trunk.h), True, True, head))
+        args = (how.running, how.ends, how.pad, how.least, how.steps)
+        found = planned.call.greedy(ids.contiguous(), positions.contiguous(), keys, values, self.cache.lengths, *args)
+        if found is not None:
+            self.cache.advance(found.shape[1], None)
+            self.cache._written = max(written, self.cache.get_seq_length())  # fewer than there was room made for
+        return found
+
+    def _planned(self, span: Span) -> tuple[_Planned, list[Tensor], list[Tensor]]:
+        """The plan of a span, and its layers' keys and values."""
         known = _plans.setdefault(self.trunk, {})
         planned = known.get(span)
         if planned is None or not self._holds(planned, span):
@@ -91,9 +122,7 @@ class Few:
         keys, values = self.cache.keys, self.cache.values
         if span.end - span.first != len(keys):
             keys, values = keys[span.first : span.end], values[span.first : span.end]
-        where = positions.contiguous() if span.embeds and positions is not None else None
-        what = types.contiguous() if span.embeds and types is not None else None
-        return planned.call(x.contiguous(), where, what, keys, values, self.cache.lengths, self.rows.starts, keep)
+        return planned, keys, values
 
     def _holds(self, planned: _Planned, span: Span) -> bool:
         """Whether a plan is still of this trunk's modules and parameters."""

@@ -8,7 +8,8 @@ backward.
 from __future__ import annotations
 
 import weakref
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -83,13 +84,45 @@ class Plan:
             is taken (another dtype, strides, shape), and then nothing has been written.
         """
         decode = torch.ops.gptneo_fast_csrc.decode.default
-        try:
-            found: Tensor = decode(self._number, x, positions, types, keys, values, lengths, starts, keep, self.max_lanes)
-        except RuntimeError as error:
-            if str(error).startswith("gptneo_fast_csrc: "):
-                return None
-            raise
-        return found
+        return _or_none(decode, self._number, x, positions, types, keys, values, lengths, starts, keep, self.max_lanes)
+
+    def greedy(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        lengths: Tensor,
+        running: Tensor,
+        ends: list[int],
+        pad: int,
+        least: int,
+        steps: int,
+    ) -> Tensor | None:
+        """Up to `steps` steps, each on the likeliest tokens of the one before it; from ids on, to a head.
+
+        Args:
+            ids: int64 [B, 1]. positions, keys, values, lengths: as of a call; the cache has room for `steps` tokens.
+            running: boolean [B]; the other rows get `pad`.
+            ends: tokens of which the first is a row's last; `pad` follows it. least: steps in which they are not chosen.
+
+        Returns:
+            Tokens int64 [B, n], fewer than `steps` where all rows have ended; -1 where a row's logits were not finite, which
+            ends it. None as of a call.
+        """
+        many = torch.ops.gptneo_fast_csrc.greedy.default
+        how = (ends, pad, least, steps, self.max_lanes)
+        return _or_none(many, self._number, ids, positions, keys, values, lengths, running, *how)
+
+
+def _or_none(op: Callable[..., Tensor], *args: Any) -> Tensor | None:
+    """What an op of the extension gives; None for arguments that it does not take."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        if str(error).startswith("gptneo_fast_csrc: "):
+            return None
+        raise
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
@@ -100,6 +133,7 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in DTYPES
         and x.is_contiguous()
         and weight.is_contiguous()
+        and not torch.jit.is_tracing()
     )
 
 

@@ -7,6 +7,7 @@ import torch
 import gptneo_fast
 from gptneo_fast.demo import FOLDER
 from gptneo_fast.errors import CacheError, InputError, NonFiniteLogitsError, UnknownOptionError
+from gptneo_fast.generation.request import Request
 from gptneo_fast.generation.session import Session
 from tests.support.peers import SMALL, peers
 
@@ -232,6 +233,7 @@ def break_at_step_4(monkeypatch):
             return torch.full_like(logits, value) if len(calls) == 4 else logits
 
         monkeypatch.setattr(Session, "feed", breaks)
+        monkeypatch.setattr(Request, "greedy", False)  # whose steps are not fed one by one
 
     return arm
 
