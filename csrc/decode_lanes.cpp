@@ -13,6 +13,7 @@
 #include "decode.h"
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -22,6 +23,7 @@ namespace {
 
 constexpr int kLanes = GPTNEO_FAST_LANES;
 constexpr int64_t kChunk = 512;      // numbers of a weight row that many rows of x go over while it is in the first-level cache
+constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows of x that a weight is read for: with 4 weights, the registers
 constexpr int64_t kGrain = 1 << 15;  // weights that are worth a thread
 constexpr int64_t kColumns = 16;     // outputs that a thread takes at least: whole cache lines of a float32 result
 
@@ -228,48 +230,37 @@ INLINE void dots(const T* const* w, const float* x, int64_t K, float* out) {
   store_sums<N>(acc, out);
 }
 
-// The same for M rows of x, the weights in pieces that stay in the first-level cache; out[m * N + n].
+// acc[r][n] += w[n] . x[r] lane by lane, for N pieces of weight rows and R rows of x.
+template <int N, int R, typename T>
+INLINE void gather(const T* const* w, const float* x, int64_t ldx, int64_t size, Floats (*acc)[N]) {
+  Floats a[R][N];
+  UNROLL for (int i = 0; i < R * N; ++i) a[i / N][i % N] = acc[i / N][i % N];
+  const auto add = [&](int64_t k, const auto& weights) {
+    Floats value[R];
+    UNROLL for (int r = 0; r < R; ++r) value[r] = load<kLanes>(x + r * ldx + k);
+    UNROLL for (int n = 0; n < N; ++n) {
+      const Floats weight = weights(n);
+      UNROLL for (int r = 0; r < R; ++r) a[r][n] += weight * value[r];
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= size; k += kLanes) add(k, [&](int n) INLINE_LAMBDA { return load<kLanes>(w[n] + k); });
+  if (k < size) add(k, [&](int n) INLINE_LAMBDA { return load_end<kLanes>(w[n] + k, size - k); });
+  UNROLL for (int i = 0; i < R * N; ++i) acc[i / N][i % N] = a[i / N][i % N];
+}
+
+// The same as `dots` for M rows of x, the weights in pieces that stay in the first-level cache; out[m * N + n].
 template <int N, typename T>
 INLINE void many_dots(const T* const* w, const float* x, int64_t ldx, int64_t M, int64_t K, float* out) {
   Floats acc[kMaxRows][N];
   memset(acc, 0, M * sizeof(acc[0]));
-  float wide[N][kChunk];
   for (int64_t first = 0; first < K; first += kChunk) {
-    const int64_t size = min(kChunk, K - first), whole = size / kLanes * kLanes;
-    const float* v[N];
-    for (int n = 0; n < N; ++n) {
-      const T* from = w[n] + first;
-      if constexpr (sizeof(T) == 4) {
-        v[n] = from;
-        if (whole == size) continue;
-      }
-      v[n] = wide[n];
-      for (int64_t k = 0; k < whole; k += kLanes) *reinterpret_cast<Floats*>(wide[n] + k) = load<kLanes>(from + k);
-      if (whole < size) *reinterpret_cast<Floats*>(wide[n] + whole) = load_end<kLanes>(from + whole, size - whole);
-    }
+    const int64_t size = min(kChunk, K - first);
+    const T* piece[N];
+    for (int n = 0; n < N; ++n) piece[n] = w[n] + first;
     int64_t m = 0;
-    for (; m + 2 <= M; m += 2) {
-      const float *x0 = x + m * ldx + first, *x1 = x0 + ldx;
-      Floats a0[N], a1[N];
-      UNROLL for (int n = 0; n < N; ++n) a0[n] = acc[m][n], a1[n] = acc[m + 1][n];
-      for (int64_t k = 0; k < size; k += kLanes) {
-        const Floats value0 = load<kLanes>(x0 + k), value1 = load<kLanes>(x1 + k);
-        UNROLL for (int n = 0; n < N; ++n) {
-          const Floats weight = load<kLanes>(v[n] + k);
-          a0[n] += weight * value0, a1[n] += weight * value1;
-        }
-      }
-      UNROLL for (int n = 0; n < N; ++n) acc[m][n] = a0[n], acc[m + 1][n] = a1[n];
-    }
-    if (m < M) {
-      Floats a[N];
-      UNROLL for (int n = 0; n < N; ++n) a[n] = acc[m][n];
-      for (int64_t k = 0; k < size; k += kLanes) {
-        const Floats value = load<kLanes>(x + m * ldx + first + k);
-        UNROLL for (int n = 0; n < N; ++n) a[n] += load<kLanes>(v[n] + k) * value;
-      }
-      UNROLL for (int n = 0; n < N; ++n) acc[m][n] = a[n];
-    }
+    for (; m + kTogether <= M; m += kTogether) gather<N, kTogether>(piece, x + m * ldx + first, ldx, size, acc + m);
+    for (; m < M; ++m) gather<N, 1>(piece, x + m * ldx + first, ldx, size, acc + m);
   }
   for (int64_t m = 0; m < M; ++m) store_sums<N>(acc[m], out + m * N);
 }
