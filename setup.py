@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -263,10 +264,12 @@ class BuildExtension(build_ext):
             return report
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        objects = []
-        for name, command in plan.objects.items():
-            objects.append(str(work / f"{name}.o"))  # with the whole name: kv_append may be a .cpp and a .cu
-            self.command([*command, "-o", objects[-1]])
+        objects = [str(work / f"{name}.o") for name in plan.objects]  # the whole name: kv_append may be a .cpp and a .cu
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = [[*words, "-o", made] for words, made in zip(plan.objects.values(), objects, strict=True)]
+            running = [pool.submit(self.command, words) for words in commands]
+        for command in running:  # the first that failed is told, once all have ended
+            command.result()
         fresh = work / LIBRARY
         split = next(i for i, word in enumerate(plan.link) if word.startswith("-L"))
         self.command([*plan.link[:split], *objects, *plan.link[split:], "-o", str(fresh)])

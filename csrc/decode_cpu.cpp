@@ -19,6 +19,10 @@
 #include <unordered_map>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "decode.h"
 
 namespace gptneo_fast {
@@ -149,7 +153,9 @@ void run_parallel(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, v
 int64_t lanes(int64_t most) {
   int64_t found = 4;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found = 8;
+  unsigned eax, ebx, ecx = 0, edx;  // of F16C older compilers have no name
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found = 8;
   if (found == 8 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     found = 16;

@@ -61,6 +61,7 @@ class _Planned:
     changes: int  # Watched.changes when the places were looked up
 
 
+_PLANS = 256  # of a trunk, at most; as many spans as a model of twenty blocks has
 _plans: weakref.WeakKeyDictionary[nn.Module, dict[Span, _Planned]] = weakref.WeakKeyDictionary()
 
 
@@ -118,6 +119,8 @@ class Few:
         known = _plans.setdefault(self.trunk, {})
         planned = known.get(span)
         if planned is None or not self._holds(planned, span):
+            if planned is None and len(known) > _PLANS:  # of heads and layers that are gone
+                known.clear()
             planned = known[span] = self._plan(span)
         keys, values = self.cache.keys, self.cache.values
         if span.end - span.first != len(keys):
