@@ -18,12 +18,13 @@ SHAPES = {  # hidden, layers, heads
     "1.3B": (2048, 24, 16),
     "2.7B": (2560, 32, 20),
 }
+STORIES = {"TinyStories-33M": (768, 4, 16), "TinyStories-1M": (64, 8, 16)}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def config_of(shape: str) -> gptneo_fast.GPTNeoConfig:
     """The configuration of a released size."""
-    hidden, layers, heads = SHAPES[shape]
+    hidden, layers, heads = (SHAPES | STORIES)[shape]
     return gptneo_fast.GPTNeoConfig(hidden_size=hidden, num_layers=layers, num_heads=heads)
 
 

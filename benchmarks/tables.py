@@ -32,7 +32,7 @@ def reduce(raw: dict[str, Any]) -> dict[str, Any]:
         "cores": cpu.get("count"),
         **{name: version(name) for name in ("torch", "transformers")},
         "python": raw["machine_info"]["python_version"],
-        "rows": [b["extra_info"] | {"rounds": b["stats"]["rounds"]} for b in raw["benchmarks"] if "work" in b["extra_info"]],
+        "rows": [row | {"rounds": b["stats"]["rounds"]} for b in raw["benchmarks"] for row in b["extra_info"].get("rows", [])],
     }
 
 
@@ -40,8 +40,9 @@ def cpu_table(results: dict[str, Any]) -> str:
     """Ours beside transformers, in Markdown."""
     rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r for r in results["rows"]}
     lines = [
-        f"125m shape, random weights, {results['cores']} cores ({results['cpu']}), torch {results['torch']}, transformers "
-        f"{results['transformers']}; commit {results['commit']}, {results['when']}. Medians; tokens and logits checked first.",
+        f"Random weights, {results['cores']} cores ({results['cpu']}), torch {results['torch']}, transformers "
+        f"{results['transformers']}; commit {results['commit']}, {results['when']}. Medians of rounds in turn; tokens and "
+        "logits checked first. Ratios differ between machines.",
         "",
         "| CPU | dtype | threads | transformers eager, tokens/s | gptneo_fast, tokens/s | ratio |",
         "|---|---|---|---|---|---|",

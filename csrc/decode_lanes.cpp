@@ -34,10 +34,10 @@ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <int L>
 struct Vector {
-  typedef float Floats __attribute__((vector_size(4 * L), aligned(4)));
-  typedef int32_t Ints __attribute__((vector_size(4 * L), aligned(4)));
-  typedef uint32_t Words __attribute__((vector_size(4 * L), aligned(4)));
-  typedef uint16_t Halves __attribute__((vector_size(2 * L), aligned(2)));
+  typedef float Floats __attribute__((vector_size(4 * L)));
+  typedef int32_t Ints __attribute__((vector_size(4 * L)));
+  typedef uint32_t Words __attribute__((vector_size(4 * L)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * L)));
 };
 template <int L>
 using FloatsOf = typename Vector<L>::Floats;
@@ -59,9 +59,21 @@ INLINE To same_bits(From from) {
   return to;
 }
 
+// Memory is read and written through memcpy, which asks for no alignment; vectors in variables have their own.
+template <typename V>
+INLINE V read(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename V>
+INLINE void write(float* p, V v) {
+  memcpy(p, &v, sizeof(v));
+}
+
 template <int L>
 INLINE FloatsOf<L> load(const float* p) {
-  return *reinterpret_cast<const FloatsOf<L>*>(p);
+  return read<FloatsOf<L>>(p);
 }
 template <int L>
 INLINE FloatsOf<L> load(const BFloat16* p) {
@@ -72,7 +84,7 @@ INLINE FloatsOf<L> load(const BFloat16* p) {
 #endif
   using V = Vector<L>;
   return same_bits<FloatsOf<L>>(
-      __builtin_convertvector(*reinterpret_cast<const typename V::Halves*>(p), typename V::Words) << 16);
+      __builtin_convertvector(read<typename V::Halves>(p), typename V::Words) << 16);
 }
 template <int L>
 INLINE FloatsOf<L> load(const Float16* p) {
@@ -85,7 +97,7 @@ INLINE FloatsOf<L> load(const Float16* p) {
 #endif
 #endif
   using V = Vector<L>;
-  const auto bits = __builtin_convertvector(*reinterpret_cast<const typename V::Halves*>(p), typename V::Words);
+  const auto bits = __builtin_convertvector(read<typename V::Halves>(p), typename V::Words);
   const auto sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
   const auto finite = same_bits<typename V::Words>(same_bits<FloatsOf<L>>(rest) * 0x1p112f);  // subnormals, too
   const auto special = same_bits<typename V::Words>(rest >= 0x0f800000u);  // infinities and NaN
@@ -174,7 +186,7 @@ template <int N, typename V>
 INLINE void store_sums(const V* v, float* out) {
   int n = 0;
   if constexpr (N >= 4)
-    UNROLL for (; n + 4 <= N; n += 4) *reinterpret_cast<FloatsOf<4>*>(out + n) = sums(v[n], v[n + 1], v[n + 2], v[n + 3]);
+    UNROLL for (; n + 4 <= N; n += 4) write(out + n, sums(v[n], v[n + 1], v[n + 2], v[n + 3]));
   UNROLL for (; n < N; ++n) out[n] = sum(v[n]);
 }
 
@@ -325,8 +337,7 @@ void layer_norm(const Norm& norm, const float* x, float* y, int64_t C, int64_t l
     total += load<kLanes>(rest) * load<kLanes>(rest);
     const float scale = 1.0f / sqrtf(sum(total) / C + norm.eps);
     for (int64_t c = 0; c < whole; c += kLanes)
-      *reinterpret_cast<Floats*>(y + c) =
-          (load<kLanes>(x + c) - mean) * scale * load<kLanes>(weight + c) + load<kLanes>(bias + c);
+      write(y + c, (load<kLanes>(x + c) - mean) * scale * load<kLanes>(weight + c) + load<kLanes>(bias + c));
     for (int64_t c = whole; c < C; ++c) y[c] = (x[c] - mean) * scale * widen(weight[c]) + widen(bias[c]);
   }
 }
@@ -337,7 +348,7 @@ void add(float* x, const float* y, const void* bias, int64_t begin, int64_t end)
   const T* b = static_cast<const T*>(bias);
   int64_t n = begin;
   for (; n + kLanes <= end; n += kLanes)
-    *reinterpret_cast<Floats*>(x + n) = load<kLanes>(x + n) + (load<kLanes>(y + n) + load<kLanes>(b + n));
+    write(x + n, load<kLanes>(x + n) + (load<kLanes>(y + n) + load<kLanes>(b + n)));
   for (; n < end; ++n) x[n] += y[n] + widen(b[n]);
 }
 
@@ -346,11 +357,11 @@ template <typename T>
 void activate(float* y, const void* bias, int64_t begin, int64_t end) {
   const T* b = static_cast<const T*>(bias);
   int64_t n = begin;
-  for (; n + kLanes <= end; n += kLanes) *reinterpret_cast<Floats*>(y + n) = gelu_new(load<kLanes>(y + n) + load<kLanes>(b + n));
+  for (; n + kLanes <= end; n += kLanes) write(y + n, gelu_new(load<kLanes>(y + n) + load<kLanes>(b + n)));
   if (n < end) {
     float part[kLanes] = {};
     for (int64_t i = n; i < end; ++i) part[i - n] = y[i] + widen(b[i]);
-    *reinterpret_cast<Floats*>(part) = gelu_new(load<kLanes>(part));
+    write(part, gelu_new(load<kLanes>(part)));
     memcpy(y + n, part, (end - n) * sizeof(float));
   }
 }
@@ -400,7 +411,7 @@ INLINE void values_of(const T* values, int64_t stride, const Seen& seen, const f
   weigh<N, L>(values, stride, weights + seen.count[0], seen.count[1], acc);
   UNROLL for (int n = 0; n < N; ++n) {
     for (int c = 1; c < 8 / N; ++c) acc[0][n] += acc[c][n];
-    *reinterpret_cast<FloatsOf<L>*>(out + n * L) = acc[0][n] * scale;
+    write(out + n * L, acc[0][n] * scale);
   }
 }
 
@@ -421,7 +432,7 @@ INLINE void attend(const Layer& layer, const T* keys, const T* values, const See
   for (int l = 1; l < kLanes; ++l) top = best[l] > top ? best[l] : top;
   for (int64_t i = 0; i < count; i += kLanes) {
     const Floats e = exponential(load<kLanes>(scores + i) - top);
-    *reinterpret_cast<Floats*>(scores + i) = e;
+    write(scores + i, e);
     total += e;
   }
   const float scale = 1.0f / sum(total);

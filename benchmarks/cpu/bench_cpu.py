@@ -1,4 +1,4 @@
-"""The 125m shape on the CPU beside transformers eager in the same run, equality checked before anything is timed.
+"""Shapes on the CPU beside transformers eager, a call of theirs before each of ours, equality checked before any is timed.
 
 `make bench` keeps what this measures in benchmarks/results/cpu.json, of which the README's table is made.
 """
@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.models import DTYPES, pair
+from benchmarks.models import DTYPES, STORIES, pair
 from gptneo_fast.tools.verify import first_divergence, twin
 
-NEW, PREFILL, LONG = 64, 512, 1920
-RUNNERS = ["transformers eager", "gptneo_fast"]
+NEW, PREFILL, LONG, ROUNDS = 64, 512, 1920, 5
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` measures this machine")
 
@@ -41,9 +44,9 @@ def continuation(model, ids: Tensor, new: int = NEW) -> Tensor:
 
 
 @functools.cache
-def check_tokens(dtype: str, context: int) -> None:
+def check_tokens(shape: str, dtype: str, context: int) -> None:
     """Ours are those of transformers, or leave them first where the choice was within the error of the dtype."""
-    theirs, ours = pair("125m", DTYPES[dtype])
+    theirs, ours = pair(shape, DTYPES[dtype])
     ids = prompt(context)
     found = first_divergence(twin(ours, ours.dtype), continuation(ours, ids), continuation(theirs, ids), torch.ones_like(ids))
     assert found is None or found.margin <= found.error, found
@@ -59,35 +62,65 @@ def check_logits(dtype: str) -> None:
     assert error.max() <= 2 * may.max() and error.mean() <= 1.5 * may.mean()
 
 
-def keep(benchmark, work: str, runner: str, dtype: str, threads: int, tokens: int) -> None:
-    """What the results file says of a measurement."""
+def keep(benchmark, work: str, dtype: str, threads: int, tokens: int, peer: list[float] | None = None) -> None:
+    """What the results file says of a measurement. peer: seconds of each call of transformers', where there was one."""
     benchmark.group = f"{work}, {dtype}, {threads} threads"
-    median = benchmark.stats.stats.median
-    benchmark.extra_info.update(
-        work=work, runner=runner, dtype=dtype, threads=threads, ms=median * 1e3, tokens_per_second=tokens / median
-    )
+    row = {"work": work, "dtype": dtype, "threads": threads}
+    medians = {"gptneo_fast": benchmark.stats.stats.median} | ({"transformers eager": statistics.median(peer)} if peer else {})
+    benchmark.extra_info["rows"] = [
+        row | {"runner": runner, "ms": median * 1e3, "tokens_per_second": tokens / median} for runner, median in medians.items()
+    ]
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+def beside(benchmark, call: Callable[[Any], Any], models: tuple[Any, Any]) -> list[float]:
+    """Time `call` of ours, `ROUNDS` times after a first, and before each that of theirs, whose seconds are returned."""
+    theirs, ours = models
+    seconds: list[float] = []
+
+    def first() -> None:
+        begin = time.perf_counter()
+        call(theirs)
+        seconds.append(time.perf_counter() - begin)
+
+    call(theirs), call(ours)
+    benchmark.pedantic(call, (ours,), setup=first, rounds=ROUNDS)
+    return seconds
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", ["125m", *STORIES])
 @torch.no_grad()
-def test_decode(benchmark, threads, dtype, runner):
+def test_decode(benchmark, threads, dtype, shape):
     """The whole call, prompt of 128 included."""
-    check_tokens(dtype, 128)
-    theirs, ours = pair("125m", DTYPES[dtype])
-    benchmark.pedantic(continuation, (ours if runner == "gptneo_fast" else theirs, prompt(128)), rounds=5, warmup_rounds=1)
-    keep(benchmark, f"128 + {NEW} tokens", runner, dtype, threads, NEW)
+    check_tokens(shape, dtype, 128)
+    peer = beside(benchmark, lambda model: continuation(model, prompt(128)), pair(shape, DTYPES[dtype]))
+    keep(benchmark, f"{shape}, 128 + {NEW} tokens", dtype, threads, NEW, peer)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [4, 16])
+@torch.no_grad()
+def test_steps_of_a_batch(benchmark, threads, dtype, rows):
+    """Four steps of several rows after a prompt of 128 each."""
+    ids = torch.randint(0, 50257, (rows, 128), generator=torch.Generator().manual_seed(rows))
+    models = pair("125m", DTYPES[dtype])
+    caches = {id(model): model(ids, use_cache=True, logits_to_keep=1).past_key_values for model in models}
+
+    def steps(model):
+        for _ in range(4):
+            model(ids[:, :1], past_key_values=caches[id(model)], logits_to_keep=1)
+        caches[id(model)].crop(-4)
+
+    peer = beside(benchmark, steps, models)
+    keep(benchmark, f"125m, 4 steps of {rows} rows after 128", dtype, threads, 4 * rows, peer)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @torch.no_grad()
-def test_prefill(benchmark, threads, dtype, runner):
+def test_prefill(benchmark, threads, dtype):
     check_logits(dtype)
-    theirs, ours = pair("125m", DTYPES[dtype])
-    model = ours if runner == "gptneo_fast" else theirs
-    benchmark.pedantic(model, (prompt(PREFILL),), {"logits_to_keep": 1}, rounds=5, warmup_rounds=1)
-    keep(benchmark, f"prefill {PREFILL}", runner, dtype, threads, PREFILL)
+    peer = beside(benchmark, lambda model: model(prompt(PREFILL), logits_to_keep=1), pair("125m", DTYPES[dtype]))
+    keep(benchmark, f"125m, prefill {PREFILL}", dtype, threads, PREFILL, peer)
 
 
 @pytest.mark.parametrize("context", [128, LONG])
@@ -95,16 +128,13 @@ def test_prefill(benchmark, threads, dtype, runner):
 @torch.no_grad()
 def test_a_step_at_a_length(benchmark, threads, dtype, context):
     """One token after a context that the cache holds: what growing costs."""
-    _, model = pair("125m", DTYPES[dtype])
-    out = model(prompt(context), use_cache=True, logits_to_keep=1)
-    token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-    cache.reserve(NEW)
+    models = pair("125m", DTYPES[dtype])
+    caches = {id(model): model(prompt(context), use_cache=True, logits_to_keep=1).past_key_values for model in models}
 
-    def steps():
-        for _ in range(16):
-            place = torch.tensor([[cache.get_seq_length()]])
-            model.step(token, place, None, cache)
-        cache.crop(context)
+    def steps(model):
+        for _ in range(8):
+            model(torch.tensor([[5]]), past_key_values=caches[id(model)])
+        caches[id(model)].crop(-8)
 
-    benchmark.pedantic(steps, rounds=5, warmup_rounds=1)
-    keep(benchmark, f"16 steps after {context}", "gptneo_fast", dtype, threads, 16)
+    peer = beside(benchmark, steps, models)
+    keep(benchmark, f"125m, 8 steps after {context}", dtype, threads, 8, peer)

@@ -59,7 +59,7 @@ def test_a_launched_step(benchmark, model):
         cache.crop(1)
 
     benchmark.pedantic(steps, rounds=9, warmup_rounds=1)
-    keep(benchmark, f"host cost of a launched step, {LAYERS} layers", "gptneo_fast", "fp32", 1, 16)
+    keep(benchmark, f"host cost of a launched step, {LAYERS} layers", "fp32", 1, 16)
 
 
 def test_a_replayed_token(benchmark, model):
@@ -84,7 +84,7 @@ def test_a_replayed_token(benchmark, model):
             piece.split(1, 1)
 
     benchmark.pedantic(tokens, rounds=9, warmup_rounds=1)
-    keep(benchmark, "host cost of a replayed token, replay left out", "gptneo_fast", "fp32", 1, TOKENS)
+    keep(benchmark, "host cost of a replayed token, replay left out", "fp32", 1, TOKENS)
 
 
 @contextlib.contextmanager
