@@ -111,7 +111,8 @@ class Few:
         found = planned.call.greedy(ids.contiguous(), positions.contiguous(), keys, values, self.cache.lengths, *args)
         if found is not None:
             self.cache.advance(found.shape[1], None)
-            self.cache._written = max(written, self.cache.get_seq_length())  # fewer than there was room made for
+            written = max(written, self.cache.get_seq_length())
+        self.cache._written = written  # fewer than there was room made for
         return found
 
     def _planned(self, span: Span) -> tuple[_Planned, list[Tensor], list[Tensor]]:

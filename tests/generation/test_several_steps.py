@@ -144,6 +144,14 @@ def test_a_hook_is_asked_at_every_step(many):
     assert many
 
 
+def test_a_call_that_is_not_taken_leaves_the_cache_as_it_was(many, monkeypatch):
+    _, model = peers()
+    ids = prompts(1)
+    monkeypatch.setattr(cpu.Plan, "greedy", lambda *args: None)
+    out = model.generate(ids, max_new_tokens=20, eos_token_id=None, return_dict_in_generate=True)
+    assert out.past_key_values._written == out.past_key_values.get_seq_length() == 24
+
+
 REFUSED = {
     "steps": ({"steps": 0}, "steps is 0"),
     "pad": ({"pad": 97}, "pad is 97, but must be from 0 to 96"),
