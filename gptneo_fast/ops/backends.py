@@ -21,7 +21,7 @@ _INSTEAD = "use backend='reference' or 'auto'"
 class Choice:
     """What computes, and why.
 
-    name: "triton", "cpu" (plain torch with linear layers in C++) or "reference".
+    name: "triton", "cpu" (few rows in C++, the rest in plain torch) or "reference".
     why: the reason, for people.
     functions: the namespace; each op is a function of it, as in `reference`.
     """
