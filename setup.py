@@ -194,7 +194,8 @@ class Plan:
 
 def plan_cpu(torch: Torch, compiler: list[str], why_not_cuda: str) -> Plan:
     """The CPU side alone."""
-    flags = ["-c", "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", TARGET]
+    level = [] if any(word.startswith("-O") for word in compiler) else ["-O3"]  # CXX may say another
+    flags = ["-c", *level, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", TARGET]
     flags += ["-isystem", str(torch.folder / "include")]
     objects = {name: [*compiler, *flags, f"csrc/{name}"] for name in CPU_SOURCES if name != "decode_lanes.cpp"}
     for lanes, sets in LANES.items() if platform.machine().lower() in ("x86_64", "amd64") else [("4", [])]:

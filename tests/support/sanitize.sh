@@ -11,11 +11,11 @@ trap 'rm -rf "$work"' EXIT
 git ls-files -co --exclude-standard | tar cf - --ignore-failed-read -T - 2> /dev/null | tar xf - -C "$work"
 cd "$work"
 ln -s ../kernels gptneo_fast/kernels
-export CXX="g++ -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" CUDA_HOME=/nowhere PYTHONPATH=$work
+export CXX="g++ -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" CUDA_HOME=/nowhere PYTHONPATH=$work
 "$python" setup.py -q build_ext --inplace > build.log || { cat build.log; exit 1; }
 grep -q "built for the CPU only" build.log || { cat build.log; exit 1; }
 torch=$("$python" -c 'import torch; print(torch.__path__[0])')
-flags="-O1 -std=c++17 -fPIC -Wno-psabi -DTORCH_TARGET_VERSION=0x020b000000000000 -DGPTNEO_FAST_CUDA -isystem $torch/include"
+flags="-std=c++17 -fPIC -Wno-psabi -DTORCH_TARGET_VERSION=0x020b000000000000 -DGPTNEO_FAST_CUDA -isystem $torch/include"
 $CXX $flags -shared -I tests/support/cuda_on_host csrc/binding.cpp csrc/decode_cpu.cpp build/temp*/decode_lanes.cpp.*.o \
   tests/support/cuda_on_host/kv_append_cpu.cpp -L "$torch/lib" -lc10 -ltorch_cpu -o cuda_on_host.so
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
