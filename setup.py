@@ -40,7 +40,7 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 ARCHITECTURES = "8.0 8.6 8.9 9.0+PTX"
 CPU_SOURCES = ("binding.cpp", "decode_cpu.cpp", "decode_lanes.cpp", "kv_append_cpu.cpp")
 CUDA_SOURCES = ("kv_append.cu",)
-HEADERS = ("decode.h", "kv_append.h", "slots.h")
+HEADERS = ("decode.h", "kv_append.h", "lanes.h", "products.h", "reading.h", "slots.h")
 LANES = {  # floats of a vector -> the instruction set that has it; decode_lanes.cpp is compiled once for each
     "4": [],
     "8": ["-mavx2", "-mfma", "-mf16c"],

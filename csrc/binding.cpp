@@ -7,11 +7,11 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
 #include "kv_append.h"
+#include "reading.h"
 
 #ifdef GPTNEO_FAST_CUDA
 #include <dlfcn.h>
@@ -22,27 +22,13 @@
 namespace gptneo_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMostTokens = 1 << 30;  // of all heads of a row: block indices stay below 2^31
 
 // An argument that does not fit; gptneo_fast/ops/extension.py knows these by how they begin.
 template <typename... Parts>
 void check(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream text;
-  text << "kv_append: ";
-  ((text << parts), ...);
-  throw std::runtime_error(text.str());
-}
-
-std::string shape(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  return text.str() + "]";
+  if (!holds) fail("kv_append: ", parts...);
 }
 
 bool same_place(const Tensor& x, const Tensor& y) {
@@ -50,11 +36,11 @@ bool same_place(const Tensor& x, const Tensor& y) {
 }
 
 void check_heads(const char* name, const Tensor& t, const Tensor& k_cache, int64_t tokens) {
-  check(t.dim() == 4, name, " has shape ", shape(t), ", but must have four axes [B, H, tokens, D]");
+  check(t.dim() == 4, name, " has shape ", sizes(t), ", but must have four axes [B, H, tokens, D]");
   const int64_t want[] = {k_cache.size(0), k_cache.size(1), tokens, k_cache.size(3)};
   for (int i = 0; i < 4; ++i) {
-    check(t.size(i) == want[i], name, " has shape ", shape(t), ", but axis ", i, " must be ", want[i], " (k_cache has shape ",
-          shape(k_cache), ")");
+    check(t.size(i) == want[i], name, " has shape ", sizes(t), ", but axis ", i, " must be ", want[i], " (k_cache has shape ",
+          sizes(k_cache), ")");
   }
   check(t.scalar_type() == k_cache.scalar_type(), name, " is ", torch::headeronly::toString(t.scalar_type()),
         ", but k_cache is ", torch::headeronly::toString(k_cache.scalar_type()), "; convert one of them");
@@ -69,7 +55,7 @@ void check_written(const char* name, const Tensor& t) {
 }
 
 void check_counts(const char* name, const Tensor& t, const Tensor& k_cache) {
-  check(t.dim() == 1 && t.size(0) == k_cache.size(0), name, " has shape ", shape(t), ", but must be [", k_cache.size(0),
+  check(t.dim() == 1 && t.size(0) == k_cache.size(0), name, " has shape ", sizes(t), ", but must be [", k_cache.size(0),
         "], one number for each row of k_cache");
   check(t.scalar_type() == ScalarType::Int, name, " is ", torch::headeronly::toString(t.scalar_type()),
         ", but must be int32; use .to(torch.int32)");
@@ -78,11 +64,11 @@ void check_counts(const char* name, const Tensor& t, const Tensor& k_cache) {
 
 void check_all(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v, const Tensor& lengths,
                const std::optional<Tensor>& starts) {
-  check(k_cache.dim() == 4, "k_cache has shape ", shape(k_cache), ", but must have four axes [B, H, slots, D]");
+  check(k_cache.dim() == 4, "k_cache has shape ", sizes(k_cache), ", but must have four axes [B, H, slots, D]");
   const ScalarType dtype = k_cache.scalar_type();
   check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float || dtype == ScalarType::Double,
         "k_cache is ", torch::headeronly::toString(dtype), ", but must be float16, bfloat16, float32 or float64");
-  check(k.dim() == 4, "k has shape ", shape(k), ", but must have four axes [B, H, T, D]");
+  check(k.dim() == 4, "k has shape ", sizes(k), ", but must have four axes [B, H, T, D]");
   const int64_t R = k_cache.size(2), T = k.size(2);
   check_heads("v_cache", v_cache, k_cache, R);
   check_heads("k", k, k_cache, T);

@@ -75,20 +75,23 @@ extern const Lanes lanes_16;  // AVX-512
 #endif
 
 constexpr int64_t kMaxRows = 16;  // M; a blocked GEMM reads weights seldom enough with more
+constexpr int64_t kMaxHeadDim = 512;
 constexpr int64_t kPad = 16;      // rows of the workspace begin at multiples of it and end with zeros
 
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
-// Floats of a workspace: residual stream, normalised rows, the widest product, attention, and scores of every head.
+// Of q, k and v together, or of the MLP's inner rows, which take the same place.
+inline int64_t inner_width(const Step& s) {
+  int64_t width = 3 * s.C();
+  for (int64_t i = 0; i < s.L; ++i) width = s.layers[i].c_fc.outputs > width ? s.layers[i].c_fc.outputs : width;
+  return width;
+}
+
+// Floats of a workspace: residual stream, normalised rows, what a product gives, inner rows, and scores of every head.
 inline int64_t workspace_floats(const Step& s) {
-  int64_t widest = 0, inner = 0, slots = 0;
-  for (int64_t i = 0; i < s.L; ++i) {
-    const Layer& layer = s.layers[i];
-    widest = layer.c_fc.outputs > widest ? layer.c_fc.outputs : widest;
-    slots = layer.R > slots ? layer.R : slots;
-  }
-  inner = 3 * s.C() > widest ? 3 * s.C() : widest;
-  return s.B * s.T * (3 * padded(s.C()) + padded(inner)) + s.B * s.H * padded(slots) + kPad;
+  int64_t slots = 0;
+  for (int64_t i = 0; i < s.L; ++i) slots = s.layers[i].R > slots ? s.layers[i].R : slots;
+  return s.B * s.T * (3 * padded(s.C()) + padded(inner_width(s))) + s.B * s.H * padded(slots);
 }
 
 // Of a linear layer: x, x normalised, what the product gives.

@@ -1,6 +1,6 @@
-// The ops of the CPU for a few rows, which take as long as reading the weights does: `linear`, and `decode`: embedding, a run of
-// blocks and the head in one call. Its parameters were named once, by `plan`, because handing 13 tensors a block over costs more
-// than a small model's step; they are read where they stand, and looked at anew, in each call: a plan holds tensors, not
+// The ops of the CPU for a few rows, which take as long as reading the weights does: `linear`, and `decode`: embedding, a run
+// of blocks and the head in one call. Its parameters were named once, by `plan`, because handing 13 tensors a block over costs
+// more than a small model's step; they are read where they stand, and looked at anew, in each call: a plan holds tensors, not
 // addresses.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,9 +13,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -24,60 +21,19 @@
 #endif
 
 #include "decode.h"
+#include "reading.h"
 
 namespace gptneo_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kParameters = 13;  // of a block: ln_1 2, q, k, v, out_proj 2, ln_2 2, c_fc 2, c_proj 2
-constexpr int64_t kMaxHeadDim = 512;
 
-// An argument that does not fit, in parts that are put together only where it does not.
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  text << "gptneo_fast_csrc: ";
-  ((text << parts), ...);
-  throw std::runtime_error(text.str());
-}
-
-std::string shape(const Tensor& t) {
-  std::ostringstream text;
-  text << torch::headeronly::toString(t.scalar_type()) << " [";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  return text.str() + "]";
-}
-
-// What a step reads: the parameters of `windows.size()` blocks; before them wte and wpe or nothing; after them ln_f's weight and
-// bias, and lm_head's weight, or nothing.
+// What a step reads: the parameters of `windows.size()` blocks; before them wte and wpe or nothing; after them ln_f's weight
+// and bias, and lm_head's weight, or nothing.
 struct Plan {
   std::vector<Tensor> embeddings, blocks, last;
   std::vector<int64_t> windows;
   std::vector<double> eps;  // of ln_1 and ln_2 of each block, then of ln_f
-};
-
-// Reads parameters of one dtype; of a block, or of none (-1).
-struct Reader {
-  ScalarType dtype;
-  int64_t block;
-
-  // The data of [rows, columns], or with `rows` 0 of [columns].
-  const void* operator()(const Tensor& t, int64_t rows, int64_t columns, const char* name) const {
-    const bool fits = rows ? t.dim() == 2 && t.size(0) == rows && t.size(1) == columns : t.dim() == 1 && t.size(0) == columns;
-    if (fits && t.scalar_type() == dtype && t.is_contiguous() && t.is_cpu()) return t.const_data_ptr();
-    std::ostringstream where;
-    if (block >= 0) where << "block " << block << "'s ";
-    const std::string size = rows ? std::to_string(rows) + ", " + std::to_string(columns) : std::to_string(columns);
-    refuse(where.str(), name, " is ", shape(t), ", but must be contiguous ", torch::headeronly::toString(dtype), " [", size,
-           "] on the CPU");
-  }
-
-  int64_t rows_of(const Tensor& t, const char* name) const {
-    if (t.dim() != 2 || t.size(0) < 1) refuse(name, " is ", shape(t), ", but must have two axes");
-    return t.size(0);
-  }
 };
 
 void read_cache(Layer& l, const Tensor& keys, const Tensor& values, ScalarType dtype, const Step& c) {
@@ -110,22 +66,6 @@ void read_parameters(Layer& l, const Tensor* p, const Reader& read, int64_t C) {
   l.ln_2.bias = read(p[8], 0, C, "ln_2.bias");
   l.c_fc = {{read(p[9], F, C, "c_fc.weight")}, 1, F, C, read(p[10], 0, F, "c_fc.bias")};
   l.c_proj = {{read(p[11], C, F, "c_proj.weight")}, 1, C, F, read(p[12], 0, C, "c_proj.bias")};
-}
-
-const int64_t* numbers(const Tensor& t, int64_t B, int64_t T, bool one_row, int64_t limit, const char* name) {
-  const bool rows = t.dim() == 2 && (t.size(0) == B || (one_row && t.size(0) == 1)) && t.size(1) == T;
-  if (!(rows && t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.is_cpu()))
-    refuse(name, " is ", shape(t), ", but must be contiguous int64 [", B, ", ", T, "] on the CPU");
-  const auto* p = static_cast<const int64_t*>(t.const_data_ptr());
-  for (int64_t i = 0; i < t.numel(); ++i)
-    if (p[i] < 0 || p[i] >= limit) refuse(name, " holds ", p[i], ", but must be from 0 to ", limit - 1);
-  return p;
-}
-
-const int32_t* counts(const Tensor& t, int64_t B, const char* name) {
-  if (!(t.dim() == 1 && t.size(0) == B && t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.is_cpu()))
-    refuse(name, " is ", shape(t), ", but must be contiguous int32 [", B, "] on the CPU");
-  return static_cast<const int32_t*>(t.const_data_ptr());
 }
 
 // Every token that a query sees has a slot of its own, `ahead` tokens later, too.
@@ -298,8 +238,8 @@ void prepare(Prepared& p, int64_t number, const Tensor& x, const std::optional<T
 }
 
 Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, std::optional<Tensor> types,
-              std::vector<Tensor> keys, std::vector<Tensor> values, const Tensor& lengths, std::optional<Tensor> starts, int64_t keep,
-              int64_t max_lanes) {
+              std::vector<Tensor> keys, std::vector<Tensor> values, const Tensor& lengths, std::optional<Tensor> starts,
+              int64_t keep, int64_t max_lanes) {
   Prepared p;
   p.keys = std::move(keys), p.values = std::move(values);
   prepare(p, number, x, positions, types, lengths, starts, 0);
@@ -313,11 +253,11 @@ Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, 
   return out;
 }
 
-// Up to `steps` steps, each on the likeliest tokens of the one before it: tokens int64 [B, n], fewer where all rows have ended.
-// The first token of a row that is one of `ends` is its last; `pad` follows. A row whose logits are not finite gets -1 in that
-// place, and has ended. In the first `least` steps `ends` are not chosen.
-Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::vector<Tensor> keys, std::vector<Tensor> values,
-              const Tensor& lengths, const Tensor& running, std::vector<int64_t> ends, int64_t pad, int64_t least, int64_t steps,
+// Up to `steps` steps, each on the likeliest tokens of the one before it: tokens int64 [B, n], fewer where all rows have
+// ended. The first token of a row that is one of `ends` is its last; `pad` follows. A row whose logits are not finite gets -1
+// in that place, and has ended. In the first `least` steps `ends` are not chosen.
+Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::vector<Tensor> keys,
+              std::vector<Tensor> values, const Tensor& lengths, const Tensor& running, std::vector<int64_t> ends, int64_t pad, int64_t least, int64_t steps,
               int64_t max_lanes) {
   if (steps < 1) refuse("steps is ", steps, ", but must be at least 1");
   Prepared p;
@@ -329,7 +269,12 @@ Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::v
   if (running.dim() != 1 || running.size(0) != s.B || running.scalar_type() != ScalarType::Bool || !running.is_contiguous() ||
       !running.is_cpu())
     refuse("running is ", shape(running), ", but must be contiguous Bool [", s.B, "] on the CPU");
-  const int64_t P = p.plan->embeddings[1].size(0), V = std::min(s.V, p.plan->embeddings[0].size(0));
+  const int64_t P = p.plan->embeddings[1].size(0), V = p.plan->embeddings[0].size(0);
+  if (s.V > V) refuse("the head has ", s.V, " tokens, but only ", V, " have an embedding");
+  std::sort(ends.begin(), ends.end());
+  ends.erase(std::unique(ends.begin(), ends.end()), ends.end());
+  ends.erase(std::remove_if(ends.begin(), ends.end(), [&](int64_t end) { return end < 0 || end >= s.V; }), ends.end());
+  if (least > 0 && static_cast<int64_t>(ends.size()) == s.V) refuse("every token is an end");
   for (int64_t i = 0; i < s.position_rows; ++i)
     if (s.positions[i] + steps > P) refuse("positions go on from ", s.positions[i], " for ", steps, ", past ", P);
   const auto* alive = static_cast<const bool*>(running.const_data_ptr());
@@ -348,11 +293,9 @@ Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::v
       float* row = &logits[b * s.V];
       int64_t best = of.likeliest(row, s.V);
       if (best >= 0 && n < least) {
-        for (const int64_t end : ends)
-          if (end >= 0 && end < s.V) row[end] = -std::numeric_limits<float>::infinity();
+        for (const int64_t end : ends) row[end] = -std::numeric_limits<float>::infinity();
         best = std::max_element(row, row + s.V) - row;
       }
-      if (best >= V) refuse("token ", best, " has no embedding");
       found.push_back(runs[b] ? best : pad);
       token[b] = runs[b] && best >= 0 ? best : pad;
       runs[b] = runs[b] && best >= 0 && std::find(ends.begin(), ends.end(), best) == ends.end();

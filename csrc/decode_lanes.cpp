@@ -1,323 +1,11 @@
-// A step of decoding, and linear layers of a few rows, on vectors of GPTNEO_FAST_LANES floats; built once for each instruction set, see setup.py. What it
-// includes must not leave functions behind that the linker could take for those of another CPU: no C++ library.
-//
-// All sums are float32 and go lane by lane, a row's numbers in order, then lanes in pairs. The order knows nothing of how
-// many rows there are or which thread has them, so a row's bits do not depend on its company.
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+// A step of decoding, and linear layers of a few rows; compiled once for each instruction set (setup.py).
+#include "products.h"
 
-#include "decode.h"
-
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 
 namespace gptneo_fast {
 namespace {
-
-constexpr int kLanes = GPTNEO_FAST_LANES;
-constexpr int64_t kChunk = 512;      // numbers of a weight row that many rows of x go over while it is in the first-level cache
-constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows of x that a weight is read for: with 4 weights, the registers
-constexpr int64_t kGrain = 1 << 15;  // weights that are worth a thread
-constexpr int64_t kColumns = 16;     // outputs that a thread takes at least: whole cache lines of a float32 result
-
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// ---- numbers ----
-
-template <int L>
-struct Vector {
-  typedef float Floats __attribute__((vector_size(4 * L)));
-  typedef int32_t Ints __attribute__((vector_size(4 * L)));
-  typedef uint32_t Words __attribute__((vector_size(4 * L)));
-  typedef uint16_t Halves __attribute__((vector_size(2 * L)));
-};
-template <int L>
-using FloatsOf = typename Vector<L>::Floats;
-using Floats = FloatsOf<kLanes>;
-using Ints = Vector<kLanes>::Ints;
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-template <typename To, typename From>
-INLINE To same_bits(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-// Memory is read and written through memcpy, which asks for no alignment; vectors in variables have their own.
-template <typename V>
-INLINE V read(const void* p) {
-  V v;
-  memcpy(&v, p, sizeof(v));
-  return v;
-}
-template <typename V>
-INLINE void write(float* p, V v) {
-  memcpy(p, &v, sizeof(v));
-}
-
-template <int L>
-INLINE FloatsOf<L> load(const float* p) {
-  return read<FloatsOf<L>>(p);
-}
-template <int L>
-INLINE FloatsOf<L> load(const BFloat16* p) {
-#if defined(__AVX2__)  // where gcc would convert four at a time
-  if constexpr (L == 8)
-    return same_bits<FloatsOf<L>>(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
-#endif
-  using V = Vector<L>;
-  return same_bits<FloatsOf<L>>(
-      __builtin_convertvector(read<typename V::Halves>(p), typename V::Words) << 16);
-}
-template <int L>
-INLINE FloatsOf<L> load(const Float16* p) {
-#if defined(__F16C__)
-  if constexpr (L == 4) return same_bits<FloatsOf<L>>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  if constexpr (L == 8) return same_bits<FloatsOf<L>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#if defined(__AVX512F__)
-  if constexpr (L == 16)
-    return same_bits<FloatsOf<L>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#endif
-#endif
-  using V = Vector<L>;
-  const auto bits = __builtin_convertvector(read<typename V::Halves>(p), typename V::Words);
-  const auto sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
-  const auto finite = same_bits<typename V::Words>(same_bits<FloatsOf<L>>(rest) * 0x1p112f);  // subnormals, too
-  const auto special = same_bits<typename V::Words>(rest >= 0x0f800000u);  // infinities and NaN
-  return same_bits<FloatsOf<L>>(sign | (special & (rest | 0x7f800000u)) | (~special & finite));
-}
-
-// The last `count` numbers of a row, fewer than the lanes, and zeros.
-template <int L, typename T>
-INLINE FloatsOf<L> load_end(const T* p, int64_t count) {
-  T part[L];
-  memset(part, 0, sizeof(part));
-  memcpy(part, p, count * sizeof(T));
-  return load<L>(part);
-}
-
-INLINE float widen(float x) { return x; }
-INLINE float widen(BFloat16 x) { return same_bits<float>(static_cast<uint32_t>(x.bits) << 16); }
-INLINE float widen(Float16 x) {
-  const Float16 four[4] = {x, x, x, x};
-  return load<4>(four)[0];
-}
-
-// To the nearest, ties to even.
-INLINE void narrow(float x, float* out) { *out = x; }
-INLINE void narrow(float x, BFloat16* out) {
-  const uint32_t bits = same_bits<uint32_t>(x);
-  out->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-INLINE void narrow(float x, Float16* out) {
-#if defined(__F16C__)
-  out->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-  const uint32_t bits = same_bits<uint32_t>(x), sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
-  uint32_t half;
-  if (size > 0x7f800000) {
-    half = 0x7e00;
-  } else if (size >= 0x477ff000) {  // rounds to 65536
-    half = 0x7c00;
-  } else if (size < 0x38800000) {  // subnormal: the float adder rounds
-    half = same_bits<uint32_t>(same_bits<float>(size) + 0.5f) - 0x3f000000;
-  } else {
-    half = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;
-  }
-  out->bits = static_cast<uint16_t>(sign | half);
-#endif
-}
-
-// Sums of lanes in pairs, which errs less than one after the other.
-INLINE FloatsOf<4> four(FloatsOf<4> v) { return v; }
-INLINE FloatsOf<4> four(FloatsOf<8> v) {
-  FloatsOf<4> half[2];
-  memcpy(half, &v, sizeof(v));
-  return half[0] + half[1];
-}
-INLINE FloatsOf<4> four(FloatsOf<16> v) {
-  FloatsOf<8> half[2];
-  memcpy(half, &v, sizeof(v));
-  return four(half[0] + half[1]);
-}
-
-template <typename V>
-INLINE float sum(V v) {
-  const FloatsOf<4> w = four(v);
-  return (w[0] + w[2]) + (w[1] + w[3]);
-}
-
-// The same sums of four vectors at once.
-template <typename V>
-INLINE FloatsOf<4> sums(V v0, V v1, V v2, V v3) {
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-  const FloatsOf<4> a = four(v0), b = four(v1), c = four(v2), d = four(v3);
-  const FloatsOf<4> ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  const FloatsOf<4> cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
-  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
-#define GPTNEO_FAST_SHUFFLES
-#endif
-#endif
-#if !defined(GPTNEO_FAST_SHUFFLES)
-  return FloatsOf<4>{sum(v0), sum(v1), sum(v2), sum(v3)};
-#endif
-}
-
-// out[n] = the sum of each of N vectors.
-template <int N, typename V>
-INLINE void store_sums(const V* v, float* out) {
-  int n = 0;
-  if constexpr (N >= 4)
-    UNROLL for (; n + 4 <= N; n += 4) write(out + n, sums(v[n], v[n + 1], v[n + 2], v[n + 3]));
-  UNROLL for (; n < N; ++n) out[n] = sum(v[n]);
-}
-
-INLINE Floats choose(Ints where, Floats yes, Floats no) {
-  return same_bits<Floats>((where & same_bits<Ints>(yes)) | (~where & same_bits<Ints>(no)));
-}
-
-// e^x to 2 ulp: x = n ln 2 + r, e^r by the polynomial of Cephes' expf. 0 below -87.3, where e^x is no normal number.
-INLINE Floats exponential(Floats x) {
-  const Ints low = x < -87.3f;
-  x = choose(low, Floats{} - 87.3f, choose(x > 88.7f, Floats{} + 88.7f, x));
-  const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest to it in the lowest bits
-  const Floats n = shifted - 12582912.0f;
-  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Ints power = same_bits<Ints>(shifted) << 23;
-  return choose(low, Floats{}, same_bits<Floats>(same_bits<Ints>(p) + power));
-}
-
-// x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) = x / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3)))
-INLINE Floats gelu_new(Floats x) {
-  return x / (1.0f + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
-}
-
-// ---- products ----
-
-// Row n of a product's weights.
-template <typename T>
-INLINE const T* row_of(const Product& p, int64_t n) {
-  const int64_t part = p.parts == 1 ? 0 : n / p.outputs;
-  return static_cast<const T*>(p.weight[part]) + (n - part * p.outputs) * p.inputs;
-}
-
-// out[n] = w[n] . x for N rows of weights that are far apart; x goes on with zeros to a multiple of the lanes.
-template <int N, int L, typename T>
-INLINE void dots(const T* const* w, const float* x, int64_t K, float* out) {
-  FloatsOf<L> acc[N];
-  UNROLL for (int n = 0; n < N; ++n) acc[n] = FloatsOf<L>{};
-  int64_t k = 0;
-  for (; k + L <= K; k += L) {
-    const FloatsOf<L> value = load<L>(x + k);
-    UNROLL for (int n = 0; n < N; ++n) acc[n] += load<L>(w[n] + k) * value;
-  }
-  if (k < K) {
-    const FloatsOf<L> value = load<L>(x + k);
-    for (int n = 0; n < N; ++n) acc[n] += load_end<L>(w[n] + k, K - k) * value;
-  }
-  store_sums<N>(acc, out);
-}
-
-// acc[r][n] += w[n] . x[r] lane by lane, for N pieces of weight rows and R rows of x.
-template <int N, int R, typename T>
-INLINE void gather(const T* const* w, const float* x, int64_t ldx, int64_t size, Floats (*acc)[N]) {
-  Floats a[R][N];
-  UNROLL for (int i = 0; i < R * N; ++i) a[i / N][i % N] = acc[i / N][i % N];
-  const auto add = [&](int64_t k, const auto& weights) {
-    Floats value[R];
-    UNROLL for (int r = 0; r < R; ++r) value[r] = load<kLanes>(x + r * ldx + k);
-    UNROLL for (int n = 0; n < N; ++n) {
-      const Floats weight = weights(n);
-      UNROLL for (int r = 0; r < R; ++r) a[r][n] += weight * value[r];
-    }
-  };
-  int64_t k = 0;
-  for (; k + kLanes <= size; k += kLanes) add(k, [&](int n) INLINE_LAMBDA { return load<kLanes>(w[n] + k); });
-  if (k < size) add(k, [&](int n) INLINE_LAMBDA { return load_end<kLanes>(w[n] + k, size - k); });
-  UNROLL for (int i = 0; i < R * N; ++i) acc[i / N][i % N] = a[i / N][i % N];
-}
-
-// The same as `dots` for M rows of x, the weights in pieces that stay in the first-level cache; out[m * N + n].
-template <int N, typename T>
-INLINE void many_dots(const T* const* w, const float* x, int64_t ldx, int64_t M, int64_t K, float* out) {
-  Floats acc[kMaxRows][N];
-  memset(acc, 0, M * sizeof(acc[0]));
-  for (int64_t first = 0; first < K; first += kChunk) {
-    const int64_t size = min(kChunk, K - first);
-    const T* piece[N];
-    for (int n = 0; n < N; ++n) piece[n] = w[n] + first;
-    int64_t m = 0;
-    for (; m + kTogether <= M; m += kTogether) gather<N, kTogether>(piece, x + m * ldx + first, ldx, size, acc + m);
-    for (; m < M; ++m) gather<N, 1>(piece, x + m * ldx + first, ldx, size, acc + m);
-  }
-  for (int64_t m = 0; m < M; ++m) store_sums<N>(acc[m], out + m * N);
-}
-
-// Outputs [begin, end) of M rows: y[m * ldy + n]. The weights are read as N streams far apart, which memory serves faster.
-template <int N, typename T>
-INLINE void streams(const Product& p, const float* x, int64_t ldx, int64_t M, int64_t begin, int64_t end, float* y, int64_t ldy) {
-  const int64_t far = (end - begin) / N;
-  for (int64_t i = begin; i < begin + far; ++i) {
-    const T* w[N];
-    float out[kMaxRows * N];
-    for (int n = 0; n < N; ++n) w[n] = row_of<T>(p, i + n * far);
-    if (M == 1) {
-      dots<N, kLanes>(w, x, p.inputs, out);
-    } else {
-      many_dots<N>(w, x, ldx, M, p.inputs, out);
-    }
-    for (int64_t m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) y[m * ldy + i + n * far] = out[m * N + n];
-  }
-  if constexpr (N > 1) streams<1, T>(p, x, ldx, M, begin + far * N, end, y, ldy);
-}
-
-template <typename Task>
-void parallel(Parallel run, int64_t count, int64_t grain, const Task& task) {
-  if (count <= grain) {
-    if (count > 0) task(int64_t{0}, count);
-    return;
-  }
-  run(count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Task*>(context))(begin, end); },
-      const_cast<Task*>(&task));
-}
-
-// One product of M rows, then `finish(begin, end)` on the outputs of each piece.
-template <typename T, typename Finish>
-void product(Parallel run, const Product& p, const float* x, int64_t ldx, int64_t M, float* y, int64_t ldy, const Finish& finish) {
-  const int64_t N = p.parts * p.outputs, pieces = (N + kColumns - 1) / kColumns;
-  parallel(run, pieces, max(1, kGrain / (kColumns * p.inputs)), [&](int64_t first, int64_t last) {
-    const int64_t begin = first * kColumns, end = min(N, last * kColumns);
-    streams<4, T>(p, x, ldx, M, begin, end, y, ldy);
-    finish(begin, end);
-  });
-}
-
-// ---- the parts of a block ----
 
 template <typename T>
 void layer_norm(const Norm& norm, const float* x, float* y, int64_t C, int64_t ld, int64_t M) {
@@ -417,8 +105,8 @@ INLINE void values_of(const T* values, int64_t stride, const Seen& seen, const f
 
 // softmax(q k^T) v over what is seen, without the factor 1/sqrt(D); zeros where that is nothing.
 template <int L, typename T>
-INLINE void attend(const Layer& layer, const T* keys, const T* values, const Seen& seen, const float* q, int64_t D, float* scores,
-                   float* out) {
+INLINE void attend(const Layer& layer, const T* keys, const T* values, const Seen& seen, const float* q, int64_t D,
+                   float* scores, float* out) {
   const int64_t stride = layer.token, count = seen.count[0] + seen.count[1];
   scores_of<L>(keys + seen.first * stride, stride, q, D, seen.count[0], scores);
   scores_of<L>(keys, stride, q, D, seen.count[1], scores + seen.count[0]);
@@ -471,7 +159,7 @@ void heads(const Step& s, const Layer& layer, const float* qkv, int64_t ld, floa
       }
       const int64_t count = last - first + 1, slot = first % layer.R;
       const Seen seen = {slot, {min(count, layer.R - slot), max(0, count - (layer.R - slot))}};
-      float query[2 * kPad * 16];  // goes on with zeros
+      float query[kMaxHeadDim];  // goes on with zeros
       const float* q = rows + t * ld;
       if (D % kPad) {
         memset(query + D / kPad * kPad, 0, kPad * sizeof(float));
@@ -487,8 +175,6 @@ void heads(const Step& s, const Layer& layer, const float* qkv, int64_t ld, floa
     }
   }
 }
-
-// ---- the step ----
 
 template <typename T>
 void embed(const Step& s, float* x, int64_t ld) {
@@ -534,9 +220,7 @@ int64_t likeliest(const float* logits, int64_t V) {
 template <typename T>
 void decode(const Step& s, Parallel run, float* workspace) {
   const int64_t M = s.B * s.T, C = s.C(), ld = padded(C);
-  int64_t inner = 3 * C, slots = 0;
-  for (int64_t i = 0; i < s.L; ++i) inner = max(inner, s.layers[i].c_fc.outputs), slots = max(slots, s.layers[i].R);
-  const int64_t ldi = padded(inner);
+  const int64_t ldi = padded(inner_width(s));
   float* x = workspace;      // [M, ld] the residual stream
   float* y = x + M * ld;     // [M, ld] what a product reads
   float* z = y + M * ld;     // [M, ld] what it gives
@@ -551,7 +235,9 @@ void decode(const Step& s, Parallel run, float* workspace) {
   for (int64_t i = 0; i < s.L; ++i) {
     const Layer& layer = s.layers[i];
     const auto add_to_x = [&](const Product& p) {
-      return [&, bias = p.bias](int64_t begin, int64_t end) { each([&](int64_t m) { add<T>(x + m * ld, z + m * ld, bias, begin, end); }); };
+      return [&, bias = p.bias](int64_t begin, int64_t end) {
+        each([&](int64_t m) { add<T>(x + m * ld, z + m * ld, bias, begin, end); });
+      };
     };
     layer_norm<T>(layer.ln_1, x, y, C, ld, M);
     product<T>(run, layer.qkv, y, ld, M, wide, ldi, [](int64_t, int64_t) {});
@@ -569,7 +255,8 @@ void decode(const Step& s, Parallel run, float* workspace) {
     product<T>(run, layer.c_proj, wide, ldi, M, z, ld, add_to_x(layer.c_proj));
   }
   for (int64_t b = 0; b < s.B; ++b)  // the kept rows to the front, where they came from further behind
-    for (int64_t t = 0; t < s.keep; ++t) memmove(x + (b * s.keep + t) * ld, x + ((b + 1) * s.T - s.keep + t) * ld, C * sizeof(float));
+    for (int64_t t = 0; t < s.keep; ++t)
+      memmove(x + (b * s.keep + t) * ld, x + ((b + 1) * s.T - s.keep + t) * ld, C * sizeof(float));
   const int64_t kept = s.B * s.keep;
   if (s.norm) layer_norm<T>(*s.norm, x, y, C, ld, kept);
   const float* last = s.norm ? y : x;

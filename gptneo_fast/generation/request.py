@@ -13,7 +13,6 @@ from torch import Tensor
 from ..config import GPTNeoConfig
 from ..errors import InputError, NonFiniteLogitsError
 from ..network.cache import KVCache
-from ..network.decoding import Greedy
 from .callbacks import named
 from .config import GenerationConfig, Options
 from .processors import LogitsProcessorList, MinLengthLogitsProcessor, ids_of
@@ -21,6 +20,7 @@ from .prompt import Prompt
 from .stopping import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 if TYPE_CHECKING:
+    from ..network.decoding import Greedy
     from ..network.touch import Look
     from ..ops.backends import Choice
     from .session import Session
@@ -140,7 +140,7 @@ class Request:
         return any(isinstance(c, EosTokenCriteria) for c in self.criteria)
 
     @cached_property
-    def _ends(self) -> frozenset[int] | None:
+    def ends(self) -> frozenset[int] | None:
         """Tokens that end a text, where nothing else does before `total`; None where something may."""
         ends: set[int] = set()
         for criterion in self.criteria:
@@ -152,42 +152,21 @@ class Request:
 
     def ended(self, ids: Tensor) -> Tensor | None:
         """Boolean [B]: which of the texts ids [B, T] have ended; None where none has."""
-        if self._ends is None:
+        if self.ends is None:
             return self.criteria(ids, self.record.scores)
         last = ids[:, -1].tolist()
-        if self._ends.isdisjoint(last):
+        if self.ends.isdisjoint(last):
             return None
-        return torch.tensor([token in self._ends for token in last], device=ids.device)
+        return torch.tensor([token in self.ends for token in last], device=ids.device)
 
     @cached_property
     def greedy(self) -> bool:
         """Whether every token is the likeliest, and nothing looks at a step or has a say in it but the end tokens."""
         o, r = self.options, self.record
         watched = any(kept is not None for kept in (r.scores, r.logits, r.attentions, r.hidden_states))
-        if o.do_sample or o.remove_invalid_values or self.streamed or watched or self._ends is None or len(self.processors) > 1:
+        if o.do_sample or o.remove_invalid_values or self.streamed or watched or self.ends is None or len(self.processors) > 1:
             return False
-        return all(type(p) is MinLengthLogitsProcessor and set(ids_of(p.eos_token_id)) == self._ends for p in self.processors)
-
-    def several(self, columns: int, running: Tensor, steps: int) -> Greedy:
-        """How up to `steps` greedy steps go on after so many columns."""
-        least = max((p.min_length - columns for p in self.processors), default=0)  # type: ignore[attr-defined]
-        steps = min(steps, self.total - columns)
-        return Greedy(running, sorted(self._ends or ()), self.options.pad_id or 0, max(0, least), steps)
-
-    def settle(self, tokens: Tensor, running: Tensor, columns: int, broken: dict[int, int]) -> tuple[Tensor, Tensor]:
-        """The tokens [B, n] of several greedy steps as `sample` gives them, and which rows [B] go on; adds to `broken`."""
-        rows, runs, pad, ends = tokens.tolist(), running.tolist(), self.options.pad_id or 0, self._ends or ()
-        shown = False  # whether the last column has a token of a row that was running
-        for b, row in enumerate(rows):
-            for n, token in enumerate(row):
-                if not runs[b]:
-                    break
-                shown = shown or (token >= 0 and n == len(row) - 1)
-                runs[b] = token >= 0 and token not in ends
-                if token < 0:
-                    broken[b], row[n] = columns + n, pad
-        n = tokens.shape[1] - (not shown)
-        return torch.tensor(rows, device=tokens.device)[:, :n], torch.tensor(runs, device=tokens.device)
+        return all(type(p) is MinLengthLogitsProcessor and set(ids_of(p.eos_token_id)) == self.ends for p in self.processors)
 
     def draw(self, scores: Tensor, running: Tensor) -> Tensor:
         """Tokens [B] int64 from processed scores [B, V]: one multinomial over the softmax, or the likeliest.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..network.decoding import Greedy
 from ..ops import extension
 from .request import LanguageModel, Request, non_finite
 from .session import Session
@@ -37,9 +38,9 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
     steps = 1
     while ids.shape[1] < request.total:
         T, begin = ids.shape[1], time.monotonic()
-        if request.greedy and (found := session.greedy(ids, request.several(T, running, steps))) is not None:
+        if request.greedy and (found := session.greedy(ids, _several(request, T, running, steps))) is not None:
             steps = min(_STEPS, 1 + int(_SECONDS * found.shape[1] / (time.monotonic() - begin)))
-            tokens, running = request.settle(found, running, T, broken)
+            tokens, running = _settled(request, found, running, T, broken)
             ids = torch.cat([ids, tokens], 1)
             if tokens.shape[1]:
                 yield tokens
@@ -69,3 +70,26 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
                 break
     if broken:
         raise non_finite(broken, ids)
+
+
+def _several(request: Request, columns: int, running: Tensor, steps: int) -> Greedy:
+    """How up to `steps` greedy steps of rows [B] go on after so many columns."""
+    least = max((p.min_length - columns for p in request.processors), default=0)  # type: ignore[attr-defined]
+    most = min(steps, request.total - columns)
+    return Greedy(running, sorted(request.ends or ()), request.options.pad_id or 0, max(0, least), most)
+
+
+def _settled(request: Request, tokens: Tensor, running: Tensor, columns: int, broken: dict[int, int]) -> tuple[Tensor, Tensor]:
+    """The tokens [B, n] of several greedy steps as `sample` gives them, and which rows [B] go on; adds to `broken`."""
+    rows, runs, pad, ends = tokens.tolist(), running.tolist(), request.options.pad_id or 0, request.ends or ()
+    shown = False  # whether the last column has a token of a row that was running
+    for b, row in enumerate(rows):
+        for n, token in enumerate(row):
+            if not runs[b]:
+                break
+            shown = shown or (token >= 0 and n == len(row) - 1)
+            runs[b] = token >= 0 and token not in ends
+            if token < 0:
+                broken[b], row[n] = columns + n, pad
+    n = tokens.shape[1] - (not shown)
+    return torch.tensor(rows, device=tokens.device)[:, :n], torch.tensor(runs, device=tokens.device)

@@ -18,6 +18,7 @@ from ..device import as_device, as_dtype
 from ..errors import InputError, UnknownOptionError, warn_once
 from ..files.hub import Source
 from ..generation.config import GenerationConfig
+from ..network import decoding
 from ..network.cache import cache_bytes
 from ..ops import backends
 from . import loading, resizing, saving
@@ -81,6 +82,15 @@ class GPTNeoPreTrainedModel(Training):
         config.check()
         object.__setattr__(config, "in_use", True)
         self.config = config
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        decoding.forget(self.base_model)  # torch may swap parameters, and that only where nothing else holds them
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **keywords: Any) -> Any:
+        """As torch's."""
+        decoding.forget(self.base_model)
+        return super().load_state_dict(*args, **keywords)
 
     @property
     def base_model(self) -> GPTNeoModel:

@@ -1,7 +1,7 @@
 """Few rows on the CPU: a run of untouched blocks, with what stands before and after them, as one call of the extension.
 
-A plan names the parameters; whether it still does is asked before each call, by identity: a parameter or a block that was put
-in the place of another makes a new plan. Values, addresses and dtypes may change as they like, for the call reads them anew.
+A plan names the parameters. Before each call it is compared, by identity, with what stands in the modules then, so that what
+was put in the place of another makes a new plan. Values, addresses and dtypes may change as they like: a call reads them anew.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..ops import cpu
 from .cache import KVCache
-from .fused import OURS, Kinds
+from .fused import Kinds
 from .masks import Rows
-from .touch import Watched, is_readable
+from .touch import is_readable
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,12 @@ class Greedy:
 
 @dataclass
 class _Planned:
-    """A plan, and by what it is known to hold."""
+    """A plan, and what it was made of."""
 
     call: cpu.Plan
-    blocks: list[nn.Module]
-    places: list[tuple[dict[str, Any], str]]  # where each parameter stands
     tensors: list[Tensor]
-    norms: list[Any]
     eps: list[float]
     windows: list[int]
-    changes: int  # Watched.changes when the places were looked up
 
 
 _PLANS = 256  # of a trunk, at most; as many spans as a model of twenty blocks has
@@ -74,6 +70,16 @@ def takes(op: ModuleType, x: Tensor, cache: KVCache, rows: Rows) -> bool:
     if torch.is_grad_enabled() and (x.requires_grad or any(keys.requires_grad for keys in cache.keys)):
         return False
     return is_readable() and not torch.jit.is_tracing()
+
+
+def forget(trunk: nn.Module) -> None:
+    """Let go of a trunk's parameters, which its plans hold."""
+    _plans.pop(trunk, None)
+
+
+def _pair(module: nn.Module) -> tuple[Any, Any]:
+    own = module._parameters
+    return own["weight"], own["bias"]
 
 
 @dataclass(frozen=True)
@@ -118,58 +124,45 @@ class Few:
     def _planned(self, span: Span) -> tuple[_Planned, list[Tensor], list[Tensor]]:
         """The plan of a span, and its layers' keys and values."""
         known = _plans.setdefault(self.trunk, {})
-        planned = known.get(span)
-        if planned is None or not self._holds(planned, span):
-            if planned is None and len(known) > _PLANS:  # of heads and layers that are gone
+        planned, (tensors, eps, windows) = known.get(span), self._parameters(span)
+        if planned is None or not (
+            len(tensors) == len(planned.tensors)
+            and all(map(is_, tensors, planned.tensors))
+            and (eps, windows) == (planned.eps, planned.windows)
+        ):
+            if planned is None and len(known) >= _PLANS:  # of heads and layers that are gone
                 known.clear()
-            planned = known[span] = self._plan(span)
+            first = 2 if span.embeds else 0
+            last = len(tensors) - (2 if span.norm else 0) - (span.head is not None)
+            call = cpu.Plan(tensors[:first], tensors[first:last], tensors[last:], windows, eps)
+            planned = known[span] = _Planned(call, tensors, eps, windows)
         keys, values = self.cache.keys, self.cache.values
         if span.end - span.first != len(keys):
             keys, values = keys[span.first : span.end], values[span.first : span.end]
         return planned, keys, values
 
-    def _holds(self, planned: _Planned, span: Span) -> bool:
-        """Whether a plan is still of this trunk's modules and parameters."""
-        blocks = list(self.trunk.h._modules.values())[span.first : span.end]
-        if len(blocks) != len(planned.blocks) or not all(map(is_, blocks, planned.blocks)):
-            return False
-        if self.kinds is not OURS or planned.changes != Watched.changes:
-            changes = Watched.changes
-            norms, places = _places(self.trunk, span)
-            if not all(map(is_, norms, planned.norms)) or [self.kinds.window(block) for block in blocks] != planned.windows:
-                return False
-            planned.places, planned.changes = places, changes
-        tensors = [own[name] for own, name in planned.places]
-        return all(map(is_, tensors, planned.tensors)) and [norm.eps for norm in planned.norms] == planned.eps
-
-    def _plan(self, span: Span) -> _Planned:
-        changes = Watched.changes
-        blocks = list(self.trunk.h)[span.first : span.end]
-        norms, places = _places(self.trunk, span)
-        tensors: list[Tensor] = [own[name] for own, name in places]
-        eps, windows = [norm.eps for norm in norms], [self.kinds.window(block) for block in blocks]
-        first = 2 if span.embeds else 0
-        last = len(tensors) - (2 if span.norm else 0) - (span.head is not None)
-        call = cpu.Plan(tensors[:first], tensors[first:last], tensors[last:], windows, eps)
-        return _Planned(call, blocks, places, tensors, norms, eps, windows, changes)
-
-
-def _places(trunk: Any, span: Span) -> tuple[list[Any], list[tuple[dict[str, Any], str]]]:
-    """The norms of a span, and where its parameters stand, in the order of `cpu.Plan`."""
-    norms: list[Any] = []
-    places = [(trunk.wte._parameters, "weight"), (trunk.wpe._parameters, "weight")] if span.embeds else []
-    for block in list(trunk.h)[span.first : span.end]:
-        attention, mlp = block.attn.attention, block.mlp
-        norms += [block.ln_1, block.ln_2]
-        for module in (block.ln_1, attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
-            places.append((module._parameters, "weight"))
-            if module is block.ln_1 or module is attention.out_proj:
-                places.append((module._parameters, "bias"))
-        for module in (block.ln_2, mlp.c_fc, mlp.c_proj):
-            places += [(module._parameters, "weight"), (module._parameters, "bias")]
-    if span.norm:
-        norms.append(trunk.ln_f)
-        places += [(trunk.ln_f._parameters, "weight"), (trunk.ln_f._parameters, "bias")]
-    if span.head is not None:
-        places.append((span.head._parameters, "weight"))
-    return norms, places
+    def _parameters(self, span: Span) -> tuple[list[Any], list[float], list[int]]:
+        """What stands in the modules now, in the order of `cpu.Plan`: parameters, epsilons, windows. It is asked at every
+        call, on cold caches: dictionaries, and no attributes of modules."""
+        trunk = self.trunk._modules
+        tensors: list[Any] = []
+        eps: list[float] = []
+        windows: list[int] = []
+        if span.embeds:
+            tensors += [trunk["wte"]._parameters["weight"], trunk["wpe"]._parameters["weight"]]
+        for block in list(trunk["h"]._modules.values())[span.first : span.end]:
+            own = block._modules
+            ln_1, ln_2, mlp = own["ln_1"], own["ln_2"], own["mlp"]._modules
+            attention = own["attn"]._modules["attention"]._modules
+            tensors += _pair(ln_1)
+            tensors += [attention[name]._parameters["weight"] for name in ("q_proj", "k_proj", "v_proj")]
+            for module in (attention["out_proj"], ln_2, mlp["c_fc"], mlp["c_proj"]):
+                tensors += _pair(module)
+            eps += [ln_1.eps, ln_2.eps]
+            windows.append(self.kinds.window(block))
+        if span.norm:
+            tensors += _pair(trunk["ln_f"])
+            eps.append(trunk["ln_f"].eps)
+        if span.head is not None:
+            tensors.append(span.head._parameters["weight"])
+        return tensors, eps, windows

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gptneo_fast.errors import NonFiniteLogitsError
+from gptneo_fast.errors import InputError, NonFiniteLogitsError
 from gptneo_fast.generation import stepwise
 from gptneo_fast.generation.request import Request
 from gptneo_fast.ops import cpu, extension
@@ -142,6 +142,23 @@ def test_a_hook_is_asked_at_every_step(many):
     assert len(seen) == 6 and not many
     model.generate(prompts(1), max_new_tokens=6, eos_token_id=None)
     assert many
+
+
+def test_where_all_tokens_are_ends_that_may_not_come_yet_the_error_is_that_of_single_steps(many):
+    _, model = peers(vocab_size=3, eos_token_id=[0, 1, 2])
+    with pytest.raises(InputError, match="no token can be chosen for row 0"):
+        model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=5, min_new_tokens=4, pad_token_id=0)
+
+
+def test_embeddings_go_before(many, monkeypatch):
+    _, model = peers()
+    embeds = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
+
+    def call():
+        return model.generate(inputs_embeds=embeds, max_new_tokens=20, pad_token_id=0, eos_token_id=None)
+
+    got = call()
+    assert many and torch.equal(got, one_by_one(monkeypatch, call))
 
 
 def test_a_call_that_is_not_taken_leaves_the_cache_as_it_was(many, monkeypatch):

@@ -198,6 +198,13 @@ def replace(module, name, value):
     setattr(module, name, nn.Parameter(value, requires_grad=False))
 
 
+def anew(module, name):
+    """Another parameter, which then stands behind its siblings."""
+    value = getattr(module, name).detach() * 2
+    delattr(module, name)
+    replace(module, name, value)
+
+
 CHANGES = {
     "a value in place": lambda m: m.transformer.h[1].mlp.c_fc.weight.mul_(1.5),
     "a parameter": lambda m: replace(m.transformer.h[1].mlp.c_fc, "weight", m.transformer.h[1].mlp.c_fc.weight * 1.5),
@@ -211,6 +218,9 @@ CHANGES = {
     "a norm's epsilon": lambda m: setattr(m.transformer.h[1].ln_2, "eps", 0.3),
     "ln_f's epsilon": lambda m: setattr(m.transformer.ln_f, "eps", 0.3),
     "a norm": lambda m: setattr(m.transformer.h[1], "ln_2", nn.LayerNorm(32, eps=0.2)),
+    "a norm, registered": lambda m: m.transformer.h[1].add_module("ln_2", nn.LayerNorm(32, eps=0.2)),
+    "a norm, put in its place": lambda m: m.transformer.h[1]._modules.update(ln_2=nn.LayerNorm(32)),
+    "a norm's weight made anew": lambda m: anew(m.transformer.h[1].ln_2, "weight"),
     "a linear layer": lambda m: setattr(m.transformer.h[1].mlp, "c_proj", nn.Linear(128, 32)),
     "blocks in another order": lambda m: setattr(m.transformer, "h", nn.ModuleList(m.transformer.h[i] for i in (0, 2, 1))),
     "a block doubled": lambda m: m.transformer.h.__setitem__(2, m.transformer.h[1]),
@@ -236,6 +246,40 @@ def test_what_was_changed_between_two_steps_counts(change):
     after = agrees(model, cache, ids[:, 11:])
     if change != "the dtype":
         assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_parameters_that_are_swapped_in_place_count(monkeypatch):
+    model = build()
+    ids = torch.randint(0, 97, (1, 12), generator=torch.Generator().manual_seed(4))
+    _, cache = steps(model, ids, [10, 1])
+    before = agrees(model, cache, ids[:, 11:])
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().float()
+        model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert not torch.allclose(before, agrees(model, cache, ids[:, 11:]), atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [1e20, 3e38, float("inf"), -1e20, -3e38, float("-inf"), float("nan")])
+def test_gelu_of_what_is_far_from_zero_is_that_of_torch(value, lanes):
+    from gptneo_fast.ops import reference
+    from gptneo_fast.ops.testing import EPS
+
+    x, w = torch.zeros(1, 1, 8), torch.zeros(40, 8)
+    args = (x, torch.ones(8), torch.zeros(8), w, torch.full((40,), value), EPS, True)
+    got, want = cpu.norm_linear(*args), reference.norm_linear(*args)
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, -0x400000, 0x7F800001, 0x7FC00001, 0x7FFFFFFF])
+def test_every_nan_of_a_key_reaches_the_result(bits, lanes):
+    model = build()
+    ids = torch.randint(0, 97, (1, 7), generator=torch.Generator().manual_seed(8))
+    _, cache = steps(model, ids[:, :6], [6])
+    cache.keys[2][0, 1, 3, 5] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)[0]
+    assert model.step(ids[:, 6:], torch.tensor([[6]]), None, cache).isnan().all()
 
 
 def test_blocks_beside_a_touched_one_run_together(calls):
