@@ -30,6 +30,7 @@ template <int L>
 using FloatsOf = typename Vector<L>::Floats;
 using Floats = FloatsOf<kLanes>;
 using Ints = Vector<kLanes>::Ints;
+using Words = Vector<kLanes>::Words;
 
 struct BFloat16 {
   uint16_t bits;
@@ -195,7 +196,7 @@ INLINE Floats exponential(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const Floats e = same_bits<Floats>(same_bits<Ints>(p) + (same_bits<Ints>(shifted) << 23));
+  const Floats e = same_bits<Floats>(same_bits<Words>(p) + (same_bits<Words>(shifted) << 23));  // wraps for NaN
   return choose(x == x, choose(low, Floats{}, choose(high, Floats{} + INFINITY, e)), x);
 }
 
