@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import extension, reference
+from . import extension, reference, widened
 from .reference import attention, decode_attention, embed, kv_append, layer_norm, sample
 
 ROWS = 16  # of x that the extension takes; a blocked GEMM reads weights seldom enough with more
@@ -137,9 +137,16 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _widens(x: Tensor, weight: Tensor) -> bool:
+    """Whether this CPU multiplies a dtype so slowly that float32 copies are faster."""
+    return x.dtype in widened.DTYPES and weight.dtype is x.dtype
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T. x: [..., K]; weight: [N, K]; returns [..., N]."""
-    return _linear(x, weight, None, None, None, None, 0.0, False) if _takes(x, weight) else F.linear(x, weight)
+    if _takes(x, weight):
+        return _linear(x, weight, None, None, None, None, 0.0, False)
+    return widened.linear(x, weight) if _widens(x, weight) else F.linear(x, weight)
 
 
 def _linear(x: Tensor, weight: Tensor, *others: Tensor | float | bool | None) -> Tensor:
@@ -152,6 +159,8 @@ def norm_linear(
     """As `reference.norm_linear`."""
     if _takes(x, weight):
         return _linear(x, weight, bias, None, norm_weight, norm_bias, eps, gelu)
+    if _widens(x, weight):
+        return widened.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias, gelu=gelu)
     return reference.norm_linear(x, norm_weight, norm_bias, weight, bias, eps, gelu)
 
 
@@ -162,7 +171,8 @@ def norm_qkv(
     if _takes(x, wq):
         q, k, v = (_linear(x, w, None, None, norm_weight, norm_bias, eps, False) for w in (wq, wk, wv))
         return q, k, v
-    return reference.norm_qkv(x, norm_weight, norm_bias, wq, wk, wv, eps)
+    y = layer_norm(x, norm_weight, norm_bias, eps)
+    return linear(y, wq), linear(y, wk), linear(y, wv)
 
 
 def norm_qkv_append(
@@ -189,6 +199,8 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Ten
     """As `reference.linear_add`."""
     if _takes(x, weight) and residual.is_contiguous() and residual.dtype is x.dtype:
         return _linear(x, weight, bias, residual, None, None, 0.0, False)
+    if _widens(x, weight):
+        return widened.linear(x, weight, bias, residual=residual)
     return reference.linear_add(x, weight, bias, residual)
 
 
@@ -196,4 +208,6 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, e
     """As `reference.lm_head`, without its padding, which only kernels want."""
     if _takes(x, weight):
         return _linear(x, weight, None, None, norm_weight, norm_bias, eps, False).float()
+    if _widens(x, weight):
+        return widened.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, dtype=torch.float32)
     return reference.lm_head(x, norm_weight, norm_bias, weight, eps)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gptneo_fast.ops import backends, cpu, extension, ops, reference
+from gptneo_fast.ops import backends, cpu, extension, ops, reference, widened
 from gptneo_fast.ops.testing import EPS, SAMPLES, Sample, over_budget
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
@@ -75,9 +75,33 @@ def test_the_end_of_a_row_is_normalised_in_the_lanes(K, lanes):
 
 def test_more_rows_and_other_dtypes_take_the_reference(monkeypatch):
     monkeypatch.setattr(cpu, "_linear", None)
+    monkeypatch.setattr(widened, "DTYPES", frozenset())
     for rows, dtype in ((17, torch.float32), (17, torch.bfloat16), (1, torch.float64)):
         x, w = torch.ones(1, rows, 8, dtype=dtype), torch.ones(8, 8, dtype=dtype)
         assert torch.equal(cpu.linear_add(x, w, w[0], x), reference.linear_add(x, w, w[0], x))
+
+
+@pytest.mark.parametrize("piece", [1, 100, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_a_cpu_cannot_multiply_is_widened(monkeypatch, dtype, piece):
+    monkeypatch.setattr(cpu, "_linear", None)
+    monkeypatch.setattr(widened, "DTYPES", frozenset([dtype]))
+    monkeypatch.setattr(widened, "_PIECE", piece)
+    w, b, x, residual = random(57, 40, seed=1), random(57, seed=2), random(1, 17, 40, seed=3), random(1, 17, 57, seed=4)
+    norm, square = (1 + 0.1 * random(40, seed=5), 0.1 * random(40, seed=6)), [random(40, 40, seed=n) for n in (7, 8, 9)]
+    for gelu in (False, True):
+        assert not over_budget("norm_linear", cpu.norm_linear, Sample("gelu", (x, *norm, w, b, EPS, gelu)).to(dtype))
+    assert not over_budget("linear_add", cpu.linear_add, Sample("residual", (x, w, b, residual)).to(dtype))
+    assert not over_budget("norm_qkv", cpu.norm_qkv, Sample("qkv", (x, *norm, *square, EPS)).to(dtype))
+    assert not over_budget("lm_head", cpu.lm_head, Sample("head", (x, *norm, w, EPS)).to(dtype))
+    exact = x.to(dtype).double() @ w.to(dtype).double().T
+    assert (cpu.linear(x.to(dtype), w.to(dtype)) - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_what_torch_multiplies_fast_is_not_widened():
+    assert torch.float32 not in widened.DTYPES
+    for dtype, fast in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported")):
+        assert (dtype in widened.DTYPES) != getattr(torch.ops.mkldnn, fast)()
 
 
 def test_bfloat16_results_round_to_the_nearest_even_and_nan_stays():
