@@ -20,10 +20,7 @@ def _cannot_multiply(question: str) -> bool:
 
 DTYPES = frozenset(
     dtype
-    for dtype, question in (
-        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
-        (torch.float16, "_is_mkldnn_fp16_supported"),
-    )
+    for dtype, question in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
     if _cannot_multiply(question)
 )
 
@@ -55,4 +52,3 @@ def linear(
         y = F.gelu(y, approximate="tanh") if gelu else y
         out[..., columns] = y if residual is None else y + residual[..., columns]
     return out
-
