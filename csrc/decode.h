@@ -1,4 +1,4 @@
-// One step of decoding on the CPU in plain data, free of torch: what decode_cpu.cpp is given and decode_lanes.cpp computes.
+// What decode_lanes.cpp computes on the CPU, in plain data, free of torch: a step of decoding, linear layers, attention.
 // Letters as in gptneo_fast/ops/reference.py; M = B * T rows go through every product.
 #pragma once
 
@@ -57,6 +57,24 @@ struct Linear {
   void* out;             // [M, N]
 };
 
+// [B, H, tokens, D], the last axis dense; null data for none.
+struct Heads {
+  const void* data;
+  int64_t batch, head, token;  // strides, in numbers
+};
+
+// Causal attention of T new tokens to what slots hold and, where k and v are given, to themselves.
+struct Attention {
+  Number number;
+  int64_t B, H, T, D, R, window;         // R slots; columns that a query sees, 0 for all
+  Heads q, k, v, keys, values;           // without k and v the slots hold the T new ones, too
+  const int32_t *lengths, *starts, *ends;  // [B]; null for 0, 0 and T
+  void* out;                             // [B, T, H * D]
+};
+
+// Floats of a thread for as long as it does not ask again.
+using Workspace = float* (*)(int64_t floats);
+
 // Runs task(begin, end, context) over [0, count) in pieces of at least `grain`, on as many threads as torch has.
 using Parallel = void (*)(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
 
@@ -64,6 +82,9 @@ using Parallel = void (*)(int64_t count, int64_t grain, void (*task)(int64_t, in
 struct Lanes {
   void (*decode)(const Step&, Parallel, float* workspace);
   void (*linear)(const Linear&, Parallel, float* workspace);
+  void (*attention)(const Attention&, Parallel, Workspace);
+  // gelu_new of `count` numbers, in place.
+  void (*gelu)(Number, void* numbers, int64_t count, Parallel);
   // The first of the largest of [V] logits, or -1 where one is not finite.
   int64_t (*likeliest)(const float* logits, int64_t V);
 };

@@ -1,5 +1,4 @@
-// The ops of the CPU for a few rows, which take as long as reading the weights does: `linear`, and `decode`: embedding, a run
-// of blocks and the head in one call. Its parameters were named once, by `plan`, because handing 13 tensors a block over costs
+// The op `decode`: embedding, a run of blocks and the head for a few rows in one call. Its parameters were named once, by `plan`, because handing 13 tensors a block over costs
 // more than a small model's step; they are read where they stand, and looked at anew, in each call: a plan holds tensors, not
 // addresses.
 #include <torch/csrc/stable/library.h>
@@ -16,12 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
-#include "decode.h"
-#include "reading.h"
+#include "running.h"
 
 namespace gptneo_fast {
 namespace {
@@ -76,49 +70,6 @@ void check_slots(const Step& s, const Layer& layer, int64_t ahead) {
     const int64_t needed = layer.window ? std::min(end + ahead, layer.window - 1 + s.T) : end + ahead;
     if (needed > layer.R) refuse("a layer has ", layer.R, " slots, but row ", b, " needs ", needed);
   }
-}
-
-Number number_of(ScalarType dtype) {
-  if (dtype == ScalarType::Float) return Number::kFloat32;
-  if (dtype == ScalarType::BFloat16) return Number::kBFloat16;
-  if (dtype == ScalarType::Half) return Number::kFloat16;
-  refuse("weights are ", torch::headeronly::toString(dtype), ", but must be float32, bfloat16 or float16");
-}
-
-void run_parallel(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context) {
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, task, context));
-}
-
-// Lanes of the widest vectors that this CPU has and `most` allows; 0 for no limit.
-int64_t lanes(int64_t most) {
-  int64_t found = 4;
-#if defined(__x86_64__)
-  unsigned eax, ebx, ecx = 0, edx;  // of F16C older compilers have no name
-  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
-  if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found = 8;
-  if (found == 8 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    found = 16;
-#endif
-  return most ? std::min(found, most) : found;
-}
-
-int64_t most_lanes() { return lanes(0); }
-
-const Lanes& lanes_of(int64_t lanes) {
-#if defined(__x86_64__)
-  if (lanes == 16) return lanes_16;
-  if (lanes == 8) return lanes_8;
-#endif
-  return lanes_4;
-}
-
-// An arena of a thread: a step that made its own would fault its pages in anew each time.
-float* workspace(int64_t floats) {
-  thread_local std::vector<float> arena;
-  if (static_cast<int64_t>(arena.size()) < floats + kPad) arena.resize(floats + kPad);
-  const auto address = reinterpret_cast<uintptr_t>(arena.data());
-  return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }
 
 std::mutex plans_lock;
@@ -257,8 +208,8 @@ Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, 
 // ended. The first token of a row that is one of `ends` is its last; `pad` follows. A row whose logits are not finite gets -1
 // in that place, and has ended. In the first `least` steps `ends` are not chosen.
 Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::vector<Tensor> keys,
-              std::vector<Tensor> values, const Tensor& lengths, const Tensor& running, std::vector<int64_t> ends, int64_t pad, int64_t least, int64_t steps,
-              int64_t max_lanes) {
+              std::vector<Tensor> values, const Tensor& lengths, const Tensor& running, std::vector<int64_t> ends, int64_t pad,
+              int64_t least, int64_t steps, int64_t max_lanes) {
   if (steps < 1) refuse("steps is ", steps, ", but must be at least 1");
   Prepared p;
   p.keys = std::move(keys), p.values = std::move(values);
@@ -311,52 +262,6 @@ Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::v
   return out;
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-              std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool gelu, int64_t max_lanes) {
-  const Reader read{weight.scalar_type(), -1};
-  const int64_t N = read.rows_of(weight, "weight"), K = weight.size(1), rows = K ? x.numel() / K : 0;
-  if (x.dim() < 1 || x.size(-1) != K || rows < 1 || rows > kMaxRows || x.scalar_type() != weight.scalar_type() ||
-      !x.is_contiguous() || !x.is_cpu())
-    refuse("x is ", shape(x), ", but must be contiguous, of the weight's dtype, 1 to ", kMaxRows, " rows of ", K, " numbers");
-  Linear l{};
-  l.number = number_of(weight.scalar_type());
-  l.x = x.const_data_ptr();
-  l.M = rows;
-  l.product = {{read(weight, N, K, "weight")}, 1, N, K, bias ? read(*bias, 0, N, "bias") : nullptr};
-  l.gelu = gelu;
-  if (gelu && !bias) refuse("gelu needs a bias");
-  Norm norm{};
-  if (norm_weight || norm_bias) {
-    if (!norm_weight || !norm_bias) refuse("a norm has a weight and a bias");
-    norm = {read(*norm_weight, 0, K, "norm_weight"), read(*norm_bias, 0, K, "norm_bias"), static_cast<float>(eps)};
-    l.norm = &norm;
-  }
-  if (residual) {
-    if (residual->numel() != rows * N || residual->scalar_type() != weight.scalar_type() || !residual->is_contiguous() ||
-        !residual->is_cpu())
-      refuse("the residual is ", shape(*residual), ", but must be contiguous, of the weight's dtype, ", rows, " x ", N);
-    l.residual = residual->const_data_ptr();
-  }
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = N;
-  Tensor out = torch::stable::new_empty(x, sizes);
-  l.out = out.mutable_data_ptr();
-  lanes_of(lanes(max_lanes)).linear(l, run_parallel, workspace(workspace_floats(l)));
-  return out;
-}
-
-Tensor likeliest(const Tensor& logits, int64_t max_lanes) {
-  if (!(logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == ScalarType::Float && logits.is_cpu() &&
-        (logits.stride(1) == 1 || logits.size(1) == 1)))
-    refuse("logits are ", shape(logits), ", but must be float32 [B, V] on the CPU, the last axis dense");
-  Tensor best = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
-  auto* p = static_cast<int64_t*>(best.mutable_data_ptr());
-  const Lanes& of = lanes_of(lanes(max_lanes));
-  for (int64_t b = 0; b < logits.size(0); ++b)
-    p[b] = of.likeliest(static_cast<const float*>(logits.const_data_ptr()) + b * logits.stride(0), logits.size(1));
-  return best;
-}
-
 STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
   m.def("plan(Tensor[] embeddings, Tensor[] blocks, Tensor[] last, int[] windows, float[] eps) -> int");
   m.def("forget_plan(int plan) -> ()");
@@ -364,24 +269,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
       "decode(int plan, Tensor x, Tensor? positions, Tensor? types, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor lengths,"
       " Tensor? starts, int keep, int max_lanes=0) -> Tensor");
   m.def(
-      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps,"
-      " bool gelu, int max_lanes=0) -> Tensor");
-  m.def("likeliest(Tensor logits, int max_lanes=0) -> Tensor");
-  m.def(
       "greedy(int plan, Tensor ids, Tensor positions, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor lengths, Tensor running,"
       " int[] ends, int pad, int least, int steps, int max_lanes=0) -> Tensor");
-  m.def("lanes() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("greedy", TORCH_BOX(&greedy));
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("likeliest", TORCH_BOX(&likeliest));
 }
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CompositeExplicitAutograd, m) {
   m.impl("plan", TORCH_BOX(&make_plan));
   m.impl("forget_plan", TORCH_BOX(&forget_plan));
-  m.impl("lanes", TORCH_BOX(&most_lanes));
 }
 
 }  // namespace

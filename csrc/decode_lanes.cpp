@@ -1,5 +1,5 @@
-// A step of decoding, and linear layers of a few rows; compiled once for each instruction set (setup.py).
-#include "products.h"
+// A step of decoding, linear layers of a few rows, attention; compiled once for each instruction set (setup.py).
+#include "attention.h"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -54,87 +54,6 @@ void activate(float* y, const void* bias, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T>
-void store(const float* from, T* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
-}
-
-// Scores of `count` keys that lie one behind another: eight at a time, to have as many sums on the way.
-template <int L, typename T>
-INLINE void scores_of(const T* keys, int64_t stride, const float* q, int64_t D, int64_t count, float* scores) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const T* rows[8];
-    for (int n = 0; n < 8; ++n) rows[n] = keys + (i + n) * stride;
-    dots<8, L>(rows, q, D, scores + i);
-  }
-  for (; i < count; ++i) {
-    const T* row = keys + i * stride;
-    dots<1, L>(&row, q, D, scores + i);
-  }
-}
-
-// out[d] += weights . values[:, d] for N vectors of L numbers, in 8 / N chains so that no addition waits for the last.
-template <int N, int L, typename T>
-INLINE void weigh(const T* values, int64_t stride, const float* weights, int64_t count, FloatsOf<L> (&acc)[8 / N][N]) {
-  constexpr int kChains = 8 / N;
-  int64_t i = 0;
-  for (; i + kChains <= count; i += kChains)
-    UNROLL for (int c = 0; c < kChains; ++c)
-      UNROLL for (int n = 0; n < N; ++n) acc[c][n] += load<L>(values + (i + c) * stride + n * L) * weights[i + c];
-  for (; i < count; ++i)
-    UNROLL for (int n = 0; n < N; ++n) acc[0][n] += load<L>(values + i * stride + n * L) * weights[i];
-}
-
-// What one query sees of a ring: slots [first, first + count[0]), then [0, count[1]).
-struct Seen {
-  int64_t first, count[2];
-};
-
-template <int N, int L, typename T>
-INLINE void values_of(const T* values, int64_t stride, const Seen& seen, const float* weights, float scale, float* out) {
-  FloatsOf<L> acc[8 / N][N];
-  UNROLL for (int n = 0; n < 8; ++n) acc[n / N][n % N] = FloatsOf<L>{};
-  weigh<N, L>(values + seen.first * stride, stride, weights, seen.count[0], acc);
-  weigh<N, L>(values, stride, weights + seen.count[0], seen.count[1], acc);
-  UNROLL for (int n = 0; n < N; ++n) {
-    for (int c = 1; c < 8 / N; ++c) acc[0][n] += acc[c][n];
-    write(out + n * L, acc[0][n] * scale);
-  }
-}
-
-// softmax(q k^T) v over what is seen, without the factor 1/sqrt(D); zeros where that is nothing.
-template <int L, typename T>
-INLINE void attend(const Layer& layer, const T* keys, const T* values, const Seen& seen, const float* q, int64_t D,
-                   float* scores, float* out) {
-  const int64_t stride = layer.token, count = seen.count[0] + seen.count[1];
-  scores_of<L>(keys + seen.first * stride, stride, q, D, seen.count[0], scores);
-  scores_of<L>(keys, stride, q, D, seen.count[1], scores + seen.count[0]);
-  for (int64_t i = count; i < padded(count); ++i) scores[i] = -INFINITY;
-  Floats best = load<kLanes>(scores), total = {};
-  for (int64_t i = kLanes; i < count; i += kLanes) {
-    const Floats more = load<kLanes>(scores + i);
-    best = choose(more > best, more, best);
-  }
-  float top = best[0];
-  for (int l = 1; l < kLanes; ++l) top = best[l] > top ? best[l] : top;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Floats e = exponential(load<kLanes>(scores + i) - top);
-    write(scores + i, e);
-    total += e;
-  }
-  const float scale = 1.0f / sum(total);
-  int64_t d = 0;
-  for (; d + 4 * L <= D; d += 4 * L) values_of<4, L>(values + d, stride, seen, scores, scale, out + d);
-  for (; d + L <= D; d += L) values_of<1, L>(values + d, stride, seen, scores, scale, out + d);
-  for (; d < D; ++d) {
-    float y = 0;
-    for (int64_t i = 0; i < seen.count[0]; ++i) y += widen(values[(seen.first + i) * stride + d]) * scores[i];
-    for (int64_t i = 0; i < seen.count[1]; ++i) y += widen(values[i * stride + d]) * scores[seen.count[0] + i];
-    out[d] = y * scale;
-  }
-}
-
 // Heads [begin, end) of the B * H in all: their new keys and values into the slots, then attention of their T queries.
 template <typename T>
 void heads(const Step& s, const Layer& layer, const float* qkv, int64_t ld, float* y, int64_t ldy, float* scores, int64_t begin,
@@ -168,9 +87,9 @@ void heads(const Step& s, const Layer& layer, const float* qkv, int64_t ld, floa
       }
       float* own = scores + i * padded(layer.R);
       if (D % kLanes == 0) {
-        attend<kLanes>(layer, keys, values, seen, q, D, own, out);
+        attend<kLanes>(keys, values, layer.token, seen, q, D, own, out);
       } else {
-        attend<4>(layer, keys, values, seen, q, D, own, out);
+        attend<4>(keys, values, layer.token, seen, q, D, own, out);
       }
     }
   }
@@ -291,24 +210,52 @@ void linear(const Linear& l, Parallel run, float* workspace) {
   });
 }
 
-void linear_any(const Linear& l, Parallel run, float* workspace) {
-  switch (l.number) {
-    case Number::kFloat32: return linear<float>(l, run, workspace);
-    case Number::kBFloat16: return linear<BFloat16>(l, run, workspace);
-    case Number::kFloat16: return linear<Float16>(l, run, workspace);
+template <typename T>
+void gelu(T* x, int64_t count, Parallel run) {
+  parallel(run, (count + kPad - 1) / kPad, kGrain / kPad / 8, [&](int64_t begin, int64_t end) {
+    int64_t i = begin * kPad;
+    const int64_t last = min(count, end * kPad);
+    for (; i + kLanes <= last; i += kLanes) {
+      float part[kLanes];
+      write(part, gelu_new(load<kLanes>(x + i)));
+      store(part, x + i, kLanes);
+    }
+    if (i < last) {
+      float part[kLanes];
+      write(part, gelu_new(load_end<kLanes>(x + i, last - i)));
+      store(part, x + i, last - i);
+    }
+  });
+}
+
+// Calls of(T{}) with the type that a number is of.
+template <typename Of>
+void typed(Number number, const Of& of) {
+  switch (number) {
+    case Number::kFloat32: return of(float{});
+    case Number::kBFloat16: return of(BFloat16{});
+    case Number::kFloat16: return of(Float16{});
   }
 }
 
 void decode_any(const Step& s, Parallel run, float* workspace) {
-  switch (s.number) {
-    case Number::kFloat32: return decode<float>(s, run, workspace);
-    case Number::kBFloat16: return decode<BFloat16>(s, run, workspace);
-    case Number::kFloat16: return decode<Float16>(s, run, workspace);
-  }
+  typed(s.number, [&](auto type) { decode<decltype(type)>(s, run, workspace); });
+}
+
+void linear_any(const Linear& l, Parallel run, float* workspace) {
+  typed(l.number, [&](auto type) { linear<decltype(type)>(l, run, workspace); });
+}
+
+void attention_any(const Attention& a, Parallel run, Workspace workspace) {
+  typed(a.number, [&](auto type) { attention<decltype(type)>(a, run, workspace); });
+}
+
+void gelu_any(Number number, void* numbers, int64_t count, Parallel run) {
+  typed(number, [&](auto type) { gelu(static_cast<decltype(type)*>(numbers), count, run); });
 }
 
 }  // namespace
 
-const Lanes JOIN(lanes_, GPTNEO_FAST_LANES) = {decode_any, linear_any, likeliest};
+const Lanes JOIN(lanes_, GPTNEO_FAST_LANES) = {decode_any, linear_any, attention_any, gelu_any, likeliest};
 
 }  // namespace gptneo_fast

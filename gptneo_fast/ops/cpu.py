@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import extension, reference, widened
-from .reference import attention, decode_attention, embed, kv_append, layer_norm, sample
+from .extension import kv_append
+from .reference import embed, layer_norm, sample
 
 ROWS = 16  # of x that the extension takes; a blocked GEMM reads weights seldom enough with more
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,6 +126,11 @@ def _or_none(op: Callable[..., Tensor], *args: Any) -> Tensor | None:
         raise
 
 
+def _is_ours(x: Tensor) -> bool:
+    """Whether the extension may compute with x, which nobody traces."""
+    return x.dtype in DTYPES and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the extension computes this layer."""
     return (
@@ -159,9 +165,14 @@ def norm_linear(
     """As `reference.norm_linear`."""
     if _takes(x, weight):
         return _linear(x, weight, bias, None, norm_weight, norm_bias, eps, gelu)
+    y = layer_norm(x, norm_weight, norm_bias, eps)
     if _widens(x, weight):
-        return widened.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias, gelu=gelu)
-    return reference.norm_linear(x, norm_weight, norm_bias, weight, bias, eps, gelu)
+        return widened.linear(y, weight, bias, gelu=gelu)
+    y = F.linear(y, weight, bias)
+    if gelu and _is_ours(y):
+        torch.ops.gptneo_fast_csrc.gelu.default(y)
+        return y
+    return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def norm_qkv(
@@ -193,6 +204,32 @@ def norm_qkv_append(
     k, v = (t.unflatten(-1, (k_cache.shape[1], -1)).transpose(1, 2) for t in (k, v))  # [B, H, T, D]
     extension.kv_append(k_cache, v_cache, k, v, lengths, starts)
     return q
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """As `reference.attention`; weights stay float32."""
+    args = (q, k, v, window, starts, ends, k_cache, v_cache, lengths)
+    found = _or_none(torch.ops.gptneo_fast_csrc.attention.default, *args, Plan.max_lanes) if _is_ours(q) else None
+    return reference.attention(*args) if found is None else found
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int, starts: Tensor | None = None
+) -> Tensor:
+    """As `reference.decode_attention`; weights stay float32."""
+    args = (q, k_cache, v_cache, lengths, window, starts)
+    found = _or_none(torch.ops.gptneo_fast_csrc.decode_attention.default, *args, Plan.max_lanes) if _is_ours(q) else None
+    return reference.decode_attention(*args) if found is None else found
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
