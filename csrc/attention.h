@@ -264,7 +264,7 @@ void few_queries(const Attention& a, int64_t b, int64_t h, float* space) {
 template <typename T>
 void attention(const Attention& a, Parallel run, Workspace workspace) {
   const bool few = !a.k.data && a.T <= kFew;
-  const int64_t work = a.T * ((a.keys.data ? a.R : 0) + a.T) * a.D;
+  const int64_t work = max(1, a.T * ((a.keys.data ? a.R : 0) + a.T) * a.D);
   parallel(run, a.B * a.H, max(1, kGrain / work), [&](int64_t begin, int64_t end) {
     float* space = workspace(head_floats(a));
     for (int64_t i = begin; i < end; ++i) (few ? few_queries<T> : many_queries<T>)(a, i / a.H, i % a.H, space);

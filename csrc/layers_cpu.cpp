@@ -118,9 +118,9 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   return attend(a, q, max_lanes);
 }
 
-void gelu(const Tensor& x) {
+void gelu(const Tensor& x, int64_t max_lanes) {
   if (!x.is_contiguous() || !x.is_cpu()) refuse("x is ", shape(x), ", but must be contiguous on the CPU");
-  lanes_of(lanes(0)).gelu(number_of(x.scalar_type()), x.mutable_data_ptr(), x.numel(), run_parallel);
+  lanes_of(lanes(max_lanes)).gelu(number_of(x.scalar_type()), x.mutable_data_ptr(), x.numel(), run_parallel);
 }
 
 int64_t most_lanes() { return lanes(0); }
@@ -135,7 +135,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, int window, Tensor? starts,"
       " int max_lanes=0) -> Tensor");
-  m.def("gelu(Tensor(a!) x) -> ()");
+  m.def("gelu(Tensor(a!) x, int max_lanes=0) -> ()");
   m.def("likeliest(Tensor logits, int max_lanes=0) -> Tensor");
   m.def("lanes() -> int");
 }

@@ -156,7 +156,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, *others: Tensor | float | bool | None) -> Tensor:
-    return torch.ops.gptneo_fast_csrc.linear.default(x, weight, *others)
+    return torch.ops.gptneo_fast_csrc.linear.default(x, weight, *others, Plan.max_lanes)
 
 
 def norm_linear(
@@ -170,7 +170,7 @@ def norm_linear(
         return widened.linear(y, weight, bias, gelu=gelu)
     y = F.linear(y, weight, bias)
     if gelu and _is_ours(y):
-        torch.ops.gptneo_fast_csrc.gelu.default(y)
+        torch.ops.gptneo_fast_csrc.gelu.default(y, Plan.max_lanes)
         return y
     return F.gelu(y, approximate="tanh") if gelu else y
 

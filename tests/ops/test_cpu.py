@@ -14,8 +14,7 @@ LANES = [n for n in (4, 8, 16) if extension.why_not() is None and n <= torch.ops
 @pytest.fixture(params=LANES, ids=lambda n: f"{n} lanes")
 def lanes(request, monkeypatch):
     """The instruction set that computes, of those that this CPU has, by the floats of its vectors."""
-    plain = cpu._linear
-    monkeypatch.setattr(cpu, "_linear", lambda *args: plain(*args, request.param))
+    monkeypatch.setattr(cpu.Plan, "max_lanes", request.param)
     return request.param
 
 
