@@ -28,18 +28,24 @@ inline void run_parallel(int64_t count, int64_t grain, void (*task)(int64_t, int
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, task, context));
 }
 
-// Lanes of the widest vectors that this CPU has and `most` allows; 0 for no limit.
-inline int64_t lanes(int64_t most) {
-  int64_t found = 4;
+// Lanes of the widest vectors that this CPU has.
+inline int64_t widest_lanes() {
 #if defined(__x86_64__)
   unsigned eax, ebx, ecx = 0, edx;  // of F16C older compilers have no name
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
-  if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found = 8;
-  if (found == 8 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    found = 16;
+  if (!f16c || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 4;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx512 ? 16 : 8;
+#else
+  return 4;
 #endif
-  return most ? std::min(found, most) : found;
+}
+
+// The same where `most` allows it; 0 for no limit.
+inline int64_t lanes(int64_t most) {
+  static const int64_t widest = widest_lanes();  // asked once: a virtual machine takes 10 us to answer
+  return most ? std::min(widest, most) : widest;
 }
 
 inline const Lanes& lanes_of(int64_t lanes) {

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from gptneo_fast.ops import cpu, extension, reference
+from gptneo_fast.ops import cpu, reference
 
 from .test_cpu import DTYPES, lanes, pytestmark  # noqa: F401 (a fixture)
 
