@@ -5,7 +5,7 @@
 # make test-flax  the Flax classes, with jax of the index
 # make test-extras  the libraries that train and inspect models, newest, on our modules
 # make gpu  correctness and speed on this machine's GPU in 8 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
-# make sanitize  the extension under AddressSanitizer and UBSan
+# make sanitize  the extension under AddressSanitizer and UBSan, its threads under ThreadSanitizer
 # make budgets  the error budgets with every instruction set that this CPU has, with one thread and two
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
 # make results  measure anew what benchmarks/results/cpu.json holds, and the README's tables (make tables: these alone)

@@ -2,7 +2,7 @@
 # tests/support/sanitize.sh PYTHON: the extension's tests with builds of it under AddressSanitizer and UBSan, in a copy of the
 # sources: the CPU side, then the CUDA side of kv_append run on the CPU in its place (cuda_on_host/). torch is not
 # instrumented, but its allocations are watched: a byte read or written past a tensor, or a vector off its alignment, ends
-# the run with a report.
+# the run with a report. Before them, the CPU's loops on several threads under ThreadSanitizer (threads.cpp).
 set -euo pipefail
 python=$(realpath -s "${1:-python3}")
 cd "$(dirname "$0")/../.."
@@ -18,6 +18,13 @@ torch=$("$python" -c 'import torch; print(torch.__path__[0])')
 flags="-std=c++17 -fPIC -Wno-psabi -DTORCH_TARGET_VERSION=0x020b000000000000 -DGPTNEO_FAST_CUDA -isystem $torch/include"
 $CXX $flags -shared -I tests/support/cuda_on_host csrc/binding.cpp csrc/decode_cpu.cpp csrc/layers_cpu.cpp build/temp*/decode_lanes.cpp.*.o \
   tests/support/cuda_on_host/kv_append_cpu.cpp -L "$torch/lib" -lc10 -ltorch_cpu -o cuda_on_host.so
+# ThreadSanitizer does not know torch's OpenMP, so the threads are of the standard library and there is no torch.
+for lanes in "4" "8 -mavx2 -mfma -mf16c"; do
+  [ "$lanes" = 4 ] || grep -q avx2 /proc/cpuinfo || continue
+  g++ -g -O1 -std=c++17 -Wno-psabi -fsanitize=thread -DGPTNEO_FAST_LANES=$lanes tests/support/threads.cpp csrc/decode_lanes.cpp \
+    -pthread -o threads
+  ./threads
+done
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 # Python leaks at exit; torch defines some symbols twice
 # --capture=sys leaves the sanitizers' reports their stderr; the tests left out build libraries of their own.
