@@ -95,7 +95,7 @@ extern const Lanes lanes_8;   // AVX2
 extern const Lanes lanes_16;  // AVX-512
 #endif
 
-constexpr int64_t kMaxRows = 16;  // M; a blocked GEMM reads weights seldom enough with more
+constexpr int64_t kMaxRows = 32;  // M; a blocked GEMM reads weights seldom enough with more
 constexpr int64_t kMaxHeadDim = 512;
 constexpr int64_t kPad = 16;      // rows of the workspace begin at multiples of it and end with zeros
 

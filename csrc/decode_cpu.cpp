@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -74,6 +78,9 @@ void check_slots(const Step& s, const Layer& layer, int64_t ahead) {
 
 std::mutex plans_lock;
 std::unordered_map<int64_t, std::shared_ptr<const Plan>> plans;
+#if defined(__unix__) || defined(__APPLE__)  // a child whose parent had another thread in here would wait for ever
+const int at_fork = pthread_atfork([] { plans_lock.lock(); }, [] { plans_lock.unlock(); }, [] { plans_lock.unlock(); });
+#endif
 
 int64_t make_plan(std::vector<Tensor> embeddings, std::vector<Tensor> blocks, std::vector<Tensor> last,
                   std::vector<int64_t> windows, std::vector<double> eps) {

@@ -65,7 +65,7 @@ def takes(op: ModuleType, x: Tensor, cache: KVCache, rows: Rows) -> bool:
     """Whether calls with these inputs are for the extension. x: ids [B, T] or embeddings [B, T, C]."""
     if op is not cpu or not cache.keys or type(x) is not Tensor:
         return False
-    if not 0 < x.shape[0] * x.shape[1] <= cpu.ROWS or rows.ends is not None or cache.keys[0].dtype not in cpu.DTYPES:
+    if not 0 < x.shape[0] * x.shape[1] <= cpu.ROWS.get(cache.keys[0].dtype, 0) or rows.ends is not None:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(keys.requires_grad for keys in cache.keys)):
         return False

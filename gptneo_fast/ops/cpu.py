@@ -19,8 +19,9 @@ from . import extension, reference, widened
 from .extension import kv_append
 from .reference import embed, layer_norm, sample
 
-ROWS = 16  # of x that the extension takes; a blocked GEMM reads weights seldom enough with more
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of x, that the extension takes: torch's GEMM is faster with more, and where it has instructions for halves with fewer of them
+ROWS = {dtype: 32 if dtype is torch.float32 or dtype in widened.DTYPES else 16 for dtype in DTYPES}
 
 __all__ = [
     "attention",
@@ -74,7 +75,7 @@ class Plan:
         A row's result has the same bits whatever rows are beside it and however many threads there are.
 
         Args:
-            x: int64 [B, T], ids, or without embeddings hidden states [B, T, C]; contiguous, at most `ROWS` rows B * T.
+            x: int64 [B, T], ids, or without embeddings hidden states [B, T, C]; contiguous, at most `ROWS` of its dtype rows B * T.
             positions: int64 [B or 1, T]. types: int64 [B, T] or None; they index wte.
             keys, values: of each block [B, H, R, D], changed. lengths: int32 [B], tokens held before.
             starts: int32 [B], columns of left padding among the T; None for none.
@@ -134,9 +135,9 @@ def _is_ours(x: Tensor) -> bool:
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the extension computes this layer."""
     return (
-        0 < x.numel() <= ROWS * weight.shape[1]
-        and x.dtype is weight.dtype
+        x.dtype is weight.dtype
         and x.dtype in DTYPES
+        and 0 < x.numel() <= ROWS[x.dtype] * weight.shape[1]
         and x.is_contiguous()
         and weight.is_contiguous()
         and not torch.jit.is_tracing()

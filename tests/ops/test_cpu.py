@@ -34,14 +34,14 @@ def random(*shape, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 32])
 @pytest.mark.parametrize(("K", "N"), [(1, 301), (15, 317), (16, 320), (65, 303), (100, 129), (1100, 40)])
 def test_lanes_and_pieces_may_be_cut_anywhere(rows, K, N, dtype, lanes):
     w, b = random(N, K, seed=1) * K**-0.5, random(N, seed=2)
     x, residual = random(1, rows, K, seed=3), random(1, rows, N, seed=4)
     norm = (1 + 0.1 * random(K, seed=5), 0.1 * random(K, seed=6))
     fused = Sample("norm, gelu", (x, *norm, w, b, EPS, True)).to(dtype)
-    assert cpu._takes(fused.args[0], fused.args[3])
+    assert cpu._takes(fused.args[0], fused.args[3]) == (rows <= cpu.ROWS[dtype])
     assert not over_budget("norm_linear", cpu.norm_linear, fused)
     assert not over_budget("linear_add", cpu.linear_add, Sample("residual", (x, w, b, residual)).to(dtype))
 
@@ -75,7 +75,7 @@ def test_the_end_of_a_row_is_normalised_in_the_lanes(K, lanes):
 def test_more_rows_and_other_dtypes_take_the_reference(monkeypatch):
     monkeypatch.setattr(cpu, "_linear", None)
     monkeypatch.setattr(widened, "DTYPES", frozenset())
-    for rows, dtype in ((17, torch.float32), (17, torch.bfloat16), (1, torch.float64)):
+    for rows, dtype in ((33, torch.float32), (33, torch.bfloat16), (1, torch.float64)):
         x, w = torch.ones(1, rows, 8, dtype=dtype), torch.ones(8, 8, dtype=dtype)
         assert torch.equal(cpu.linear_add(x, w, w[0], x), reference.linear_add(x, w, w[0], x))
 
@@ -86,7 +86,7 @@ def test_what_a_cpu_cannot_multiply_is_widened(monkeypatch, dtype, piece):
     monkeypatch.setattr(cpu, "_linear", None)
     monkeypatch.setattr(widened, "DTYPES", frozenset([dtype]))
     monkeypatch.setattr(widened, "_PIECE", piece)
-    w, b, x, residual = random(57, 40, seed=1), random(57, seed=2), random(1, 17, 40, seed=3), random(1, 17, 57, seed=4)
+    w, b, x, residual = random(57, 40, seed=1), random(57, seed=2), random(1, 33, 40, seed=3), random(1, 33, 57, seed=4)
     norm, square = (1 + 0.1 * random(40, seed=5), 0.1 * random(40, seed=6)), [random(40, 40, seed=n) for n in (7, 8, 9)]
     for gelu in (False, True):
         assert not over_budget("norm_linear", cpu.norm_linear, Sample("gelu", (x, *norm, w, b, EPS, gelu)).to(dtype))
@@ -118,7 +118,7 @@ def test_a_tensor_that_does_not_fit_is_refused():
     x, w = torch.ones(1, 8), torch.ones(4, 8)
     for args, message in (
         ((torch.ones(1, 7), w), "x is Float .1, 7., but must be"),
-        ((torch.ones(17, 8), w), "1 to 16 rows of 8 numbers"),
+        ((torch.ones(33, 8), w), "1 to 32 rows of 8 numbers"),
         ((x.double(), w.double()), "weights are Double"),
         ((x, w.bfloat16()), "of the weight's dtype"),
         ((x, torch.ones(8, 4).T), "weight is Float .4, 8., but must be contiguous"),
