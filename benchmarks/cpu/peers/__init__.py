@@ -1,4 +1,4 @@
-"""Other runtimes on the weights of a transformers model; a peer enters where it offers what `Peer` says and computes the same."""
+"""Other runtimes on the weights of a transformers model; who enters offers what `Peer` says and computes the same tokens."""
 
 from __future__ import annotations
 

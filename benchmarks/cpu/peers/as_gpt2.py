@@ -28,7 +28,9 @@ def as_gpt2(model: Any) -> dict[str, Tensor]:
     found = {f"{name}.weight": weights[f"transformer.{name}.weight"] for name in ("wte", "wpe", "ln_f")}
     found["ln_f.bias"] = weights["transformer.ln_f.bias"]
     for i in range(model.config.num_layers):
-        of = {name.removeprefix(f"transformer.h.{i}."): w for name, w in weights.items() if name.startswith(f"transformer.h.{i}.")}
+        of = {
+            name.removeprefix(f"transformer.h.{i}."): w for name, w in weights.items() if name.startswith(f"transformer.h.{i}.")
+        }
         q, k, v = (of[f"attn.attention.{name}_proj.weight"] for name in "qkv")
         layer = {
             "attn.c_attn.weight": torch.cat([q * root, k, v]),

@@ -1,0 +1,139 @@
+"""Runners that take turns, one call of each in a round, and what the results file says of them."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cpu.floor import beside_floor, read_rate
+from benchmarks.models import DTYPES, pair
+from benchmarks.tables import OURS, PEER
+from gptneo_fast.tools.verify import Divergence, first_divergence, twin
+
+ROUNDS = 5
+
+
+def prompt(tokens: int, vocabulary: int = 50257) -> Tensor:
+    """Random ids [1, tokens]."""
+    return torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+def continuation(model: Any, ids: Tensor, new: int) -> Tensor:
+    """Greedy tokens, exactly `new` of them."""
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+    )
+
+
+def divergence(ours: Any, got: Tensor, expected: Tensor) -> Divergence | None:
+    """Where tokens leave those of transformers int64 [1, T + new], or None where they never do.
+
+    Raises:
+        AssertionError: transformers' choice there was clearer than the dtype errs.
+    """
+    found = first_divergence(twin(ours, ours.dtype), got, expected, torch.ones_like(expected))
+    assert found is None or found.margin <= found.error, found
+    return found
+
+
+@functools.cache
+def check_tokens(shape: str, dtype: str, context: int, new: int) -> None:
+    """Ours are those of transformers, or leave them first where the choice was within the error of the dtype."""
+    theirs, ours = pair(shape, DTYPES[dtype])
+    ids = prompt(context)
+    divergence(ours, continuation(ours, ids, new), continuation(theirs, ids, new))
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Of one call."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def beside(
+    benchmark: Any, call: Callable[[], Any], others: Mapping[str, Callable[[], Any]], warm: bool = False
+) -> dict[str, list[float]]:
+    """Time `call`, `ROUNDS` times, and before each every one of `others`, whose seconds are returned.
+
+    warm: all of them have run before; else each runs once untimed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in others}
+
+    def before() -> None:
+        for name, other in others.items():
+            seconds[name].append(seconds_of(other))
+
+    for first in () if warm else (*others.values(), call):
+        first()
+    benchmark.pedantic(call, setup=before, rounds=ROUNDS)
+    return seconds
+
+
+def keep(
+    benchmark: Any,
+    work: str,
+    dtype: str,
+    threads: int,
+    tokens: int,
+    others: Mapping[str, list[float]] | None = None,
+    more: Callable[[str, float], dict[str, Any]] = lambda runner, median: {},
+) -> None:
+    """What the results file says of a measurement.
+
+    Args:
+        tokens: that a call makes. others: seconds of each call of other runners.
+        more: from a runner and the median of its seconds to what else its row says.
+    """
+    benchmark.group = f"{work}, {dtype}, {threads} threads"
+    row = {"work": work, "dtype": dtype, "threads": threads}
+    medians = {OURS: benchmark.stats.stats.median} | {name: statistics.median(s) for name, s in (others or {}).items()}
+    benchmark.extra_info["rows"] = [
+        row | {"runner": runner, "ms": median * 1e3, "tokens_per_second": tokens / median} | more(runner, median)
+        for runner, median in medians.items()
+    ]
+
+
+Decode = Callable[[Tensor, int], Tensor]  # as `Peer.decode`
+
+
+def decode(
+    benchmark: Any,
+    work: tuple[str, str, int],
+    runners: Mapping[str, Decode],
+    shape: tuple[Tensor, int, Any],
+    warm: bool = False,
+) -> None:
+    """Time whole greedy calls of every runner, ours among them, and keep them with a step's share of its floor.
+
+    A call of one new token in every round is what is taken off: a step is what each further one takes.
+
+    Args:
+        work: what a row says: name, dtype and threads.
+        shape: prompt int64 [1, T], how many new tokens, the model's configuration. warm: as for `beside`.
+    """
+    name, dtype, threads = work
+    ids, new, config = shape
+    others = {f"{n}, first": functools.partial(run, ids, 1) for n, run in runners.items()}
+    others |= {n: functools.partial(run, ids, new) for n, run in runners.items() if n != OURS}
+    seconds = beside(benchmark, functools.partial(runners[OURS], ids, new), others, warm)
+    first = {n: statistics.median(seconds.pop(f"{n}, first")) for n in runners}
+    rate = read_rate(threads)
+
+    def more(runner: str, median: float) -> dict[str, Any]:
+        step = (median - first[runner]) / (new - 1)
+        return beside_floor(config, DTYPES[dtype], ids.shape[1] + new // 2, step, rate)
+
+    keep(benchmark, name, dtype, threads, new, seconds, more)
+
+
+def generators(shape: str, dtype: str) -> dict[str, Decode]:
+    """transformers' own loop and ours."""
+    theirs, ours = pair(shape, DTYPES[dtype])
+    return {PEER: functools.partial(continuation, theirs), OURS: functools.partial(continuation, ours)}
