@@ -48,7 +48,7 @@ def reduce(raw: dict[str, Any], peers: bool = False) -> dict[str, Any]:
 
 def cpu_table(results: dict[str, Any]) -> str:
     """Ours beside transformers, in Markdown."""
-    rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r for r in results["rows"]}
+    rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r for r in results["rows"] if "tokens_per_second" in r}
     lines = [
         f"Random weights, {results['cores']} cores ({results['cpu']}), torch {results['torch']}, transformers "
         f"{results['transformers']}; commit {results['commit']}, {results['when']}. Medians of rounds in turn; tokens and "
@@ -59,8 +59,7 @@ def cpu_table(results: dict[str, Any]) -> str:
     ]
     for (work, dtype, threads, runner), ours in rows.items():
         theirs = rows.get((work, dtype, threads, PEER))
-        # the host's cost is no user's business: benchmarks/NOTES.md has it
-        if runner == OURS and "host cost" not in work and "peak_mb" not in ours:
+        if runner == OURS and "host cost" not in work:  # that is no user's business: benchmarks/NOTES.md has it
             speed = ours["tokens_per_second"]
             beside = "-" if theirs is None else f"{theirs['tokens_per_second']:.1f}"
             ratio = "-" if theirs is None else f"{speed / theirs['tokens_per_second']:.2f}"
@@ -76,7 +75,7 @@ def _floors(results: dict[str, Any]) -> list[str]:
         return []
     return [
         "",
-        "A step reads every weight and all keys and values in sight; its floor is their bytes over the read bandwidth of that run, "
+        "A step reads every weight and all keys and values in sight; its floor is their bytes over that run's read bandwidth, "
         + ", ".join(f"{rate:.1f} GB/s on {n} threads" for n, rate in sorted(rates.items()))
         + ". What fits the caches may be faster than that.",
         "",
@@ -115,10 +114,10 @@ def peers_table(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {results[name]}" for name in ("torch", "transformers", *RUNTIMES) if name in results)
     lines = [
         f"Other runtimes with the same weights on {', '.join(map(str, threads))} thread, {results['cores']} cores "
-        f"({results['cpu']}); {versions}; commit {results['commit']}, {results['when']}. Tokens/s of whole greedy calls, medians "
-        "of rounds in turn, and in brackets which share of a step is its floor: bytes that it must read over the read bandwidth "
-        f'of that run ({min(rates):.1f} to {max(rates):.1f} GB/s). "As GPT-2": the runtime knows no GPT-Neo; GPT-2 computes '
-        "the same as long as a text fits the window, and errs past it. So does transformers' static cache.",
+        f"({results['cpu']}); {versions}; commit {results['commit']}, {results['when']}. Tokens/s of whole greedy calls, "
+        "medians of rounds in turn, and in brackets which share of a step is its floor: bytes that it must read over that "
+        f'run\'s read bandwidth, {min(rates):.1f} to {max(rates):.1f} GB/s. "As GPT-2": the runtime knows no GPT-Neo; GPT-2 '
+        "computes the same as long as a text fits the window, and errs past it. So does transformers' static cache.",
         "",
         f"| CPU | dtype | {' | '.join(runners)} |",
         "|---|---|" + "---|" * len(runners),
@@ -135,7 +134,8 @@ def peers_table(results: dict[str, Any]) -> str:
 
 def cpu_plot(results: dict[str, Any], path: Path) -> None:
     """Bars of ours and transformers' tokens per second, each work as a share of transformers'."""
-    rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r["tokens_per_second"] for r in results["rows"]}
+    timed = [r for r in results["rows"] if "tokens_per_second" in r]
+    rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r["tokens_per_second"] for r in timed}
     works = [key[:3] for key in rows if key[3] == OURS and (*key[:3], PEER) in rows]
     bars(
         path,

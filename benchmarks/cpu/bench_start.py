@@ -68,4 +68,4 @@ def test_start(benchmark, tmp_path):
         peak = max(said["peak"] for said in starts[runner].said)
         return {"peak_mb": peak / 1e6, "weights_mb": weights / 1e6}
 
-    keep(benchmark, WORK, "fp32", 1, 1, seconds, more)
+    keep(benchmark, WORK, "fp32", 1, 0, seconds, more)

@@ -88,14 +88,17 @@ def keep(
     """What the results file says of a measurement.
 
     Args:
-        tokens: that a call makes. others: seconds of each call of other runners.
+        tokens: that a call makes, 0 where that is not what is measured. others: seconds of each call of other runners.
         more: from a runner and the median of its seconds to what else its row says.
     """
     benchmark.group = f"{work}, {dtype}, {threads} threads"
     row = {"work": work, "dtype": dtype, "threads": threads}
     medians = {OURS: benchmark.stats.stats.median} | {name: statistics.median(s) for name, s in (others or {}).items()}
     benchmark.extra_info["rows"] = [
-        row | {"runner": runner, "ms": median * 1e3, "tokens_per_second": tokens / median} | more(runner, median)
+        row
+        | {"runner": runner, "ms": median * 1e3}
+        | ({"tokens_per_second": tokens / median} if tokens else {})
+        | more(runner, median)
         for runner, median in medians.items()
     ]
 
