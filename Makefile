@@ -82,6 +82,7 @@ peers:
 	$(PYTHON) -m venv --clear $(PEERS)
 	$(PEERS)/bin/python -m pip install -q "$(TORCH)"
 	$(PEERS)/bin/python -m pip install -q "$(TORCH)" -e ".[test,peers]"
+	$(PEERS)/bin/python -m pytest -q tests/benchmarks/test_peers.py
 	$(PEERS)/bin/python -m pytest benchmarks/cpu/bench_peers.py -q --benchmark-json=$(PEERS)/peers.json
 	$(PEERS)/bin/python -m benchmarks.tables --peers $(PEERS)/peers.json
 

@@ -128,7 +128,11 @@ def peers_table(results: dict[str, Any]) -> str:
         lines.append(f"| {work} | {dtype} | {' | '.join(cells)} |")
     whys = [f"{m['runner']}, {m['dtype']}: {m['why']}." for m in results["missing"]]
     left = [f"{r['runner']}, {r['work']}, {r['dtype']}: {r['tokens']}." for r in results["rows"] if r["tokens"] != "equal"]
-    said = ["All tokens are transformers'." if not left else "Tokens are transformers' but for: " + " ".join(left)]
+    said = [
+        "All tokens are transformers'."
+        if not left
+        else "Tokens are transformers', but for choices that the dtype leaves open: " + " ".join(left)
+    ]
     return "\n".join([*lines, "", *(["Not measured: " + " ".join(whys)] if whys else []), *said])
 
 

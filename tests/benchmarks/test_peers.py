@@ -83,7 +83,7 @@ def test_a_peer_that_is_there_gives_transformers_tokens(peer, dtype):
     how = {"backend": "eager"} if peer is Compiled else {}
     found = peer(theirs, 1, **how).decode(IDS, 12)
     assert found.shape == (1, 35)
-    turns.divergence(ours, found, turns.continuation(theirs, IDS, 12))
+    turns.leaves(ours, found, turns.continuation(theirs, IDS, 12), 12)
 
 
 def test_a_runtime_that_cannot_be_imported_is_named_with_the_way_to_it(monkeypatch):
@@ -140,14 +140,29 @@ def test_runners_take_turns_and_a_step_is_what_further_tokens_take(monkeypatch):
     assert rows["x"]["floor_ms"] == least * 1e3 and rows["x"]["share_of_floor"] == least / 0.0625
 
 
-def test_a_divergence_that_the_dtype_does_not_explain_fails():
+@torch.no_grad()
+def test_tokens_that_the_dtype_does_not_explain_fail_wherever_they_stand(monkeypatch):
     theirs, ours = peers()
     expected = turns.continuation(theirs, IDS, 5)
-    assert turns.divergence(ours, expected, expected) is None
-    wrong = expected.clone()
-    wrong[0, -1] = (wrong[0, -1] + 1) % 97
-    with pytest.raises(AssertionError):
-        turns.divergence(ours, wrong, expected)
+    assert turns.leaves(ours, expected, expected, 5) is None
+    for place in range(-5, 0):
+        wrong = expected.clone()
+        wrong[0, place] = (wrong[0, place] + 1) % 97
+        with pytest.raises(AssertionError, match=rf"tokens \[{5 + place}"):
+            turns.leaves(ours, wrong, expected, 5)
+    with pytest.raises(AssertionError, match="the prompt was changed"):
+        turns.leaves(ours, expected.roll(1), expected, 5)
+
+
+@torch.no_grad()
+def test_a_token_within_the_error_passes_and_is_named():
+    theirs, ours = peers()
+    for model in (theirs, ours):  # every token is as likely as any
+        model.transformer.wte.weight.copy_(model.transformer.wte.weight[:1].expand(97, -1))
+    expected = turns.continuation(theirs, IDS, 5)
+    other = expected.clone()
+    other[0, -2] = (other[0, -2] + 5) % 97
+    assert turns.leaves(ours, other, expected, 5) == 3
 
 
 def test_the_read_rate_is_that_of_the_bytes_and_the_time(monkeypatch):

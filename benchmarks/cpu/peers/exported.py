@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
@@ -131,7 +132,8 @@ class OpenVino:
         import openvino
         from openvino._offline_transformations import apply_make_stateful_transformation
 
-        step = Step(model).eval()
+        # in float32 whatever the model is: OpenVINO turns weights to the precision that it is asked for
+        step = Step(model if model.dtype == torch.float32 else copy.deepcopy(model).float()).eval()
         self.end = model.config.eos_token_id
         graph = openvino.convert_model(step, example_input=(torch.zeros(1, 3, dtype=torch.int64), *step.past(5)))
         ids, *past = graph.inputs
@@ -163,6 +165,6 @@ class OpenVino:
         tokens, text = [], ids
         while len(tokens) < new:
             logits = self.request.infer({"ids": text.numpy()}, share_inputs=True)["logits"]
-            tokens.append(likeliest(torch.from_numpy(logits[0]).float(), self.end))
+            tokens.append(likeliest(torch.from_numpy(logits[0]), self.end))
             text = torch.tensor([tokens[-1:]])
         return torch.cat([ids, torch.tensor([tokens])], 1)
