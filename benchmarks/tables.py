@@ -128,12 +128,8 @@ def peers_table(results: dict[str, Any]) -> str:
         lines.append(f"| {work} | {dtype} | {' | '.join(cells)} |")
     whys = [f"{m['runner']}, {m['dtype']}: {m['why']}." for m in results["missing"]]
     left = [f"{r['runner']}, {r['work']}, {r['dtype']}: {r['tokens']}." for r in results["rows"] if r["tokens"] != "equal"]
-    said = [
-        "All tokens are transformers'."
-        if not left
-        else "Tokens are transformers', but for choices that the dtype leaves open: " + " ".join(left)
-    ]
-    return "\n".join([*lines, "", *(["Not measured: " + " ".join(whys)] if whys else []), *said])
+    said = "Tokens are transformers', but for choices that the dtype leaves open: " if left else "All tokens are transformers'."
+    return "\n".join([*lines, "", *(["Not measured: " + " ".join(whys)] if whys else []), said + " ".join(left)])
 
 
 def cpu_plot(results: dict[str, Any], path: Path) -> None:

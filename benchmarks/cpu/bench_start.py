@@ -46,8 +46,9 @@ class Starts:
         self.folder, self.said = folder, []
 
     def __call__(self) -> None:
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        # not in the project's folder, whose `kernels` transformers would import for PyPI's
+        # compiled Python is kept, as an install does; and not in the project's folder: transformers would import our `kernels`
+        not_theirs = "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"
+        env = {k: v for k, v in os.environ.items() if k not in not_theirs} | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-c", self.code], capture_output=True, text=True, env=env, check=False, cwd=self.folder
         )
