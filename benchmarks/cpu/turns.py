@@ -125,7 +125,7 @@ def decode(
 ) -> None:
     """Time whole greedy calls of every runner, ours among them, and keep them with a step's share of its floor.
 
-    A call of one new token in every round is what is taken off: a step is what each further one takes.
+    In every round each also makes one new token alone; a step is what each further one takes, median of the rounds.
 
     Args:
         work: what a row says: name, dtype and threads.
@@ -136,11 +136,12 @@ def decode(
     others = {f"{n}, first": functools.partial(run, ids, 1) for n, run in runners.items()}
     others |= {n: functools.partial(run, ids, new) for n, run in runners.items() if n != OURS}
     seconds = beside(benchmark, functools.partial(runners[OURS], ids, new), others, warm)
-    first = {n: statistics.median(seconds.pop(f"{n}, first")) for n in runners}
+    first = {n: seconds.pop(f"{n}, first") for n in runners}
+    whole = seconds | {OURS: benchmark.stats.stats.data}
     rate = read_rate(threads)
 
-    def more(runner: str, median: float) -> dict[str, Any]:
-        step = (median - first[runner]) / (new - 1)
+    def more(runner: str, _: float) -> dict[str, Any]:
+        step = statistics.median(w - f for w, f in zip(whole[runner], first[runner], strict=True)) / (new - 1)
         return beside_floor(config, DTYPES[dtype], ids.shape[1] + new // 2, step, rate)
 
     keep(benchmark, name, dtype, threads, new, seconds, more)
