@@ -130,7 +130,7 @@ class LlamaCpp:
         how = llama_cpp.llama_context_default_params()
         how.n_ctx = how.n_batch = how.n_ubatch = model.config.window_size
         how.n_threads = how.n_threads_batch = threads
-        how.type_k = how.type_v = llama_cpp.GGML_TYPE_F32 if model.dtype == torch.float32 else llama_cpp.GGML_TYPE_BF16
+        how.type_k = how.type_v = _ggml_type(model.dtype)
         self.context = llama_cpp.llama_init_from_model(self.model, how)
 
     def __del__(self) -> None:
@@ -150,8 +150,8 @@ class LlamaCpp:
         tokens: list[int] = []
         text = ids[0].tolist()
         while len(tokens) < new:
-            batch = self.c.llama_batch_get_one((self.c.llama_token * len(text))(*text), len(text))
-            if status := self.c.llama_decode(self.context, batch):
+            held = (self.c.llama_token * len(text))(*text)  # the batch has its address only
+            if status := self.c.llama_decode(self.context, self.c.llama_batch_get_one(held, len(text))):
                 raise RuntimeError(f"llama_decode: {status}")
             tokens.append(likeliest(self._logits(), self.end))
             text = tokens[-1:]
@@ -161,6 +161,13 @@ class LlamaCpp:
         """[V] of the last token."""
         found = self.c.llama_get_logits_ith(self.context, -1)
         return torch.frombuffer(ctypes.cast(found, ctypes.POINTER(ctypes.c_float * self.V)).contents, dtype=torch.float32)
+
+
+def _ggml_type(dtype: torch.dtype) -> Any:
+    """ggml's number of a dtype, which the file's format shares."""
+    import gguf
+
+    return {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}[dtype]
 
 
 def write_gguf(model: Any, path: Path) -> Path:
@@ -189,7 +196,7 @@ def write_gguf(model: Any, path: Path) -> Path:
     writer.add_layer_norm_eps(c.layer_norm_epsilon)
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(c.vocab_size)
-    low = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}[model.dtype]
+    low = _ggml_type(model.dtype)
     for name, weight in as_gpt2(model).items():
         module, _, kind = name.rpartition(".")
         dtype = low if weight.dim() == 2 and module != "wpe" else gguf.GGMLQuantizationType.F32
