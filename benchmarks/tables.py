@@ -21,6 +21,7 @@ BEGIN, END = "<!-- measured: made by `make tables` -->", "<!-- end of measured -
 OURS, PEER = "gptneo_fast", "transformers eager"
 RUNTIMES = ("onnxruntime", "openvino", "ctranslate2", "llama-cpp-python")  # distributions, where they are installed
 BESIDE_RUNTIMES = "bench_peers.py"
+OPEN = "Tokens are transformers', but for choices that rounding leaves open (llama.cpp's GELU is a table of float16)"
 
 
 def reduce(raw: dict[str, Any], peers: bool = False) -> dict[str, Any]:
@@ -128,8 +129,8 @@ def peers_table(results: dict[str, Any]) -> str:
         lines.append(f"| {work} | {dtype} | {' | '.join(cells)} |")
     whys = [f"{m['runner']}, {m['dtype']}: {m['why']}." for m in results["missing"]]
     left = [f"{r['runner']}, {r['work']}, {r['dtype']}: {r['tokens']}." for r in results["rows"] if r["tokens"] != "equal"]
-    said = "Tokens are transformers', but for choices that the dtype leaves open: " if left else "All tokens are transformers'."
-    return "\n".join([*lines, "", *(["Not measured: " + " ".join(whys)] if whys else []), said + " ".join(left)])
+    said = f"{OPEN}: {' '.join(left)}" if left else "All tokens are transformers'."
+    return "\n".join([*lines, "", *(["Not measured: " + " ".join(whys)] if whys else []), said])
 
 
 def cpu_plot(results: dict[str, Any], path: Path) -> None:

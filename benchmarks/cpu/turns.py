@@ -31,20 +31,22 @@ def continuation(model: Any, ids: Tensor, new: int) -> Tensor:
     )
 
 
-def leaves(ours: Any, got: Tensor, expected: Tensor, new: int) -> int | None:
+def leaves(ours: Any, got: Tensor, expected: Tensor, new: int, coarse: torch.dtype = torch.float32) -> int | None:
     """The number of the first new token that is not transformers', or None.
 
     Args:
-        ours: our model. got, expected: int64 [1, T + new], the peer's tokens and transformers'.
+        ours: our model. got, expected: int64 [1, T + new], the peer's tokens and transformers'. coarse: as `Peer.coarse`.
 
     Raises:
-        AssertionError: at some token float64 prefers another by more than plain torch errs there in the model's dtype, twice.
+        AssertionError: at some token float64 prefers another by more than twice what plain torch errs there in the model's
+            dtype, or in `coarse` where that is coarser.
     """
     if torch.equal(got, expected):
         return None
     T = got.shape[1] - new
     assert torch.equal(got[:, :T], expected[:, :T]), "the prompt was changed"
-    usual, exact = (twin(ours, d)(got[:, :-1]).logits[0, T - 1 :].double() for d in (ours.dtype, torch.float64))  # [new, V]
+    low = max(ours.dtype, coarse, key=lambda dtype: torch.finfo(dtype).eps)
+    usual, exact = (twin(ours, d)(got[:, :-1]).logits[0, T - 1 :].double() for d in (low, torch.float64))  # [new, V]
     errors = 2 * (usual - exact).abs().amax(1)
     exact[:, ours.config.eos_token_id] = -torch.inf
     margins = exact.amax(1) - exact.gather(1, got[0, T:, None])[:, 0]

@@ -84,7 +84,7 @@ def test_a_peer_that_is_there_gives_transformers_tokens(peer, dtype):
     how = {"backend": "eager"} if peer is Compiled else {}
     found = peer(theirs, 1, **how).decode(IDS, 12)
     assert found.shape == (1, 35)
-    turns.leaves(ours, found, turns.continuation(theirs, IDS, 12), 12)
+    turns.leaves(ours, found, turns.continuation(theirs, IDS, 12), 12, peer.coarse)
 
 
 def test_a_runtime_that_cannot_be_imported_is_named_with_the_way_to_it(monkeypatch):
@@ -152,6 +152,8 @@ def test_tokens_that_the_dtype_does_not_explain_fail_wherever_they_stand(monkeyp
         wrong[0, place] = (wrong[0, place] + 1) % 97
         with pytest.raises(AssertionError, match=rf"tokens \[{5 + place}"):
             turns.leaves(ours, wrong, expected, 5)
+        with pytest.raises(AssertionError, match=rf"tokens \[{5 + place}"):
+            turns.leaves(ours, wrong, expected, 5, torch.float16)
     with pytest.raises(AssertionError, match="the prompt was changed"):
         turns.leaves(ours, expected.roll(1), expected, 5)
 

@@ -12,9 +12,11 @@ class Peer(Protocol):
     """A runtime that decodes one row of token ids greedily.
 
     name: what stands in tables; it says where a peer leaves something of GPT-Neo out.
+    coarse: the dtype in which it computes something whatever the model's dtype is; float32 where that is nothing.
     """
 
     name: ClassVar[str]
+    coarse: ClassVar[torch.dtype]
 
     def __init__(self, model: torch.nn.Module, threads: int) -> None: ...  # transformers' GPTNeoForCausalLM, on the CPU
 

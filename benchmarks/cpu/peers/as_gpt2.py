@@ -46,6 +46,7 @@ class CTranslate2:
     """CTranslate2's generator."""
 
     name: ClassVar[str] = "CTranslate2, as GPT-2"
+    coarse: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, model: Any, threads: int) -> None:
         import ctranslate2
@@ -110,9 +111,10 @@ def ctranslate2_spec(model: Any, compute: str) -> Any:
 
 
 class LlamaCpp:
-    """llama.cpp by llama-cpp-python's bindings of its C functions; its GELU is a table of float16 in any dtype."""
+    """llama.cpp by llama-cpp-python's bindings of its C functions."""
 
     name: ClassVar[str] = "llama.cpp, as GPT-2"
+    coarse: ClassVar[torch.dtype] = torch.float16  # its GELU is a table
 
     def __init__(self, model: Any, threads: int) -> None:
         import llama_cpp

@@ -19,6 +19,7 @@ class Compiled:
     """
 
     name: ClassVar[str] = "torch.compile, static cache"
+    coarse: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, model: Any, threads: int, backend: str = "inductor") -> None:
         torch.set_num_threads(threads)

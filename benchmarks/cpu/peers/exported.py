@@ -69,6 +69,7 @@ class OnnxRuntime:
     """ONNX Runtime on its CPU provider, every optimisation on; outputs go back in without a copy."""
 
     name: ClassVar[str] = "ONNX Runtime"
+    coarse: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, model: Any, threads: int) -> None:
         import onnxruntime
@@ -127,6 +128,7 @@ class OpenVino:
     """OpenVINO's CPU plugin, keys and values as states inside the model, which is how it likes language models."""
 
     name: ClassVar[str] = "OpenVINO"
+    coarse: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, model: Any, threads: int) -> None:
         import openvino
