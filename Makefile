@@ -9,6 +9,7 @@
 # make budgets  the error budgets with every instruction set that this CPU has, with one thread and two
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
 # make results  measure anew what benchmarks/results/cpu.json holds, and the README's tables (make tables: these alone)
+# make peers  decoding beside other runtimes into benchmarks/results/peers.json: 10 minutes, and llama.cpp is compiled first
 # make compile-report  every kernel compiled for GPUs that need not be here, with two tritons: registers, spills, loads
 # make compile-samples  every op sample compiled so (with -j2 in about 5 minutes)
 
@@ -18,8 +19,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)/triton-3.6.0
 EXTRAS := $(VENV)/extras
+PEERS := $(VENV)/peers
 
-.PHONY: demo test test-slow fuzz fuzz-long test-flax test-extras lint bench results tables compile-report compile-samples compile-samples-newest compile-samples-oldest gpu gpu-quick gpu-full install-matrix budgets sanitize clean
+.PHONY: demo test test-slow fuzz fuzz-long test-flax test-extras lint bench results peers tables compile-report compile-samples compile-samples-newest compile-samples-oldest gpu gpu-quick gpu-full install-matrix budgets sanitize clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +76,15 @@ bench: $(VENV)/test.stamp
 results: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks -q --benchmark-json=$(VENV)/bench.json
 	$(BIN)/python -m benchmarks.tables --cpu $(VENV)/bench.json
+
+# In an environment of their own, as the libraries of test-extras; what cannot be installed fails
+peers:
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install -q "$(TORCH)"
+	$(PEERS)/bin/python -m pip install -q "$(TORCH)" -e ".[test,peers]"
+	$(PEERS)/bin/python -m pytest -q tests/benchmarks/test_peers.py
+	$(PEERS)/bin/python -m pytest benchmarks/cpu/bench_peers.py -q --benchmark-json=$(PEERS)/peers.json
+	$(PEERS)/bin/python -m benchmarks.tables --peers $(PEERS)/peers.json
 
 tables: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.tables

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import gptneo_fast
+from gptneo_fast.demo import FOLDER
 
 SHAPES = {  # hidden, layers, heads
     "125m": (768, 12, 12),
@@ -19,6 +20,7 @@ SHAPES = {  # hidden, layers, heads
     "2.7B": (2560, 32, 20),
 }
 STORIES = {"TinyStories-33M": (768, 4, 16), "TinyStories-1M": (64, 8, 16)}
+EMBEDDED = "embedded model"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -68,7 +70,10 @@ def ours_of(
 
 @functools.lru_cache(maxsize=2)
 def pair(shape: str, dtype: torch.dtype) -> tuple[Any, gptneo_fast.GPTNeoForCausalLM]:
-    """(transformers' model on its eager path, ours), with equal random weights."""
+    """(transformers' model on its eager path, ours), with equal weights: random ones, but for the model that is embedded."""
+    if shape == EMBEDDED:
+        ours = gptneo_fast.GPTNeoForCausalLM.from_pretrained(FOLDER, dtype=dtype)
+        return ours.to_transformers().eval(), ours
     config = config_of(shape)
     theirs = peer_of(config, dtype)
     return theirs, ours_of(theirs, config, dtype)

@@ -1,12 +1,13 @@
 """Results to tables: `python -m benchmarks.tables` reduces a run of `pytest benchmarks` and writes the README's tables.
 
-python -m benchmarks.tables [--cpu RAW.json]   # RAW.json: of --benchmark-json; without it the README is made anew
+python -m benchmarks.tables [--cpu RAW.json] [--peers RAW.json]   # of --benchmark-json; without them the README is made anew
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,37 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- measured: made by `make tables` -->", "<!-- end of measured -->"
 OURS, PEER = "gptneo_fast", "transformers eager"
+RUNTIMES = ("onnxruntime", "openvino", "ctranslate2", "llama-cpp-python")  # distributions, where they are installed
+BESIDE_RUNTIMES = "bench_peers.py"
+OPEN = "Tokens are transformers', but for choices that rounding leaves open (llama.cpp's GELU is a table of float16)"
 
 
-def reduce(raw: dict[str, Any]) -> dict[str, Any]:
-    """What of pytest-benchmark's JSON is worth keeping: the machine, the versions, a row for each measurement."""
-    from importlib.metadata import version
+def reduce(raw: dict[str, Any], peers: bool = False) -> dict[str, Any]:
+    """What of pytest-benchmark's JSON is worth keeping: the machine, the versions, a row for each measurement.
+
+    peers: those beside other runtimes, which have a file of their own; else all but those.
+    """
+    from importlib.metadata import distributions, version
 
     cpu = raw["machine_info"].get("cpu", {})
+    found = [b for b in raw["benchmarks"] if (BESIDE_RUNTIMES in b["fullname"]) == peers]
+    installed = {d.metadata["Name"].replace("_", "-"): d.version for d in distributions()} if peers else {}
+    missing = {(m["runner"], m["dtype"]): m for b in found for m in b["extra_info"].get("missing", [])}
     return {
         "when": raw["datetime"][:10],
         "commit": raw["commit_info"].get("id", "unknown")[:10] + ("-dirty" if raw["commit_info"].get("dirty") else ""),
         "cpu": cpu.get("brand_raw", "unknown"),
         "cores": cpu.get("count"),
         **{name: version(name) for name in ("torch", "transformers")},
+        **{name: installed[name] for name in RUNTIMES if name in installed},
         "python": raw["machine_info"]["python_version"],
-        "rows": [row | {"rounds": b["stats"]["rounds"]} for b in raw["benchmarks"] for row in b["extra_info"].get("rows", [])],
-    }
+        "rows": [row | {"rounds": b["stats"]["rounds"]} for b in found for row in b["extra_info"].get("rows", [])],
+    } | ({"missing": list(missing.values())} if peers else {})
 
 
 def cpu_table(results: dict[str, Any]) -> str:
     """Ours beside transformers, in Markdown."""
-    rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r for r in results["rows"]}
+    rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r for r in results["rows"] if "tokens_per_second" in r}
     lines = [
         f"Random weights, {results['cores']} cores ({results['cpu']}), torch {results['torch']}, transformers "
         f"{results['transformers']}; commit {results['commit']}, {results['when']}. Medians of rounds in turn; tokens and "
@@ -54,12 +65,78 @@ def cpu_table(results: dict[str, Any]) -> str:
             beside = "-" if theirs is None else f"{theirs['tokens_per_second']:.1f}"
             ratio = "-" if theirs is None else f"{speed / theirs['tokens_per_second']:.2f}"
             lines.append(f"| {work} | {dtype} | {threads} | {beside} | {speed:.1f} | {ratio} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_floors(results), *_starts(results)])
+
+
+def _floors(results: dict[str, Any]) -> list[str]:
+    """Of decode steps: the time that reading takes beside the time that was measured."""
+    rows = [r for r in results["rows"] if "floor_ms" in r and r["runner"] == OURS]
+    rates = {n: statistics.median(r["read_gb_per_s"] for r in rows if r["threads"] == n) for n in {r["threads"] for r in rows}}
+    if not rows:
+        return []
+    return [
+        "",
+        "A step reads every weight and all keys and values in sight; its floor is their bytes over that run's read bandwidth, "
+        + ", ".join(f"{rate:.1f} GB/s on {n} threads" for n, rate in sorted(rates.items()))
+        + ". What fits the caches may be faster than that.",
+        "",
+        "| A step of gptneo_fast on the CPU | dtype | threads | floor, ms | measured, ms | share |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {r['work']} | {r['dtype']} | {r['threads']} | {r['floor_ms']:.2f} | {r['step_ms']:.2f} | "
+            f"{r['share_of_floor']:.0%} |"
+            for r in rows
+        ),
+    ]
+
+
+def _starts(results: dict[str, Any]) -> list[str]:
+    """Of processes from nothing to the first token."""
+    rows = [r for r in results["rows"] if "peak_mb" in r]
+    if not rows:
+        return []
+    return [
+        "",
+        "| A process on the CPU | runner | seconds | peak memory, MB | weights, MB |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {r['work']}, {r['dtype']} | {r['runner']} | {r['ms'] / 1e3:.2f} | {r['peak_mb']:.0f} | {r['weights_mb']:.0f} |"
+            for r in rows
+        ),
+    ]
+
+
+def peers_table(results: dict[str, Any]) -> str:
+    """Every runtime's tokens per second and share of the floor, in Markdown: a line for each work and dtype."""
+    rows = {(r["work"], r["dtype"], r["runner"]): r for r in results["rows"]}
+    runners = list(dict.fromkeys([*(r["runner"] for r in results["rows"]), *(m["runner"] for m in results["missing"])]))
+    rates = [r["read_gb_per_s"] for r in results["rows"]]
+    threads = sorted({r["threads"] for r in results["rows"]})
+    versions = ", ".join(f"{name} {results[name]}" for name in ("torch", "transformers", *RUNTIMES) if name in results)
+    lines = [
+        f"Other runtimes with the same weights on {', '.join(map(str, threads))} thread, {results['cores']} cores "
+        f"({results['cpu']}); {versions}; commit {results['commit']}, {results['when']}. Tokens/s of whole greedy calls, "
+        "medians of rounds in turn, and in brackets which share of a step is its floor: bytes that it must read over that "
+        f'run\'s read bandwidth, {min(rates):.1f} to {max(rates):.1f} GB/s. "As GPT-2": the runtime knows no GPT-Neo; GPT-2 '
+        "computes the same as long as a text fits the window, and errs past it. So does transformers' static cache.",
+        "",
+        f"| CPU | dtype | {' | '.join(runners)} |",
+        "|---|---|" + "---|" * len(runners),
+    ]
+    for work, dtype in dict.fromkeys((r["work"], r["dtype"]) for r in results["rows"]):
+        found = [rows.get((work, dtype, runner)) for runner in runners]
+        cells = ["-" if r is None else f"{r['tokens_per_second']:.1f} ({r['share_of_floor']:.0%})" for r in found]
+        lines.append(f"| {work} | {dtype} | {' | '.join(cells)} |")
+    whys = [f"{m['runner']}, {m['dtype']}: {m['why']}." for m in results["missing"]]
+    left = [f"{r['runner']}, {r['work']}, {r['dtype']}: {r['tokens']}." for r in results["rows"] if r["tokens"] != "equal"]
+    said = f"{OPEN}: {' '.join(left)}" if left else "All tokens are transformers'."
+    return "\n".join([*lines, "", *(["Not measured: " + " ".join(whys)] if whys else []), said])
 
 
 def cpu_plot(results: dict[str, Any], path: Path) -> None:
     """Bars of ours and transformers' tokens per second, each work as a share of transformers'."""
-    rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r["tokens_per_second"] for r in results["rows"]}
+    timed = [r for r in results["rows"] if "tokens_per_second" in r]
+    rows = {(r["work"], r["dtype"], r["threads"], r["runner"]): r["tokens_per_second"] for r in timed}
     works = [key[:3] for key in rows if key[3] == OURS and (*key[:3], PEER) in rows]
     bars(
         path,
@@ -78,6 +155,8 @@ def measured() -> str:
         parts += [cpu_table(json.loads(cpu.read_text())), "![CPU speeds](benchmarks/results/cpu.svg)"]
     else:
         parts.append("Speed on the CPU: not measured.")
+    if (RESULTS / "peers.json").is_file():
+        parts.append(peers_table(json.loads((RESULTS / "peers.json").read_text())))
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     gpu = [run for run in runs if isinstance(run, dict) and "stages" in run and not run["dry_run"]]  # of `make gpu`
     parts += [gpu_table.summary(run) for run in gpu]
@@ -97,10 +176,12 @@ def main() -> None:
     """Reduce a raw file if there is one, then write the README."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", type=Path, help="pytest-benchmark's JSON, becomes benchmarks/results/cpu.json")
+    parser.add_argument("--peers", type=Path, help="the same of bench_peers.py, becomes benchmarks/results/peers.json")
     args = parser.parse_args()
-    if args.cpu:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "cpu.json").write_text(json.dumps(reduce(json.loads(args.cpu.read_text())), indent=1) + "\n")
+    for name, raw in (("cpu", args.cpu), ("peers", args.peers)):
+        if raw:
+            kept = reduce(json.loads(raw.read_text()), peers=name == "peers")
+            (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     if (RESULTS / "cpu.json").is_file():
         cpu_plot(json.loads((RESULTS / "cpu.json").read_text()), RESULTS / "cpu.svg")
     README.write_text(readme(README.read_text()))

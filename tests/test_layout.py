@@ -119,6 +119,21 @@ print(len(model.generate_text("Once upon a time", max_new_tokens=5)) > 0, torch.
     assert run(code) == "True False"
 
 
+def test_the_first_tokens_of_a_process_come_without_torchs_compiler():
+    code = """
+import sys
+import torch
+assert "torch._dynamo" not in sys.modules
+import gptneo_fast
+from gptneo_fast.demo import FOLDER
+model = gptneo_fast.load(FOLDER, device="cpu")
+ways = {}, {"do_sample": True}, {"num_beams": 2}
+texts = [model.generate_text("Once upon a time", max_new_tokens=5, **way) for way in ways]
+print(all(texts), "torch._dynamo" in sys.modules)
+"""
+    assert run(code) == "True False"
+
+
 def test_every_public_name_resolves_and_is_documented():
     for name in gptneo_fast.__all__:
         assert getattr(gptneo_fast, name).__doc__, name

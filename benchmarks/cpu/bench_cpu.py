@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks.models import DTYPES, STORIES, pair
-from gptneo_fast.tools.verify import first_divergence, twin
+from benchmarks.cpu.turns import beside, check_tokens, decode, generators, keep, prompt
+from benchmarks.models import DTYPES, STORIES, config_of, pair
+from benchmarks.tables import PEER
+from gptneo_fast.tools.verify import twin
 
-NEW, PREFILL, LONG, ROUNDS = 64, 512, 1920, 5
+NEW, PREFILL, LONG, FEW = 64, 512, 1920, 8
+ROOM = 20 << 30  # 1.3B in bfloat16 twice, and in float64 where tokens differ
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` measures this machine")
 
@@ -31,27 +32,6 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def prompt(tokens: int) -> Tensor:
-    """Random ids [1, tokens]."""
-    return torch.randint(0, 50257, (1, tokens), generator=torch.Generator().manual_seed(tokens))
-
-
-def continuation(model, ids: Tensor, new: int = NEW) -> Tensor:
-    """Greedy tokens, exactly `new` of them."""
-    return model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
-    )
-
-
-@functools.cache
-def check_tokens(shape: str, dtype: str, context: int) -> None:
-    """Ours are those of transformers, or leave them first where the choice was within the error of the dtype."""
-    theirs, ours = pair(shape, DTYPES[dtype])
-    ids = prompt(context)
-    found = first_divergence(twin(ours, ours.dtype), continuation(ours, ids), continuation(theirs, ids), torch.ones_like(ids))
-    assert found is None or found.margin <= found.error, found
-
-
 @functools.cache
 def check_logits(dtype: str) -> None:
     """Ours err from float64 by at most twice (mean: 1.5 times) what transformers' err, and one rounding."""
@@ -62,29 +42,10 @@ def check_logits(dtype: str) -> None:
     assert error.max() <= 2 * may.max() and error.mean() <= 1.5 * may.mean()
 
 
-def keep(benchmark, work: str, dtype: str, threads: int, tokens: int, peer: list[float] | None = None) -> None:
-    """What the results file says of a measurement. peer: seconds of each call of transformers', where there was one."""
-    benchmark.group = f"{work}, {dtype}, {threads} threads"
-    row = {"work": work, "dtype": dtype, "threads": threads}
-    medians = {"gptneo_fast": benchmark.stats.stats.median} | ({"transformers eager": statistics.median(peer)} if peer else {})
-    benchmark.extra_info["rows"] = [
-        row | {"runner": runner, "ms": median * 1e3, "tokens_per_second": tokens / median} for runner, median in medians.items()
-    ]
-
-
-def beside(benchmark, call: Callable[[Any], Any], models: tuple[Any, Any]) -> list[float]:
-    """Time `call` of ours, `ROUNDS` times after a first, and before each that of theirs, whose seconds are returned."""
+def in_turns(benchmark, call: Callable[[Any], Any], models: tuple[Any, Any]) -> dict[str, list[float]]:
+    """Time `call` of ours, and before each round that of theirs, whose seconds are returned."""
     theirs, ours = models
-    seconds: list[float] = []
-
-    def first() -> None:
-        begin = time.perf_counter()
-        call(theirs)
-        seconds.append(time.perf_counter() - begin)
-
-    call(theirs), call(ours)
-    benchmark.pedantic(call, (ours,), setup=first, rounds=ROUNDS)
-    return seconds
+    return beside(benchmark, functools.partial(call, ours), {PEER: functools.partial(call, theirs)})
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -92,9 +53,26 @@ def beside(benchmark, call: Callable[[Any], Any], models: tuple[Any, Any]) -> li
 @torch.no_grad()
 def test_decode(benchmark, threads, dtype, shape):
     """The whole call, prompt of 128 included."""
-    check_tokens(shape, dtype, 128)
-    peer = beside(benchmark, lambda model: continuation(model, prompt(128)), pair(shape, DTYPES[dtype]))
-    keep(benchmark, f"{shape}, 128 + {NEW} tokens", dtype, threads, NEW, peer)
+    check_tokens(shape, dtype, 128, NEW)
+    work = f"{shape}, 128 + {NEW} tokens", dtype, threads
+    decode(benchmark, work, generators(shape, dtype), (prompt(128), NEW, config_of(shape)))
+
+
+def free_memory() -> int:
+    """Bytes that the kernel says are to be had."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+
+
+@pytest.mark.skipif(free_memory() < ROOM, reason=f"1.3B beside transformers and its check take {ROOM >> 30} GiB")
+@torch.no_grad()
+def test_decode_of_2_6_gigabytes(benchmark):
+    """1.3B in bfloat16: so few tokens that the prompt is most of what a check of them costs."""
+    threads = torch.get_num_threads()
+    check_tokens("1.3B", "bf16", FEW, FEW)
+    work = f"1.3B, {FEW} + {FEW} tokens", "bf16", threads
+    decode(benchmark, work, generators("1.3B", "bf16"), (prompt(FEW), FEW, config_of("1.3B")))
+    pair.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -111,7 +89,7 @@ def test_steps_of_a_batch(benchmark, threads, dtype, rows):
             model(ids[:, :1], past_key_values=caches[id(model)], logits_to_keep=1)
         caches[id(model)].crop(-4)
 
-    peer = beside(benchmark, steps, models)
+    peer = in_turns(benchmark, steps, models)
     keep(benchmark, f"125m, 4 steps of {rows} rows after 128", dtype, threads, 4 * rows, peer)
 
 
@@ -119,7 +97,7 @@ def test_steps_of_a_batch(benchmark, threads, dtype, rows):
 @torch.no_grad()
 def test_prefill(benchmark, threads, dtype):
     check_logits(dtype)
-    peer = beside(benchmark, lambda model: model(prompt(PREFILL), logits_to_keep=1), pair("125m", DTYPES[dtype]))
+    peer = in_turns(benchmark, lambda model: model(prompt(PREFILL), logits_to_keep=1), pair("125m", DTYPES[dtype]))
     keep(benchmark, f"125m, prefill {PREFILL}", dtype, threads, PREFILL, peer)
 
 
@@ -136,5 +114,5 @@ def test_a_step_at_a_length(benchmark, threads, dtype, context):
             model(torch.tensor([[5]]), past_key_values=caches[id(model)])
         caches[id(model)].crop(-8)
 
-    peer = beside(benchmark, steps, models)
+    peer = in_turns(benchmark, steps, models)
     keep(benchmark, f"125m, 8 steps after {context}", dtype, threads, 8, peer)

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import gptneo_fast
-from benchmarks.cpu.bench_cpu import keep
 from benchmarks.cpu.idle_card import idle_card
+from benchmarks.cpu.turns import keep
 from benchmarks.static.counting import swapped
 from gptneo_fast.generation.captured.capturing import EagerStep
 from gptneo_fast.generation.captured.params import SamplingParams

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .. import checkpoint
 from ..config import GPTNeoConfig, short
@@ -97,10 +98,19 @@ def check_attention(attn_implementation: str | None) -> None:
         )
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Functions of torch.nn.init do nothing: of tensors without memory, normal_ imports all of torch._dynamo, over a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def built(cls: Any, config: GPTNeoConfig, backend: str) -> Any:
     """A model to load weights into: without memory where our `__init__` makes it, else as its own `__init__(config)` does."""
     if cls.__init__.__module__.startswith(f"{__package__}."):
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInitialValues():
             return cls(config, backend=backend)
     model = cls(config)
     model.base_model.requested_backend = backend

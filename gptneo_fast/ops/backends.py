@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import ParamSpec
 
 import torch
 
@@ -15,6 +17,7 @@ from . import cpu, extension, ops, reference
 BACKENDS = ("auto", "triton", "reference")
 _CAPABILITY = (8, 0)
 _INSTEAD = "use backend='reference' or 'auto'"
+_Args = ParamSpec("_Args")
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,13 @@ def report() -> dict[str, str]:
     return lines
 
 
-@torch.compiler.assume_constant_result
+def _constant_to_tracers(function: Callable[_Args, str]) -> Callable[_Args, str]:
+    """Mark as `torch.compiler.assume_constant_result` does, which imports all of torch._dynamo, more than a second, for it."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@_constant_to_tracers
 def why_not(device_type: str, index: int, dtype: str) -> str:
     """Why kernels cannot run on a device in a dtype, or nothing. Tracers see a constant."""
     if reason := _why_no_kernels() or (_why_not_interpreted() if _interpreted() else ""):
@@ -143,7 +152,7 @@ def why_not(device_type: str, index: int, dtype: str) -> str:
     )
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_tracers
 def why_no_extension(device_type: str) -> str:
     """Why the C++ extension cannot serve a device, or nothing. Tracers see a constant."""
     return extension.why_not_on(torch.device(device_type)) or ""

@@ -75,7 +75,8 @@ class Plan:
         A row's result has the same bits whatever rows are beside it and however many threads there are.
 
         Args:
-            x: int64 [B, T], ids, or without embeddings hidden states [B, T, C]; contiguous, at most `ROWS` of its dtype rows B * T.
+            x: int64 [B, T], ids, or without embeddings hidden states [B, T, C]; contiguous, at most `ROWS`
+                rows B * T.
             positions: int64 [B or 1, T]. types: int64 [B, T] or None; they index wte.
             keys, values: of each block [B, H, R, D], changed. lengths: int32 [B], tokens held before.
             starts: int32 [B], columns of left padding among the T; None for none.

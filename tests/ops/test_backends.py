@@ -381,3 +381,9 @@ def test_interpreting_is_decided_by_the_environment_of_the_process():
         env = os.environ | {"TRITON_INTERPRET": value}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
         assert words in done.stdout, done.stderr
+
+
+def test_what_tracers_take_for_constant_has_the_mark_that_torch_gives():
+    marked = vars(torch.compiler.assume_constant_result(lambda: ""))
+    assert marked and marked.items() <= vars(backends.why_not).items()
+    assert marked.items() <= vars(backends.why_no_extension).items()

@@ -1,0 +1,64 @@
+"""Decoding on one thread beside other runtimes with the same weights: one round is one call of each.
+
+`make peers` installs them and keeps what this measures in benchmarks/results/peers.json. The tokens of every runner are those
+of transformers, or all are choices within the error of the dtype, before any is timed.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks.cpu.peers import Peer, peers
+from benchmarks.cpu.peers.compiled import Compiled
+from benchmarks.cpu.turns import continuation, decode, generators, leaves, prompt
+from benchmarks.models import DTYPES, EMBEDDED, STORIES, pair
+
+CONTEXT, NEW, THREADS = 128, 64, 1
+
+
+def runnable(dtype: torch.dtype) -> tuple[list[type[Peer]], dict[str, str]]:
+    """The peers that run here in a dtype, and of the others why not."""
+    reasons = {peer: peer.why_not(dtype) for peer in peers()}
+    return [peer for peer, why in reasons.items() if not why], {peer.name: why for peer, why in reasons.items() if why}
+
+
+NONE = "none of the optional runtimes is installed; `make peers` measures them"
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` measures this machine"),
+    pytest.mark.skipif(runnable(torch.float32)[0] == [Compiled], reason=NONE),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+    torch.compiler.reset()
+    gc.collect()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", ["125m", *STORIES, EMBEDDED])
+@torch.no_grad()
+def test_peers(benchmark, shape, dtype):
+    """The whole call, prompt included, as `test_decode` of bench_cpu."""
+    theirs, ours = pair(shape, DTYPES[dtype])
+    for p in (*theirs.parameters(), *ours.parameters()):
+        p.requires_grad_(False)  # exporters would keep it
+    ids = prompt(CONTEXT, ours.config.vocab_size)
+    expected = continuation(theirs, ids, NEW)
+    those, missing = runnable(DTYPES[dtype])
+    runners: dict[str, Callable] = generators(shape, dtype) | {peer.name: peer(theirs, THREADS).decode for peer in those}
+    coarse = {peer.name: peer.coarse for peer in those}
+    tokens = {n: leaves(ours, run(ids, NEW), expected, NEW, coarse.get(n, torch.float32)) for n, run in runners.items()}
+    decode(benchmark, (f"{shape}, {CONTEXT} + {NEW} tokens", dtype, THREADS), runners, (ids, NEW, ours.config), warm=True)
+    for row in benchmark.extra_info["rows"]:
+        found = tokens[row["runner"]]
+        row["tokens"] = "equal" if found is None else f"others from token {found} on"
+    benchmark.extra_info["missing"] = [{"runner": name, "dtype": dtype, "why": why} for name, why in missing.items()]
