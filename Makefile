@@ -8,8 +8,8 @@
 # make sanitize  the extension under AddressSanitizer and UBSan, its threads under ThreadSanitizer
 # make budgets  the error budgets with every instruction set that this CPU has, with one thread and two
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
-# make results  measure anew what benchmarks/results/cpu.json holds, and the README's tables (make tables: these alone)
-# make peers  decoding beside other runtimes into benchmarks/results/peers.json: 10 minutes, and llama.cpp is compiled first
+# make results  measure anew what benchmarks/results/cpu_<kind>.json holds, and the README's tables (make tables: these alone)
+# make peers  decoding beside other runtimes into benchmarks/results/peers_<kind>.json: 10 minutes, and llama.cpp is compiled first
 # make compile-report  every kernel compiled for GPUs that need not be here, with two tritons: registers, spills, loads
 # make compile-samples  every op sample compiled so (with -j2 in about 5 minutes)
 

@@ -24,6 +24,15 @@ BESIDE_RUNTIMES = "bench_peers.py"
 OPEN = "Tokens are transformers', but for choices that rounding leaves open (llama.cpp's GELU is a table of float16)"
 
 
+def instructions() -> str:
+    """What torch's products on this CPU are made of: a kind of CPU, which has results of its own."""
+    import torch
+
+    from gptneo_fast.ops import widened
+
+    return torch.backends.cpu.get_cpu_capability() + ("" if torch.bfloat16 in widened.DTYPES else " with bfloat16")
+
+
 def reduce(raw: dict[str, Any], peers: bool = False) -> dict[str, Any]:
     """What of pytest-benchmark's JSON is worth keeping: the machine, the versions, a row for each measurement.
 
@@ -38,7 +47,7 @@ def reduce(raw: dict[str, Any], peers: bool = False) -> dict[str, Any]:
     return {
         "when": raw["datetime"][:10],
         "commit": raw["commit_info"].get("id", "unknown")[:10] + ("-dirty" if raw["commit_info"].get("dirty") else ""),
-        "cpu": cpu.get("brand_raw", "unknown"),
+        "cpu": f"{cpu.get('brand_raw', 'unknown')}, {instructions()}",
         "cores": cpu.get("count"),
         **{name: version(name) for name in ("torch", "transformers")},
         **{name: installed[name] for name in RUNTIMES if name in installed},
@@ -147,16 +156,19 @@ def cpu_plot(results: dict[str, Any], path: Path) -> None:
     )
 
 
+def of_kinds(name: str) -> list[Path]:
+    """The results of every kind of CPU that was met."""
+    return sorted(RESULTS.glob(f"{name}_*.json"))
+
+
 def measured() -> str:
     """The README's section, from the files in benchmarks/results."""
     parts = []
-    cpu = RESULTS / "cpu.json"
-    if cpu.is_file():
-        parts += [cpu_table(json.loads(cpu.read_text())), "![CPU speeds](benchmarks/results/cpu.svg)"]
-    else:
+    for path in of_kinds("cpu"):
+        parts += [cpu_table(json.loads(path.read_text())), f"![CPU speeds](benchmarks/results/{path.stem}.svg)"]
+    if not parts:
         parts.append("Speed on the CPU: not measured.")
-    if (RESULTS / "peers.json").is_file():
-        parts.append(peers_table(json.loads((RESULTS / "peers.json").read_text())))
+    parts += [peers_table(json.loads(path.read_text())) for path in of_kinds("peers")]
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     gpu = [run for run in runs if isinstance(run, dict) and "stages" in run and not run["dry_run"]]  # of `make gpu`
     parts += [gpu_table.summary(run) for run in gpu]
@@ -175,15 +187,16 @@ def readme(text: str) -> str:
 def main() -> None:
     """Reduce a raw file if there is one, then write the README."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cpu", type=Path, help="pytest-benchmark's JSON, becomes benchmarks/results/cpu.json")
-    parser.add_argument("--peers", type=Path, help="the same of bench_peers.py, becomes benchmarks/results/peers.json")
+    parser.add_argument("--cpu", type=Path, help="pytest-benchmark's JSON, becomes benchmarks/results/cpu_<kind>.json")
+    parser.add_argument("--peers", type=Path, help="the same of bench_peers.py, becomes benchmarks/results/peers_<kind>.json")
     args = parser.parse_args()
     for name, raw in (("cpu", args.cpu), ("peers", args.peers)):
         if raw:
             kept = reduce(json.loads(raw.read_text()), peers=name == "peers")
-            (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
-    if (RESULTS / "cpu.json").is_file():
-        cpu_plot(json.loads((RESULTS / "cpu.json").read_text()), RESULTS / "cpu.svg")
+            kind = instructions().lower().replace(" with ", "_")
+            (RESULTS / f"{name}_{kind}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    for path in of_kinds("cpu"):
+        cpu_plot(json.loads(path.read_text()), path.with_suffix(".svg"))
     README.write_text(readme(README.read_text()))
 
 

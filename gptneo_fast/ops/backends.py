@@ -24,7 +24,7 @@ _Args = ParamSpec("_Args")
 class Choice:
     """What computes, and why.
 
-    name: "triton", "cpu" (few rows in C++, the rest in plain torch) or "reference".
+    name: "triton", "cpu" (few rows and attention in C++, the rest in plain torch) or "reference".
     why: the reason, for people.
     functions: the namespace; each op is a function of it, as in `reference`.
     """

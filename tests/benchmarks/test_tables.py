@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import tables
 
 
@@ -10,11 +12,12 @@ def test_the_readme_is_what_the_results_make_of_it():
     assert tables.readme(text) == text, "run `make tables`"
 
 
-def test_the_plot_is_what_the_results_make_of_it(tmp_path):
-    results = json.loads((tables.RESULTS / "cpu.json").read_text())
+@pytest.mark.parametrize("path", tables.of_kinds("cpu"), ids=lambda path: path.stem)
+def test_the_plot_is_what_the_results_make_of_it(path, tmp_path):
+    results = json.loads(path.read_text())
     tables.cpu_plot(results, tmp_path / "cpu.svg")
     drawn = (tmp_path / "cpu.svg").read_text()
-    committed = (tables.RESULTS / "cpu.svg").read_text()
+    committed = path.with_suffix(".svg").read_text()
     rows = [r for r in results["rows"] if "tokens_per_second" in r]
     peers = {(r["work"], r["dtype"], r["threads"]) for r in rows if r["runner"] == tables.PEER}
     ours = [r for r in rows if r["runner"] == tables.OURS and (r["work"], r["dtype"], r["threads"]) in peers]
