@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import DeviceError, InputError
+from .errors import DeviceError, InputError, short
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -22,7 +22,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
         return None
     found = _DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise InputError(f"dtype {dtype!r} is unknown; use 'auto', {', '.join(_DTYPES)}")
+        raise InputError(f"dtype {short(dtype)} is unknown; use 'auto', {', '.join(_DTYPES)}")
     return found
 
 
@@ -44,7 +44,7 @@ def as_device(device: Any) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"device {device!r} is unknown; use 'cpu', 'cuda', 'cuda:1', ...") from error
+        raise InputError(f"device {short(device)} is unknown; use 'cpu', 'cuda', 'cuda:1', ...") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device {str(found)!r} was asked for, but {why_no_cuda()}; use device='cpu'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

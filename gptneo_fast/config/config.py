@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, short
 from ..files import atomic
 from ..files.hub import Source
 from ..files.strict_json import read_object
@@ -25,7 +25,6 @@ from .rules import (
     fault_of,
     instead_of_config,
     is_int,
-    short,
     structure_faults,
 )
 

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..errors import short
+
 GELU_NEW = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # names of one function, which kernels and flax compute
 ACTIVATIONS = (  # names that transformers gives; `network.activations` computes them
     "gelu_new gelu_pytorch_tanh gelu_python_tanh gelu gelu_python gelu_10 gelu_fast gelu_accurate quick_gelu laplace relu "
@@ -142,9 +144,3 @@ def as_list(value: Any, name: str, faults: list[str]) -> list[Any]:
     if value is not None:
         faults.append(f"{name} {short(value)} is not a list")
     return []
-
-
-def short(value: Any) -> str:
-    """A value for an error, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, Literal, Self
 
 from ..config import GENERATION, GPTNeoConfig
-from ..errors import ConfigError, InputError, UnknownOptionError, nearest, warn_once
+from ..errors import ConfigError, InputError, UnknownOptionError, nearest, short, warn_once
 from ..files import atomic
 from ..files.hub import Source
 from ..files.strict_json import read_object
@@ -344,7 +344,7 @@ def _file_name(name: str | None, options: dict[str, Any]) -> str:
     name = name or options.pop("config_name", None) or FILE
     options.pop("config_name", None)
     if not isinstance(name, str) or os.path.basename(name) != name:
-        raise InputError(f"config_file_name={name!r} is not the name of a file in the folder, such as {FILE!r}")
+        raise InputError(f"config_file_name={short(name)} is not the name of a file in the folder, such as {FILE!r}")
     return name
 
 

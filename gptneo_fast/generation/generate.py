@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..config import GPTNeoConfig, is_int, short
-from ..errors import InputError
+from ..config import GPTNeoConfig, is_int
+from ..errors import InputError, short
 from ..network.cache import KVCache
 from ..network.inputs import check_ids
 from ..network.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import is_int, is_number, short
-from ..errors import InputError
+from ..config import is_int, is_number
+from ..errors import InputError, short
 
 _BEAMS = "use num_beams, with do_sample=True for variety"
 _BOUNDED = "leave it out, the cache is bounded at the window and needs no choice"

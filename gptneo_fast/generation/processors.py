@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import is_int, is_number
-from ..errors import InputError
+from ..errors import InputError, short
 from .callbacks import scores_of, tokens_of
 from .config import Options
 from .options import check_option
@@ -59,7 +59,7 @@ def require(owner: object, name: str, holds: bool, wanted: str) -> None:
         InputError: says the class, the argument, the value and what it may be.
     """
     if not holds:
-        raise InputError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r:.100} is not {wanted}")
+        raise InputError(f"{type(owner).__name__}: {name}={short(getattr(owner, name))} is not {wanted}")
 
 
 def _at(vocabulary: int, ids: Iterable[int], like: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import short
-from ..errors import InputError, warn_once
+from ..errors import InputError, short, warn_once
 from .callbacks import ended_of
 from .config import Options
 from .options import check_option

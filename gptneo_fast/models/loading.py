@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import checkpoint
-from ..config import GPTNeoConfig, short
-from ..errors import InputError, UnknownOptionError, nearest
+from ..config import GPTNeoConfig
+from ..errors import InputError, UnknownOptionError, nearest, short
 from ..files.hub import Source
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def check_attention(attn_implementation: str | None) -> None:
     """
     if attn_implementation not in (None, "eager"):
         raise InputError(
-            f"attn_implementation {attn_implementation!r} is not offered: gptneo_fast brings its own kernels, exact past "
+            f"attn_implementation {short(attn_implementation)} is not offered: gptneo_fast brings its own kernels, exact past "
             "the window; leave it out and choose with backend='auto', 'triton' or 'reference'"
         )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import is_int
-from ..errors import InputError
+from ..errors import InputError, short
 
 
 def resize(model: Any, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool) -> nn.Embedding:
@@ -16,7 +16,7 @@ def resize(model: Any, new_num_tokens: int | None, pad_to_multiple_of: int | Non
     old = model.base_model.wte.weight
     for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
         if value is not None and not (is_int(value) and value >= 1):
-            raise InputError(f"{name} {value!r} is not a positive integer")
+            raise InputError(f"{name} {short(value)} is not a positive integer")
     size = old.shape[0] if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of:
         size = -(-size // pad_to_multiple_of) * pad_to_multiple_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import GPTNeoConfig, is_int
-from ..errors import CacheError, InputError
+from ..errors import CacheError, InputError, short
 from ..ops import reference
 from .touch import is_readable
 
@@ -75,9 +75,9 @@ class KVCache:
     ) -> None:
         limit = config.max_position_embeddings
         if not is_int(batch_size) or batch_size < 0:
-            raise InputError(f"batch_size {batch_size!r} is not a number of rows")
+            raise InputError(f"batch_size {short(batch_size)} is not a number of rows")
         if max_length is not None and not (is_int(max_length) and 0 <= max_length <= limit):
-            raise InputError(f"max_length {max_length!r} is not an integer from 0 to {limit}, the model's positions")
+            raise InputError(f"max_length {short(max_length)} is not an integer from 0 to {limit}, the model's positions")
         if not dtype.is_floating_point:
             raise InputError(f"dtype {dtype} holds no keys and values; give the model's")
         self.config = config
@@ -187,7 +187,7 @@ class KVCache:
             max_length = operator.index(max_length)
         except TypeError as error:
             raise InputError(
-                f"max_length {max_length!r} is no integer: columns to keep, or below 0 columns to forget"
+                f"max_length {short(max_length)} is no integer: columns to keep, or below 0 columns to forget"
             ) from error
         length = max_length if max_length >= 0 else self._seen + max_length
         if length >= self._seen:

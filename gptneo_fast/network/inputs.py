@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import GPTNeoConfig, short
-from ..errors import CacheError, InputError, UnknownOptionError, nearest
+from ..config import GPTNeoConfig
+from ..errors import CacheError, InputError, UnknownOptionError, nearest, short
 from .cache import DynamicCache, KVCache, kind
 from .touch import is_readable
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import short
-from ...errors import InputError
+from ...errors import InputError, short
 from ...generation import GenerationConfig
 from ...generation.config import NEW_TOKENS
 from ...generation.options import plain

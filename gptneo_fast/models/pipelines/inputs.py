@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ...config import is_int, short
-from ...errors import InputError, SetupError
+from ...config import is_int
+from ...errors import InputError, SetupError, short
 from ...generation.options import plain
 
 IGNORED = ("framework", "num_workers", "trust_remote_code", "use_fast")

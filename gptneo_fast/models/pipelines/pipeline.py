@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ...config import is_int, short
+from ...config import is_int
 from ...device import as_device
-from ...errors import InputError, nearest
+from ...errors import InputError, nearest, short
 from ...tokenizer import GPT2Tokenizer
 from ..load import load
 from .classification import TextClassificationPipeline
@@ -47,9 +47,7 @@ def pipeline(
         InputError: another task, or no model.
     """
     if task is not None and not (isinstance(task, str) and task in _TASKS):
-        raise InputError(
-            f"task {short(task)} is not offered{nearest(str(task), _TASKS)}; use one of {', '.join(_TASKS)}, or load()"
-        )
+        raise InputError(f"task {short(task)} is not offered{nearest(task, _TASKS)}; use one of {', '.join(_TASKS)}, or load()")
     if model is None:
         raise InputError("pipeline needs model=...: a model, a folder, or a hub id")
     if not isinstance(model_kwargs, (dict, type(None))):
