@@ -20,7 +20,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """
     if dtype == "auto":
         return None
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    found = _DTYPES.get(str(dtype).removeprefix("torch.")) if isinstance(dtype, (str, torch.dtype)) else None
     if found is None:
         raise InputError(f"dtype {short(dtype)} is unknown; use 'auto', {', '.join(_DTYPES)}")
     return found
@@ -35,7 +35,7 @@ def as_device(device: Any) -> torch.device:
     """
     if isinstance(device, dict):
         if len(set(device.values())) != 1:
-            raise InputError(f"device_map {str(device)[:200]} splits the model; give one device, or {{'': device}}")
+            raise InputError(f"device_map {short(device)} splits the model; give one device, or {{'': device}}")
         device = next(iter(device.values()))
     if device is None:
         return torch.device("cpu")
@@ -43,7 +43,7 @@ def as_device(device: Any) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"device {short(device)} is unknown; use 'cpu', 'cuda', 'cuda:1', ...") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device {str(found)!r} was asked for, but {why_no_cuda()}; use device='cpu'")

@@ -341,7 +341,7 @@ def _fill(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> No
     """Work out the fields that follow from others: attention layers, label maps, the dtype's name."""
     _fill_attention(config, faults)
     _fill_labels(config, num_labels, faults)
-    if config.dtype is not None:
+    if config.dtype is not None and type(config.dtype).__name__ in ("dtype", "str"):  # torch's, or its name
         _put(config, "dtype", str(config.dtype).removeprefix("torch."))
 
 

@@ -81,7 +81,9 @@ def fault_of(name: str, value: Any) -> str | None:
         kind = "has buffers and a dtype of its own, and no GPT-Neo was released with it" if value == "xielu" else "is unknown"
         return f"activation_function {short(value)} {kind}; use one of {', '.join(ACTIVATIONS)}"
     elif name == "attention_layers":
-        if unknown := sorted({str(k) for k in value} - {"global", "local"}):
+        if not isinstance(value, (list, tuple)):
+            return f"attention_layers {short(value)} is not a list"
+        if unknown := [kind for kind in value if kind not in ("global", "local")]:
             return f"attention type {short(unknown[0])} is unknown; use 'global' or 'local'"
     elif name == "dtype" and value not in _DTYPES:
         return f"dtype {short(value)} is unknown; use one of {', '.join(_DTYPES[1:])}"

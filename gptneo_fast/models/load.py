@@ -56,7 +56,7 @@ def load(
     Raises:
         InputError, ModelNotFoundError, CheckpointError, ConfigError, DeviceError, SetupError: each says what to do.
     """
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise InputError(f"task {short(task)} is unknown{nearest(task, TASKS)}; use one of {', '.join(TASKS)}")
     place = as_device("auto" if device is None else device)
     wanted = as_dtype(dtype)

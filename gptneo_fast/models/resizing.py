@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import is_int
+from ..config import LIMITS, is_int
 from ..errors import InputError, short
 
 
@@ -15,8 +15,8 @@ def resize(model: Any, new_num_tokens: int | None, pad_to_multiple_of: int | Non
     """As `resize_token_embeddings`."""
     old = model.base_model.wte.weight
     for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
-        if value is not None and not (is_int(value) and value >= 1):
-            raise InputError(f"{name} {short(value)} is not a positive integer")
+        if value is not None and not (is_int(value) and 1 <= value <= LIMITS["vocab_size"]):
+            raise InputError(f"{name} {short(value)} is not a positive integer of at most {LIMITS['vocab_size']}")
     size = old.shape[0] if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of:
         size = -(-size // pad_to_multiple_of) * pad_to_multiple_of

@@ -74,7 +74,7 @@ class KVCache:
         windows: Sequence[int] | None = None,
     ) -> None:
         limit = config.max_position_embeddings
-        if not is_int(batch_size) or batch_size < 0:
+        if not is_int(batch_size) or not 0 <= batch_size < 2**31:
             raise InputError(f"batch_size {short(batch_size)} is not a number of rows")
         if max_length is not None and not (is_int(max_length) and 0 <= max_length <= limit):
             raise InputError(f"max_length {short(max_length)} is not an integer from 0 to {limit}, the model's positions")
@@ -194,7 +194,7 @@ class KVCache:
             return
         if length < max(0, self._oldest()):
             raise CacheError(
-                f"cannot crop to {length} columns: local layers keep the newest {max(self._slots_of_rings())} of "
+                f"cannot crop to {short(length)} columns: local layers keep the newest {max(self._slots_of_rings())} of "
                 f"{self._written} columns, so {self._oldest()} is the shortest; fork() before going on, or start again"
             )
         padding = self._seen - self.lengths  # int32 [B]

@@ -212,7 +212,10 @@ def select_positions(hidden: Tensor, keep: Any) -> Tensor:
     """
     T = hidden.shape[1]
     if isinstance(keep, (list, tuple)):
-        keep = torch.tensor(keep, device=hidden.device)
+        try:
+            keep = torch.tensor(keep, device=hidden.device)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"logits_to_keep {short(keep)} makes no tensor: {error}") from error
     if isinstance(keep, Tensor) and keep.dim() > 0:
         if keep.is_floating_point() or keep.is_complex():
             raise InputError(f"logits_to_keep is {keep.dtype}; give integers, or a boolean [B, T]")
@@ -231,5 +234,5 @@ def select_positions(hidden: Tensor, keep: Any) -> Tensor:
         except TypeError as error:
             raise InputError(f"logits_to_keep {short(keep)} is no integer: how many of the last positions to keep") from error
     if keep < 0:
-        raise InputError(f"logits_to_keep {keep} is negative; 0 keeps all")
+        raise InputError(f"logits_to_keep {short(keep)} is negative; 0 keeps all")
     return hidden[:, -keep:] if keep else hidden

@@ -141,7 +141,7 @@ def test_what_the_parameters_follow_and_options_of_generate_are_refused_on_the_c
         model(ids)
 
 
-ODD = [5, -1, 10**400, 1.5, True, b"x", "x", [None], [[1], [1, 2]], [[10**400]], {}, np.array(3), np.array([["a"]])]
+ODD = [5, -1, 10**5000, 1.5, True, b"x", "x", [None], [[1], [1, 2]], [[10**5000]], {}, np.array(3), np.array([["a"]])]
 ODD += [torch.tensor(1.5), object()]
 
 

@@ -54,7 +54,7 @@ def pipeline(
         raise InputError(f"model_kwargs is {short(model_kwargs)}; give a dict of options of load()")
     given = {k: options.pop(k) for k in _LOADING if k in options} | (model_kwargs or {})
     place = device if device is not None else device_map
-    if is_int(place):
+    if is_int(place) and place < 2**31:
         place = "cpu" if place < 0 else f"cuda:{place}"
     if isinstance(model, (str, os.PathLike)):
         if "torch_dtype" in given:
