@@ -16,8 +16,9 @@ class ModelNotFoundError(GPTNeoFastError, FileNotFoundError):
     """A folder, a repository or one of its files is not there."""
 
 
-class CheckpointError(GPTNeoFastError, ValueError):
-    """Weight files that cannot be read, or that do not fit the configuration."""
+class CheckpointError(GPTNeoFastError, ValueError, RuntimeError):
+    """Weight files that cannot be read, or that do not fit the configuration: of which torch and transformers raise a
+    RuntimeError."""
 
 
 class UnsafeCheckpointError(CheckpointError):

@@ -52,6 +52,7 @@ class GPTNeoConfig:
     is_encoder_decoder: ClassVar[bool] = False
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     sub_configs: ClassVar[dict[str, Any]] = {}
+    _attn_implementation: ClassVar[str] = "eager"  # which libraries look up
 
     vocab_size: int = 50257
     max_position_embeddings: int = 2048

@@ -62,6 +62,7 @@ class GenerationMixin:
         past_key_values: KVCache | None = None,
         tokenizer: Any = None,
         logits_to_keep: int | None = None,
+        labels: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Prompts and their continuations, int64 [B, T + new]; rows that end early are filled with the pad token.
@@ -83,7 +84,7 @@ class GenerationMixin:
                 before them where attention_mask covers both; appended to. A call that fails midway leaves in it what it
                 has run of its texts, without drafts, to be continued or cropped; of beams, a row for each.
             tokenizer: for stop_strings; None for the model's own.
-            logits_to_keep: has no say; those that are needed are computed.
+            logits_to_keep: has no say; those that are needed are computed. labels: none either, as in a batch for training.
             options: see GenerationConfig.
 
         Returns:

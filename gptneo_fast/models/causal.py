@@ -160,7 +160,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
 
     def looked(self, anew: bool = False) -> touch.Look:
         """The last look, taken again where a module may have been touched since then, or `anew`."""
-        now = touch.stamp()
+        now = touch.stamp(), self.config.attention_layers
         last = vars(self).get("_last_look")
         if anew or last is None or last[0] != now:
             last = vars(self)["_last_look"] = now, self.look()  # no attribute that counts as a touch

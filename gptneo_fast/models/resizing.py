@@ -30,6 +30,7 @@ def resize(model: Any, new_num_tokens: int | None, pad_to_multiple_of: int | Non
         head.out_features = size
         head.weight = wte.weight if head.weight is old else _resized(head.weight, size, mean_resizing, std)
     model.base_model.wte = wte
+    vars(model)["vocab_size"] = size  # as in transformers, and no attribute that counts as a touch
     object.__setattr__(model.config, "vocab_size", size)  # shared by trunk and head; nothing else is shaped by it
     return model.base_model.wte
 
