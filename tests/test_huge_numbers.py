@@ -87,6 +87,7 @@ def test_in_what_else_takes_numbers(model, tmp_path):
     cache = KVCache(config, 1, dtype=torch.float32, device="cpu")
     refused(cache.crop, "max_length")
     refused(cache.reorder_cache, "rows")
+    refused(cache.batch_select_indices, "indices")
     for name in ("new_num_tokens", "pad_to_multiple_of"):
         refused(model.resize_token_embeddings, name)
     refused(model.gradient_checkpointing_enable, "every_n_layers")

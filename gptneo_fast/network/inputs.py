@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
 from ..errors import CacheError, InputError, UnknownOptionError, nearest, short
-from .cache import DynamicCache, KVCache, kind
+from .cache import KVCache, kind
+from .dynamic_cache import DynamicCache
 from .touch import is_readable
 
 # transformers' callers pass them to every class: positions are known here, and a class without cache keeps none
