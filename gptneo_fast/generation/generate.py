@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import GPTNeoConfig, is_int
-from ..errors import InputError, short
+from ..errors import InputError, short, warn_once
 from ..network.cache import KVCache
 from ..network.inputs import check_ids
 from ..network.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
@@ -177,6 +177,8 @@ def settle(model: LanguageModel, config: GenerationConfig | None, said: dict[str
     for name, value in said.items():  # None in a call switches off what another source says
         if value is None and name in vars(merged) and name not in ("max_length", "max_new_tokens"):
             setattr(merged, name, OFF.get(name))
+    if None not in (said.get("max_length"), said.get("max_new_tokens")):
+        warn_once("max_length has no say beside max_new_tokens in one call; leave one of them out")
     return merged.resolved()
 
 

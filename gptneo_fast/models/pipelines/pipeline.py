@@ -41,7 +41,7 @@ def pipeline(
         device, device_map: where the model is put; -1 is the CPU, other integers number CUDA devices. None leaves a model
             where it is.
         model_kwargs: further options of `load`.
-        options: of `load` (dtype, revision, token, ...), and of every call.
+        options: of `load` (dtype, revision, token, ...), and of every call; assistant_model may be a folder or hub id, too.
 
     Raises:
         InputError: another task, or no model.
@@ -65,6 +65,8 @@ def pipeline(
         raise InputError(f"model is {short(model)}; give a model, a folder, or a hub id")
     elif device not in (None, -1):
         model.to(as_device(place))
+    if isinstance(drafting := options.get("assistant_model"), (str, os.PathLike)):
+        options["assistant_model"] = load(drafting, dtype=model.dtype, device=model.device)
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = GPT2Tokenizer.from_pretrained(tokenizer)
     if tokenizer is not None:
