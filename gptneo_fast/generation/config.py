@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..config import GENERATION, GPTNeoConfig
@@ -247,6 +248,15 @@ class GenerationConfig:
         if isinstance(values.get("sequence_bias"), dict):
             values["sequence_bias"] = [[list(ids), bias] for ids, bias in values["sequence_bias"].items()]
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write `to_json_string` to a file, whole or not at all.
+
+        Raises:
+            ConfigError: it cannot be written there.
+        """
+        place = Path(json_file_path)
+        atomic.write(place.parent, {place.name: self.to_json_string()}, ConfigError)
 
     def under(self, stronger: GenerationConfig) -> GenerationConfig:
         """This config where `stronger` says nothing, else that one."""
