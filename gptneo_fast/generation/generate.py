@@ -103,6 +103,8 @@ class GenerationMixin:
                 raise InputError(f"logits_to_keep={short(logits_to_keep)} is not an integer from 0; leave it out")
             if past_key_values is None:
                 past_key_values = options.pop("cache", None)  # its name from 5.24 on
+            if None not in (options.get("max_length"), options.get("max_new_tokens")):
+                warn_once("max_length has no say beside max_new_tokens in one call; leave one of them out")
             settled = settle(model, generation_config, options | {"synced_gpus": synced_gpus})
             given = prompt_of(
                 model,
@@ -177,8 +179,6 @@ def settle(model: LanguageModel, config: GenerationConfig | None, said: dict[str
     for name, value in said.items():  # None in a call switches off what another source says
         if value is None and name in vars(merged) and name not in ("max_length", "max_new_tokens"):
             setattr(merged, name, OFF.get(name))
-    if None not in (said.get("max_length"), said.get("max_new_tokens")):
-        warn_once("max_length has no say beside max_new_tokens in one call; leave one of them out")
     return merged.resolved()
 
 

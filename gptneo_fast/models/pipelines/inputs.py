@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 from ...config import is_int
 from ...errors import InputError, SetupError, short
 from ...generation.options import plain
@@ -23,6 +25,25 @@ class Pipeline:
     def tokenizer(self) -> Any:
         """The model's."""
         return self.model.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        place: torch.device = self.model.device
+        return place
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        kind: torch.dtype = self.model.dtype
+        return kind
+
+    def transform(self, X: Any) -> Any:
+        """As a call: scikit-learn's name."""
+        call: Any = self
+        return call(X)
+
+    predict = transform
 
     def _settings(self, options: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """(options of the pipeline under those of a call, batch_size).
