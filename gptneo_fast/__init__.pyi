@@ -68,7 +68,8 @@ from .models.load import (
 from .models.model import GPTNeoModel as GPTNeoModel
 from .models.pipelines import TextGenerationPipeline as TextGenerationPipeline, pipeline as pipeline
 from .models.pretrained import GPTNeoPreTrainedModel as GPTNeoPreTrainedModel
-from .network.cache import DynamicCache as DynamicCache, KVCache as KVCache, cache_bytes as cache_bytes
+from .network.cache import KVCache as KVCache, cache_bytes as cache_bytes
+from .network.dynamic_cache import DynamicCache as DynamicCache
 from .tokenizer import BatchEncoding as BatchEncoding, GPT2Tokenizer as GPT2Tokenizer, GPT2TokenizerFast as GPT2TokenizerFast
 from .tools.verify import verify as verify
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import DeviceError, InputError
+from .errors import DeviceError, InputError, short
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -20,9 +20,9 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """
     if dtype == "auto":
         return None
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
+    found = _DTYPES.get(str(dtype).removeprefix("torch.")) if isinstance(dtype, (str, torch.dtype)) else None
     if found is None:
-        raise InputError(f"dtype {dtype!r} is unknown; use 'auto', {', '.join(_DTYPES)}")
+        raise InputError(f"dtype {short(dtype)} is unknown; use 'auto', {', '.join(_DTYPES)}")
     return found
 
 
@@ -35,7 +35,7 @@ def as_device(device: Any) -> torch.device:
     """
     if isinstance(device, dict):
         if len(set(device.values())) != 1:
-            raise InputError(f"device_map {str(device)[:200]} splits the model; give one device, or {{'': device}}")
+            raise InputError(f"device_map {short(device)} splits the model; give one device, or {{'': device}}")
         device = next(iter(device.values()))
     if device is None:
         return torch.device("cpu")
@@ -43,8 +43,8 @@ def as_device(device: Any) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device {device!r} is unknown; use 'cpu', 'cuda', 'cuda:1', ...") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"device {short(device)} is unknown; use 'cpu', 'cuda', 'cuda:1', ...") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device {str(found)!r} was asked for, but {why_no_cuda()}; use device='cpu'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():

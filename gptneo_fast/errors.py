@@ -16,8 +16,9 @@ class ModelNotFoundError(GPTNeoFastError, FileNotFoundError):
     """A folder, a repository or one of its files is not there."""
 
 
-class CheckpointError(GPTNeoFastError, ValueError):
-    """Weight files that cannot be read, or that do not fit the configuration."""
+class CheckpointError(GPTNeoFastError, ValueError, RuntimeError):
+    """Weight files that cannot be read, or that do not fit the configuration: of which torch and transformers raise a
+    RuntimeError."""
 
 
 class UnsafeCheckpointError(CheckpointError):
@@ -96,7 +97,17 @@ def warn_once(message: str) -> None:
         warnings.warn(message, GPTNeoFastWarning, stacklevel=3)
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
+def nearest(name: object, options: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the option nearest to `name`, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6) if isinstance(name, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def short(value: Any) -> str:
+    """A value for an error, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        what = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+        text = f"{what}, too long to write"
+    return text if len(text) <= 100 else f"{text[:100]}..."

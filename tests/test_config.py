@@ -5,6 +5,7 @@ import json
 import pickle
 
 import pytest
+import torch
 
 from gptneo_fast import AutoConfig, GenerationConfig, GPTNeoConfig, GPTNeoForCausalLM
 from gptneo_fast.config import GENERATION
@@ -101,11 +102,18 @@ def test_what_we_write_transformers_reads_and_the_other_way(tmp_path, changes):
 def test_aliases_name_the_same_fields():
     values = {k: v for k, v in SMALL.items() if k not in ("num_layers", "num_heads")}
     ours = GPTNeoConfig(num_hidden_layers=3, num_attention_heads=4, torch_dtype="float16", **values)
-    assert (ours.num_layers, ours.num_heads, ours.dtype) == (3, 4, "float16")
-    assert (ours.num_hidden_layers, ours.num_attention_heads, ours.torch_dtype) == (3, 4, "float16")
+    assert (ours.num_layers, ours.num_heads, ours.dtype) == (3, 4, torch.float16)
+    assert (ours.num_hidden_layers, ours.num_attention_heads, ours.torch_dtype) == (3, 4, torch.float16)
     assert GPTNeoConfig.from_dict({"model_type": "gpt_neo", "num_hidden_layers": 2}).num_layers == 2
     ours.torch_dtype = "float32"
-    assert ours.dtype == "float32"
+    assert ours.dtype is torch.float32
+    ours.dtype = torch.bfloat16
+    theirs = transformers.GPTNeoConfig(torch_dtype="bfloat16", **SMALL)
+    for config in (ours, theirs, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), ours.replace(num_layers=2)):
+        assert config.dtype is torch.bfloat16 and config.to_dict()["dtype"] == "bfloat16"
+        assert json.loads(config.to_json_string())["dtype"] == "bfloat16"
+    with pytest.raises(ConfigError, match="dtype 'int8' is unknown"):
+        ours.dtype = torch.int8
     assert ours.replace(num_hidden_layers=2).attention_layers == ("global", "local")
 
 

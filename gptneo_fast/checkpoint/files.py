@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import short
-from ..errors import CheckpointError, InputError, UnsafeCheckpointError, UnsafePathError, warn_once
+from ..errors import CheckpointError, InputError, UnsafeCheckpointError, UnsafePathError, short, warn_once
 from ..files.hub import Source
 from ..files.strict_json import read_object
 from . import msgpack, pickled, safetensors

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import is_int, short
-from ..errors import CheckpointError, InputError
+from ..config import is_int
+from ..errors import CheckpointError, InputError, short
 from ..files.atomic import appearing, write_into
 
 _OURS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"

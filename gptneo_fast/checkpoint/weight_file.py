@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import short
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, short
 
 _KINDS = {
     stat.S_IFDIR: "a folder",

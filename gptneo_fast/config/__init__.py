@@ -8,5 +8,4 @@ from .rules import (
     LIMITS as LIMITS,
     is_int as is_int,
     is_number as is_number,
-    short as short,
 )

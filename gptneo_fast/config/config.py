@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, short
 from ..files import atomic
 from ..files.hub import Source
 from ..files.strict_json import read_object
+from .dtype import Dtype, name_of
 from .rules import (
     GENERATION,
     LIMITS,
@@ -25,7 +26,6 @@ from .rules import (
     fault_of,
     instead_of_config,
     is_int,
-    short,
     structure_faults,
 )
 
@@ -53,6 +53,7 @@ class GPTNeoConfig:
     is_encoder_decoder: ClassVar[bool] = False
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     sub_configs: ClassVar[dict[str, Any]] = {}
+    _attn_implementation: ClassVar[str] = "eager"  # which libraries look up
 
     vocab_size: int = 50257
     max_position_embeddings: int = 2048
@@ -82,7 +83,7 @@ class GPTNeoConfig:
     output_hidden_states: bool = False
     return_dict: bool = True
     architectures: list[str] | None = None
-    dtype: str | None = None  # "float32" ...: what the checkpoint was saved in
+    dtype: Any = Dtype()  # noqa: RUF009 (a descriptor); of the checkpoint, torch's; set as that or by its name
     name_or_path: str = ""
     in_use: ClassVar[bool] = False  # True on the instance once a model is built of it
 
@@ -106,7 +107,7 @@ class GPTNeoConfig:
         Raises:
             ConfigError: lists every fault, those given among them.
         """
-        faults = [*faults, *(m for f in dataclasses.fields(self) if (m := fault_of(f.name, getattr(self, f.name))))]
+        faults = [*faults, *(m for f in dataclasses.fields(self) if (m := fault_of(f.name, vars(self)[f.name])))]
         faults += structure_faults(self)
         if faults:
             raise ConfigError("the configuration is not a GPT-Neo's: " + "; ".join(faults))
@@ -130,7 +131,7 @@ class GPTNeoConfig:
             _check_extra(name)
         if name == "attention_layers":
             value = tuple(value) if isinstance(value, list) else value
-        if fault := fault_of(name, value):
+        if fault := fault_of(name, name_of(value) if name == "dtype" else value):
             raise ConfigError(fault)
         object.__setattr__(self, name, value)
         faults = []
@@ -210,7 +211,7 @@ class GPTNeoConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.json` holds them."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name_or_path"}
+        values = {f.name: vars(self)[f.name] for f in dataclasses.fields(self) if f.name != "name_or_path"}
         values["attention_layers"] = list(self.attention_layers)
         values["id2label"] = {str(k): v for k, v in self.id2label.items()}
         return values | self._extras() | {"model_type": self.model_type}
@@ -339,11 +340,9 @@ def _by_name(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill(config: GPTNeoConfig, num_labels: int | None, faults: list[str]) -> None:
-    """Work out the fields that follow from others: attention layers, label maps, the dtype's name."""
+    """Work out the fields that follow from others: attention layers, label maps."""
     _fill_attention(config, faults)
     _fill_labels(config, num_labels, faults)
-    if config.dtype is not None:
-        _put(config, "dtype", str(config.dtype).removeprefix("torch."))
 
 
 def _put(config: GPTNeoConfig, name: str, value: Any) -> None:

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..errors import short
+
 GELU_NEW = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # names of one function, which kernels and flax compute
 ACTIVATIONS = (  # names that transformers gives; `network.activations` computes them
     "gelu_new gelu_pytorch_tanh gelu_python_tanh gelu gelu_python gelu_10 gelu_fast gelu_accurate quick_gelu laplace relu "
@@ -79,7 +81,9 @@ def fault_of(name: str, value: Any) -> str | None:
         kind = "has buffers and a dtype of its own, and no GPT-Neo was released with it" if value == "xielu" else "is unknown"
         return f"activation_function {short(value)} {kind}; use one of {', '.join(ACTIVATIONS)}"
     elif name == "attention_layers":
-        if unknown := sorted({str(k) for k in value} - {"global", "local"}):
+        if not isinstance(value, (list, tuple)):
+            return f"attention_layers {short(value)} is not a list"
+        if unknown := [kind for kind in value if kind not in ("global", "local")]:
             return f"attention type {short(unknown[0])} is unknown; use 'global' or 'local'"
     elif name == "dtype" and value not in _DTYPES:
         return f"dtype {short(value)} is unknown; use one of {', '.join(_DTYPES[1:])}"
@@ -142,9 +146,3 @@ def as_list(value: Any, name: str, faults: list[str]) -> list[Any]:
     if value is not None:
         faults.append(f"{name} {short(value)} is not a list")
     return []
-
-
-def short(value: Any) -> str:
-    """A value for an error, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

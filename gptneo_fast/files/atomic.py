@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import GPTNeoFastError
+from ..errors import GPTNeoFastError, short
 
 _PREFIX = ".saving-"
 _FULL, _CLOSED = "free some space there or give another folder", "give a folder that you may write to"
@@ -58,7 +58,7 @@ def appearing(folder: str | os.PathLike[str], error: type[GPTNeoFastError], stal
     except UnicodeEncodeError:
         spelt = b"\0"
     if b"\0" in spelt:
-        raise error(f"the folder to save to is {folder!r:.100}, which is no path; give one")
+        raise error(f"the folder to save to is {short(folder)}, which is no path; give one")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise error(f"{folder} is a file; give a folder")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import CheckpointError, ConfigError, InputError, ModelNotFoundError, SetupError, TokenizerError, nearest
+from ..errors import CheckpointError, ConfigError, InputError, ModelNotFoundError, SetupError, TokenizerError, nearest, short
 from .repository import Remote, Repository, UnreachableError, damaged
 
 _REPO_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?")
@@ -55,7 +55,7 @@ class Source:
         name = os.fspath(name_or_path) if isinstance(name_or_path, os.PathLike) else name_or_path
         if not isinstance(name, str) or not name.strip():
             raise InputError(
-                f"model name {name!r:.100} is no text; give a folder or a hub id such as 'EleutherAI/gpt-neo-125m'"
+                f"model name {short(name)} is no text; give a folder or a hub id such as 'EleutherAI/gpt-neo-125m'"
             )
         _check_part("revision", options.get("revision"))
         _check_part("subfolder", options.get("subfolder"))
@@ -210,7 +210,7 @@ def _check_part(what: str, value: Any) -> None:
     if value in (None, ""):
         return
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 200:
-        raise InputError(f"{what} {value!r:.100} is no name of at most 200 printed characters")
+        raise InputError(f"{what} {short(value)} is no name of at most 200 printed characters")
     if value.startswith("/") or ".." in value.split("/"):
         raise InputError(f"{what} {value!r} leaves its repository")
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..config import short
-from ..errors import InputError
+from ..errors import InputError, short
 from ..generation.config import OFF, GenerationConfig, total_length
 from ..models import causal as heads
 from .decoding import Plan, beam_search, search
@@ -119,7 +118,7 @@ class FlaxGPTNeoForCausalLM(FlaxGPTNeoPreTrainedModel):
         for name, neutral in _TORCH_ONLY.items():
             value = getattr(full, name)
             if value is not None and value not in neutral:
-                raise InputError(f"{name}={value!r} is not offered in Flax; GPTNeoForCausalLM has it")
+                raise InputError(f"{name}={short(value)} is not offered in Flax; GPTNeoForCausalLM has it")
         full = full.resolved()
         if full.do_sample and full.num_beams > 1:
             raise InputError(

@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array
 from torch import Tensor
 
-from ..config import GPTNeoConfig, short
-from ..errors import CacheError, InputError
+from ..config import GPTNeoConfig
+from ..errors import CacheError, InputError, short
 from .attention import Cache
 
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..checkpoint import save
-from ..config import GELU_NEW, GPTNeoConfig, is_int, short
+from ..config import GELU_NEW, GPTNeoConfig, is_int
 from ..config.rules import SHAPE
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, short
 from ..generation.config import GenerationConfig
 from ..generation.options import plain
 from ..models import causal as heads

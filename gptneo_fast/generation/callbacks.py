@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import short
-from ..errors import InputError
+from ..errors import InputError, short
 from ..network.cache import kind
 
 

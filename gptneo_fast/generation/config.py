@@ -6,10 +6,11 @@ import json
 import os
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..config import GENERATION, GPTNeoConfig
-from ..errors import ConfigError, InputError, UnknownOptionError, nearest, warn_once
+from ..errors import ConfigError, InputError, UnknownOptionError, nearest, short, warn_once
 from ..files import atomic
 from ..files.hub import Source
 from ..files.strict_json import read_object
@@ -248,6 +249,15 @@ class GenerationConfig:
             values["sequence_bias"] = [[list(ids), bias] for ids, bias in values["sequence_bias"].items()]
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write `to_json_string` to a file, whole or not at all.
+
+        Raises:
+            ConfigError: it cannot be written there.
+        """
+        place = Path(json_file_path)
+        atomic.write(place.parent, {place.name: self.to_json_string()}, ConfigError)
+
     def under(self, stronger: GenerationConfig) -> GenerationConfig:
         """This config where `stronger` says nothing, else that one."""
         values = self.to_dict() | {k: v for k, v in stronger.to_dict().items() if v is not None}  # transformers' says None, too
@@ -344,7 +354,7 @@ def _file_name(name: str | None, options: dict[str, Any]) -> str:
     name = name or options.pop("config_name", None) or FILE
     options.pop("config_name", None)
     if not isinstance(name, str) or os.path.basename(name) != name:
-        raise InputError(f"config_file_name={name!r} is not the name of a file in the folder, such as {FILE!r}")
+        raise InputError(f"config_file_name={short(name)} is not the name of a file in the folder, such as {FILE!r}")
     return name
 
 

@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..config import GPTNeoConfig, is_int, short
-from ..errors import InputError
+from ..config import GPTNeoConfig, is_int
+from ..errors import InputError, short, warn_once
 from ..network.cache import KVCache
 from ..network.inputs import check_ids
 from ..network.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
@@ -62,6 +62,7 @@ class GenerationMixin:
         past_key_values: KVCache | None = None,
         tokenizer: Any = None,
         logits_to_keep: int | None = None,
+        labels: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Prompts and their continuations, int64 [B, T + new]; rows that end early are filled with the pad token.
@@ -83,7 +84,7 @@ class GenerationMixin:
                 before them where attention_mask covers both; appended to. A call that fails midway leaves in it what it
                 has run of its texts, without drafts, to be continued or cropped; of beams, a row for each.
             tokenizer: for stop_strings; None for the model's own.
-            logits_to_keep: has no say; those that are needed are computed.
+            logits_to_keep: has no say; those that are needed are computed. labels: none either, as in a batch for training.
             options: see GenerationConfig.
 
         Returns:
@@ -102,6 +103,8 @@ class GenerationMixin:
                 raise InputError(f"logits_to_keep={short(logits_to_keep)} is not an integer from 0; leave it out")
             if past_key_values is None:
                 past_key_values = options.pop("cache", None)  # its name from 5.24 on
+            if None not in (options.get("max_length"), options.get("max_new_tokens")):
+                warn_once("max_length has no say beside max_new_tokens in one call; leave one of them out")
             settled = settle(model, generation_config, options | {"synced_gpus": synced_gpus})
             given = prompt_of(
                 model,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import is_int, is_number, short
-from ..errors import InputError
+from ..config import is_int, is_number
+from ..errors import InputError, short
 
 _BEAMS = "use num_beams, with do_sample=True for variety"
 _BOUNDED = "leave it out, the cache is bounded at the window and needs no choice"
@@ -51,7 +51,7 @@ NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def _ids(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(is_int(i) and i >= 0 for i in value)
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(is_int(i) and 0 <= i < 2**31 for i in value)
 
 
 def _biases(value: Any) -> bool:
@@ -157,8 +157,7 @@ def check_option(name: str, value: Any) -> None:
         return
     good, wanted = _RULES[name]
     if not good(value):
-        text = repr(value)
-        raise InputError(f"{name}={text if len(text) <= 100 else text[:100] + '...'} is not {wanted}")
+        raise InputError(f"{name}={short(value)} is not {wanted}")
 
 
 def check_offered(name: str, value: Any) -> None:
@@ -180,7 +179,7 @@ def contradictions(options: Any) -> list[str]:
         (OUTPUTS, bool(options.return_dict_in_generate), "return_dict_in_generate=True"),
     )
     return [
-        f"{name}={getattr(options, name)!r} has a say only with {wanted}; set that, or leave {name} out"
+        f"{name}={short(getattr(options, name))} has a say only with {wanted}; set that, or leave {name} out"
         for neutral, held, wanted in sets
         for name, nothing in neutral.items()
         if not held and getattr(options, name) not in (None, nothing)

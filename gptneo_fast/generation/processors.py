@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import is_int, is_number
-from ..errors import InputError
+from ..errors import InputError, short
 from .callbacks import scores_of, tokens_of
 from .config import Options
-from .options import check_option
+from .options import check_option, plain
 
 NEVER = float("-inf")
 
@@ -47,9 +47,16 @@ class LogitsProcessorList(list[Callable[[Tensor, Tensor], Tensor]]):
 
 
 def ids_of(value: int | Iterable[int] | Tensor) -> list[int]:
-    """Token ids as a list, of one id, several, or a tensor."""
-    found = value.tolist() if isinstance(value, Tensor) else value
-    return [found] if isinstance(found, int) else list(found)
+    """Token ids as a list, of one id, several, or a tensor.
+
+    Raises:
+        InputError: something else.
+    """
+    found = plain(value)
+    ids = list(found) if isinstance(found, Iterable) else [found]
+    if not all(is_int(i) and abs(i) < 2**31 for i in ids):
+        raise InputError(f"{short(value)} is no token id, nor several in a list or a tensor")
+    return ids
 
 
 def require(owner: object, name: str, holds: bool, wanted: str) -> None:
@@ -59,7 +66,7 @@ def require(owner: object, name: str, holds: bool, wanted: str) -> None:
         InputError: says the class, the argument, the value and what it may be.
     """
     if not holds:
-        raise InputError(f"{type(owner).__name__}: {name}={getattr(owner, name)!r:.100} is not {wanted}")
+        raise InputError(f"{type(owner).__name__}: {name}={short(getattr(owner, name))} is not {wanted}")
 
 
 def _at(vocabulary: int, ids: Iterable[int], like: Tensor) -> Tensor:
@@ -113,6 +120,7 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
     def __init__(self, bad_words_ids: list[list[int]], eos_token_id: int | list[int] | Tensor | None = None) -> None:
         check_option("bad_words_ids", bad_words_ids)
         ends = [] if eos_token_id is None else ids_of(eos_token_id)
+        self.bad_word_ids = bad_words_ids  # under transformers' name
         words = [ids for ids in bad_words_ids if len(ids) > 1 or ids[0] not in ends]
         self.sequence_bias = {tuple(ids): NEVER for ids in words}
 
@@ -129,6 +137,9 @@ class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
 
     def __post_init__(self) -> None:
         require(self, "penalty", is_number(self.penalty) and self.penalty > 0, "a finite number above 0")
+        ignored = self.prompt_ignore_length
+        counts = ignored is None or isinstance(ignored, Tensor) or (is_int(ignored) and 0 <= ignored < 2**31)
+        require(self, "prompt_ignore_length", counts, "a number of columns, or a tensor of them")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         V = scores.shape[1]
@@ -240,6 +251,9 @@ class ForcedEOSTokenLogitsProcessor(LogitsProcessor):
     eos_token_id: int | list[int] | Tensor
     device: Any = "cpu"
 
+    def __post_init__(self) -> None:
+        require(self, "max_length", is_int(self.max_length) and self.max_length >= 0, "an integer from 0")
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return _forced(scores, self.eos_token_id) if input_ids.shape[1] == self.max_length - 1 else scores
 
@@ -262,9 +276,24 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
     eos_token_id: int | list[int] | Tensor
     input_ids_seq_length: int
 
+    def __post_init__(self) -> None:
+        check_option("exponential_decay_length_penalty", self.exponential_decay_length_penalty)
+        prompt = self.input_ids_seq_length
+        require(self, "input_ids_seq_length", is_int(prompt) and prompt >= 0, "an integer from 0")
+
+    @property
+    def regulation_start(self) -> int:
+        """Columns of a text before its end token's score grows."""
+        return self.exponential_decay_length_penalty[0] + self.input_ids_seq_length
+
+    @property
+    def regulation_factor(self) -> float:
+        """What each further token multiplies by."""
+        return self.exponential_decay_length_penalty[1]
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        start, factor = self.exponential_decay_length_penalty
-        beyond, eos = input_ids.shape[1] - self.input_ids_seq_length - start, ids_of(self.eos_token_id)
+        factor = self.regulation_factor
+        beyond, eos = input_ids.shape[1] - self.regulation_start, ids_of(self.eos_token_id)
         if beyond <= 0:
             return scores
         raised = scores.clone()
@@ -360,5 +389,5 @@ def processors_of(options: Options, about: Context) -> LogitsProcessorList:
 def _within(ids: Iterable[int], about: Context, name: str) -> list[int]:
     tokens = list(ids)
     if beyond := [i for i in tokens if i >= about.vocabulary]:
-        raise InputError(f"{name} names token {beyond[0]}; the vocabulary has {about.vocabulary}")
+        raise InputError(f"{name} names token {short(beyond[0])}; the vocabulary has {about.vocabulary}")
     return tokens

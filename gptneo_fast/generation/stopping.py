@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import short
-from ..errors import InputError, warn_once
+from ..errors import InputError, short, warn_once
 from .callbacks import ended_of
 from .config import Options
 from .options import check_option
@@ -84,6 +83,8 @@ class EosTokenCriteria(StoppingCriteria):
     """Ends texts whose last token is one of these."""
 
     def __init__(self, eos_token_id: int | list[int] | Tensor) -> None:
+        if not isinstance(eos_token_id, Tensor):
+            check_option("eos_token_id", eos_token_id)
         self.eos_token_id = torch.as_tensor(eos_token_id).flatten()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

@@ -6,6 +6,7 @@ import asyncio
 import queue
 import unicodedata
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -128,8 +129,9 @@ class AsyncTextIteratorStreamer(TextStreamer):
             self.loop.call_soon_threadsafe(self.text_queue.put_nowait, None)
 
     def fail(self, error: BaseException) -> None:
-        """Raise `error` in the loop that iterates."""
-        self.loop.call_soon_threadsafe(self.text_queue.put_nowait, error)
+        """Raise `error` in the loop that iterates, while there is one."""
+        with suppress(RuntimeError):  # it was closed: `generate` ends with the error itself
+            self.loop.call_soon_threadsafe(self.text_queue.put_nowait, error)
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self

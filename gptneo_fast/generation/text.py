@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NonFiniteLogitsError, SetupError
+from ..errors import InputError, NonFiniteLogitsError, SetupError, short
 from .config import NEW_TOKENS, Options
 from .generate import complete, new_tokens, request_of, settle
 from .prompt import Prompt, prompt_of
@@ -141,7 +141,7 @@ class TextMixin:
                 "the model has no tokenizer: use gptneo_fast.load, or set model.tokenizer = GPT2Tokenizer.from_pretrained(...)"
             )
         if truncate not in (None, "left"):
-            raise InputError(f"truncate={truncate!r} is unknown; use 'left' or None")
+            raise InputError(f"truncate={short(truncate)} is unknown; use 'left' or None")
         limit = cast(LanguageModel, self).config.max_position_embeddings
         ids: list[int] = self.tokenizer.encode(_bounded(self.tokenizer, text, limit, truncate is not None))
         if not ids:

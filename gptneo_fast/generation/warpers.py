@@ -40,6 +40,7 @@ class TopHLogitsWarper(LogitsProcessor):
 
     def __post_init__(self) -> None:
         require(self, "top_h", is_number(self.top_h) and 0 < self.top_h <= 1, "a number above 0 and up to 1")
+        _require_rest(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         top, ids = scores.topk(min(100, scores.shape[1]))  # sorted
@@ -60,7 +61,7 @@ class TopKLogitsWarper(LogitsProcessor):
 
     def __post_init__(self) -> None:
         require(self, "top_k", is_int(self.top_k) and self.top_k > 0, "an integer from 1")
-        _require_keep(self)
+        _require_rest(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         last = scores.topk(min(max(self.top_k, self.min_tokens_to_keep), scores.shape[1])).values[:, -1:]
@@ -77,7 +78,7 @@ class TopPLogitsWarper(LogitsProcessor):
 
     def __post_init__(self) -> None:
         require(self, "top_p", is_number(self.top_p) and 0 <= self.top_p <= 1, "a number from 0 to 1")
-        _require_keep(self)
+        _require_rest(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rising, order = scores.sort()
@@ -96,7 +97,7 @@ class MinPLogitsWarper(LogitsProcessor):
 
     def __post_init__(self) -> None:
         require(self, "min_p", is_number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
-        _require_keep(self)
+        _require_rest(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         probs = scores.softmax(-1)
@@ -115,7 +116,7 @@ class TypicalLogitsWarper(LogitsProcessor):
 
     def __post_init__(self) -> None:
         require(self, "mass", is_number(self.mass) and 0 < self.mass < 1, "a number above 0 and below 1")
-        _require_keep(self)
+        _require_rest(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         log_p = scores.log_softmax(-1)
@@ -141,7 +142,7 @@ class EpsilonLogitsWarper(LogitsProcessor):
 
     def __post_init__(self) -> None:
         require(self, "epsilon", is_number(self.epsilon) and 0 < self.epsilon < 1, "a number above 0 and below 1")
-        _require_keep(self)
+        _require_rest(self)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         kept = scores.topk(min(self.min_tokens_to_keep, scores.shape[1])).values[:, -1:]
@@ -170,10 +171,10 @@ class LogitNormalization(LogitsProcessor):
         return scores.log_softmax(-1)
 
 
-def _require_keep(
-    warper: TopKLogitsWarper | TopPLogitsWarper | MinPLogitsWarper | TypicalLogitsWarper | EpsilonLogitsWarper,
-) -> None:
-    keep = warper.min_tokens_to_keep
+def _require_rest(warper: Any) -> None:
+    """Refuse what the removal of tokens cannot work with beside its own threshold."""
+    fills, keep = warper.filter_value, vars(warper).get("min_tokens_to_keep", 1)
+    require(warper, "filter_value", isinstance(fills, float) or is_number(fills), "a number")
     require(warper, "min_tokens_to_keep", is_int(keep) and keep > 0, "an integer from 1")
 
 

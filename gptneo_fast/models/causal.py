@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import GPTNeoConfig
+from ..config import GPTNeoConfig, is_int, is_number
+from ..errors import InputError, short
 from ..generation import GenerationConfig, GenerationMixin, TextMixin
 from ..network import decoding, touch
 from ..network.cache import KVCache
@@ -118,6 +119,10 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
             num_items_in_batch: divide the summed loss by this instead.
             ignore_index: a label that is not to be learnt. shift_labels: [B, T], shifted already, in the place of labels.
         """
+        if not is_int(ignore_index) or not -(2**63) <= ignore_index < 2**63:
+            raise InputError(f"ignore_index {short(ignore_index)} is not an integer of 64 bits")
+        if not (num_items_in_batch is None or hasattr(num_items_in_batch, "item") or is_number(num_items_in_batch)):
+            raise InputError(f"num_items_in_batch {short(num_items_in_batch)} is not a number; leave it out for the mean")
         given = labels if shift_labels is None else shift_labels
         shifted = check_labels(given, logits.shape[:-1], vocab_size, ignore_index, logits.device)
         if shift_labels is None:
@@ -155,7 +160,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
 
     def looked(self, anew: bool = False) -> touch.Look:
         """The last look, taken again where a module may have been touched since then, or `anew`."""
-        now = touch.stamp()
+        now = touch.stamp(), self.config.attention_layers
         last = vars(self).get("_last_look")
         if anew or last is None or last[0] != now:
             last = vars(self)["_last_look"] = now, self.look()  # no attribute that counts as a touch

@@ -10,7 +10,7 @@ import torch
 
 from ..config import GPTNeoConfig
 from ..device import as_device, as_dtype
-from ..errors import InputError, NoTokenizerError, nearest
+from ..errors import InputError, NoTokenizerError, nearest, short
 from ..files.hub import Source
 from ..tokenizer import GPT2Tokenizer
 from .causal import GPTNeoForCausalLM, GPTNeoModel
@@ -56,8 +56,8 @@ def load(
     Raises:
         InputError, ModelNotFoundError, CheckpointError, ConfigError, DeviceError, SetupError: each says what to do.
     """
-    if task not in TASKS:
-        raise InputError(f"task {task!r} is unknown{nearest(task, TASKS)}; use one of {', '.join(TASKS)}")
+    if not isinstance(task, str) or task not in TASKS:
+        raise InputError(f"task {short(task)} is unknown{nearest(task, TASKS)}; use one of {', '.join(TASKS)}")
     place = as_device("auto" if device is None else device)
     wanted = as_dtype(dtype)
     if wanted is None and place.type == "cuda":

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import checkpoint
-from ..config import GPTNeoConfig, short
-from ..errors import InputError, UnknownOptionError, nearest
+from ..config import GPTNeoConfig
+from ..errors import InputError, UnknownOptionError, nearest, short, warn_once
 from ..files.hub import Source
 
 if TYPE_CHECKING:
@@ -85,15 +85,22 @@ def opened(
         yield tensors
 
 
-def check_attention(attn_implementation: str | None) -> None:
+def check_attention(attn_implementation: object, live: bool = False) -> None:
     """Refuse kernels that are not ours.
+
+    Args:
+        live: the model is built, where transformers takes "sdpa", too, and warns that this changes nothing.
 
     Raises:
         InputError: any but "eager", which ours equal.
     """
-    if attn_implementation not in (None, "eager"):
+    if live and isinstance(attn_implementation, dict):  # parts of a model -> kernels; "" for the whole
+        attn_implementation = attn_implementation.get("")
+    if live and attn_implementation == "sdpa":
+        warn_once("set_attn_implementation('sdpa') changes nothing: gptneo_fast brings its own kernels, see model.backend")
+    elif attn_implementation not in (None, "eager"):
         raise InputError(
-            f"attn_implementation {attn_implementation!r} is not offered: gptneo_fast brings its own kernels, exact past "
+            f"attn_implementation {short(attn_implementation)} is not offered: gptneo_fast brings its own kernels, exact past "
             "the window; leave it out and choose with backend='auto', 'triton' or 'reference'"
         )
 

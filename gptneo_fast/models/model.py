@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
-from ..errors import warn_once
+from ..errors import ConfigError, warn_once
 from ..network import touch, trunk
 from ..network.cache import KVCache
 from ..network.inputs import check_cache, check_inputs, check_unknown
@@ -35,13 +35,17 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
         super().__init__(config, backend=backend)
+        self.embed_dim = config.hidden_size
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.drop = nn.Dropout(config.embed_dropout)
         self.h = nn.ModuleList(GPTNeoBlock(config, layer) for layer in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.requested_backend = backend
+        self._layers = config.attention_layers, config.window_size  # what the blocks are known to agree with
         self.apply(self._init_weights)
+        if vars(config).pop("gradient_checkpointing", False):  # of config.json files of old, which say it once
+            self.gradient_checkpointing_enable()
 
     @returns_output
     def forward(
@@ -152,8 +156,29 @@ class GPTNeoModel(GPTNeoPreTrainedModel):
         self.gradient_checkpointing_enable() if on else self.gradient_checkpointing_disable()
 
     def look(self) -> touch.Look:
-        """Which parts are untouched now."""
+        """Which parts are untouched now.
+
+        Raises:
+            ConfigError: the configuration was set to layers of another kind than those that were built.
+        """
+        if (self.config.attention_layers, self.config.window_size) != self._layers:
+            self._check_layers(self.config.attention_layers)
         return trunk.look(self)
+
+    def _check_layers(self, layers: tuple[str, ...]) -> None:
+        built = [getattr(getattr(getattr(block, "attn", None), "attention", None), "window", None) for block in self.h]
+        wrong = f"has {len(layers)} layers, and the model {len(built)} blocks" if len(layers) != len(built) else ""
+        for i, window in enumerate(built[: len(layers)]):
+            if not wrong and window not in (None, self.config.window(i)):  # None: a block of the user's own
+                said, was = (f"local, of window {w}" if w else "global" for w in (self.config.window(i), window))
+                wrong = f"says that layer {i} is {said}, and the block was built {was}"
+        if wrong:
+            raise ConfigError(
+                f"config.attention_layers {wrong}; blocks stay as they were built: set it back, or build another model of "
+                "config.replace(attention_layers=...)"
+            )
+        if not torch.compiler.is_compiling():
+            vars(self)["_layers"] = layers, self.config.window_size  # no attribute that counts as a touch
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         """An empty cache for this model: bounded where a layer's attention is known to look no further than its window."""

@@ -177,6 +177,10 @@ class GPTNeoPreTrainedModel(Training):
         """The token embedding `wte`."""
         return self.base_model.wte
 
+    def get_decoder(self) -> GPTNeoModel:
+        """The trunk."""
+        return self.base_model
+
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Use another token embedding: any module that takes ids. A head stays tied to the weight that it has."""
         self.base_model.wte = cast(nn.Embedding, value)
@@ -226,6 +230,14 @@ class GPTNeoPreTrainedModel(Training):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm) and not module.weight.is_meta:
             module.reset_parameters()
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False) -> None:
+        """Accept "eager", and "sdpa" with a warning: `backend` chooses either way.
+
+        Raises:
+            InputError: other kernels, which are not offered.
+        """
+        loading.check_attention(attn_implementation, live=True)
 
     # Files
 
@@ -331,9 +343,7 @@ class GPTNeoPreTrainedModel(Training):
         model = cls(config, **options)
         return model if wanted is None else model.to(as_dtype(wanted))
 
-    @classmethod
-    def _from_config(cls, config: GPTNeoConfig, **options: Any) -> Self:
-        return cls.from_config(config, **options)
+    _from_config = from_config
 
     def save_pretrained(
         self,

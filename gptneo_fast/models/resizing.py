@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import is_int
-from ..errors import InputError
+from ..config import LIMITS, is_int
+from ..errors import InputError, short
 
 
 def resize(model: Any, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool) -> nn.Embedding:
     """As `resize_token_embeddings`."""
     old = model.base_model.wte.weight
     for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
-        if value is not None and not (is_int(value) and value >= 1):
-            raise InputError(f"{name} {value!r} is not a positive integer")
+        if value is not None and not (is_int(value) and 1 <= value <= LIMITS["vocab_size"]):
+            raise InputError(f"{name} {short(value)} is not a positive integer of at most {LIMITS['vocab_size']}")
     size = old.shape[0] if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of:
         size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
@@ -30,6 +30,7 @@ def resize(model: Any, new_num_tokens: int | None, pad_to_multiple_of: int | Non
         head.out_features = size
         head.weight = wte.weight if head.weight is old else _resized(head.weight, size, mean_resizing, std)
     model.base_model.wte = wte
+    vars(model)["vocab_size"] = size  # as in transformers, and no attribute that counts as a touch
     object.__setattr__(model.config, "vocab_size", size)  # shared by trunk and head; nothing else is shaped by it
     return model.base_model.wte
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import InputError, UnknownOptionError
+from ..errors import InputError, UnknownOptionError, short
 from ..network.modules import GPTNeoBlock, checkpoints
 from ..network.touch import Watched
 
@@ -38,7 +38,7 @@ class Training(Watched):
         if unknown := given.keys() - {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"}:
             raise UnknownOptionError(f"gradient_checkpointing_kwargs has no {sorted(unknown)[0]!r}; see torch.utils.checkpoint")
         if not isinstance(every_n_layers, int) or every_n_layers < 1:
-            raise InputError(f"every_n_layers {every_n_layers!r} is not a positive integer")
+            raise InputError(f"every_n_layers {short(every_n_layers)} is not a positive integer")
         blocks = [m for m in self.modules() if isinstance(m, GPTNeoBlock)]
         for i, block in enumerate(blocks):
             block.recompute = None if i % every_n_layers else checkpoints(offload, **given)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..config import GPTNeoConfig, is_int
-from ..errors import CacheError, InputError
+from ..errors import CacheError, InputError, short
 from ..ops import reference
 from .touch import is_readable
 
@@ -74,10 +74,10 @@ class KVCache:
         windows: Sequence[int] | None = None,
     ) -> None:
         limit = config.max_position_embeddings
-        if not is_int(batch_size) or batch_size < 0:
-            raise InputError(f"batch_size {batch_size!r} is not a number of rows")
+        if not is_int(batch_size) or not 0 <= batch_size < 2**31:
+            raise InputError(f"batch_size {short(batch_size)} is not a number of rows")
         if max_length is not None and not (is_int(max_length) and 0 <= max_length <= limit):
-            raise InputError(f"max_length {max_length!r} is not an integer from 0 to {limit}, the model's positions")
+            raise InputError(f"max_length {short(max_length)} is not an integer from 0 to {limit}, the model's positions")
         if not dtype.is_floating_point:
             raise InputError(f"dtype {dtype} holds no keys and values; give the model's")
         self.config = config
@@ -99,6 +99,11 @@ class KVCache:
     def batch_size(self) -> int:
         """B."""
         return self.lengths.shape[0]
+
+    @property
+    def layers(self) -> tuple[LayerView, ...]:
+        """The layers, under transformers' name."""
+        return tuple(LayerView(self, layer) for layer in range(len(self)))
 
     @property
     def nbytes(self) -> int:
@@ -187,14 +192,14 @@ class KVCache:
             max_length = operator.index(max_length)
         except TypeError as error:
             raise InputError(
-                f"max_length {max_length!r} is no integer: columns to keep, or below 0 columns to forget"
+                f"max_length {short(max_length)} is no integer: columns to keep, or below 0 columns to forget"
             ) from error
         length = max_length if max_length >= 0 else self._seen + max_length
         if length >= self._seen:
             return
         if length < max(0, self._oldest()):
             raise CacheError(
-                f"cannot crop to {length} columns: local layers keep the newest {max(self._slots_of_rings())} of "
+                f"cannot crop to {short(length)} columns: local layers keep the newest {max(self._slots_of_rings())} of "
                 f"{self._written} columns, so {self._oldest()} is the shortest; fork() before going on, or start again"
             )
         padding = self._seen - self.lengths  # int32 [B]
@@ -222,6 +227,14 @@ class KVCache:
         self.lengths = self.lengths.index_select(0, rows)
         self.keys = [t.index_select(0, rows) for t in self.keys]
         self.values = [t.index_select(0, rows) for t in self.values]
+
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """As `reorder_cache`; rows may be a list, too."""
+        try:
+            rows = torch.as_tensor(indices, device=self.lengths.device)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"indices {short(indices)} are no rows; give integers from 0 on") from error
+        self.reorder_cache(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, one behind another."""
@@ -288,64 +301,39 @@ class KVCache:
         return f"{type(self).__name__}({self.batch_size} rows, {self._seen} columns, {self.nbytes / 2**20:.1f} MiB)"
 
 
-class DynamicCache(KVCache):
-    """A KVCache under transformers' name and arguments: it takes its shape from the first model that it is given to.
-
-    Args:
-        ddp_cache_data: keys and values [B, H, S, D] of each layer to begin with; needs a config.
-        config: of the model, for those who `update` by hand before a model has seen it.
-
-    Raises:
-        InputError: another kind of value, or offloading, which is not offered.
-    """
-
-    def __init__(
-        self,
-        ddp_cache_data: Iterable[Sequence[Tensor]] | None = None,
-        config: GPTNeoConfig | None = None,
-        offloading: bool = False,
-        offload_only_non_sliding: bool = False,
-    ) -> None:
-        if not isinstance(config, GPTNeoConfig | None):
-            raise InputError(f"config is {kind(config)}; give a GPTNeoConfig, as model.config is")
-        if offloading:
-            raise InputError("offloading is not offered: local layers are bounded at their window; leave it out")
-        if ddp_cache_data is not None and config is None:
-            raise InputError("keys and values say nothing of windows; give config=model.config, too")
-        self._given = config
-        vars(self).update(windows=(), keys=[], values=[], lengths=torch.zeros(0, dtype=torch.int32), ragged=False)
-        self._seen, self._written, self._ahead, self._slots = 0, 0, [], list[int]()
-        for layer, pair in enumerate(ddp_cache_data or ()):
-            self.update(pair[0], pair[1], layer)
-
-    def get_seq_length(self, layer_idx: int | None = None) -> int:
-        """As KVCache.get_seq_length; 0 before there is a layer."""
-        return super().get_seq_length(layer_idx) if self.windows else 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """As KVCache.update.
-
-        Raises:
-            CacheError: neither a model nor a config has said what is to be held.
-        """
-        if not self.windows:
-            if self._given is None:
-                raise CacheError("the cache has no shape yet; give it to a model first, or make it with config=model.config")
-            self.take(KVCache(self._given, len(key_states), dtype=key_states.dtype, device=key_states.device))
-        return super().update(key_states, value_states, layer_idx)
-
-    def fits(self, rows: int) -> bool:
-        """Whether it has the shape for so many rows, or holds something, so that it can take no other."""
-        return bool(self.windows) and (self.batch_size == rows or bool(self._seen) or any(self._ahead))
-
-    def take(self, other: KVCache) -> None:
-        """Become what an empty cache is."""
-        vars(self).update(vars(other))
-
-
 def kind(value: object) -> str:
     """What was given, for an error."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+class LayerView:
+    """One layer of a KVCache to look at."""
+
+    def __init__(self, cache: KVCache, layer: int) -> None:
+        self.cache, self.layer = cache, layer
+
+    @property
+    def keys(self) -> Tensor:
+        """A copy [B, H, P, D] of the newest P columns, see `KVCache.in_order`."""
+        return self.cache.in_order(self.layer)[0]
+
+    @property
+    def values(self) -> Tensor:
+        """As `keys`."""
+        return self.cache.in_order(self.layer)[1]
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether the layer keeps the newest columns only."""
+        return bool(self.cache.windows[self.layer])
+
+    def get_seq_length(self) -> int:
+        """Columns seen."""
+        return self.cache.get_seq_length(self.layer)
+
+    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """As KVCache.update."""
+        return self.cache.update(key_states, value_states, self.layer)
 
 
 class LayerCache:

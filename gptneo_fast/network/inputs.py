@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import GPTNeoConfig, short
-from ..errors import CacheError, InputError, UnknownOptionError, nearest
-from .cache import DynamicCache, KVCache, kind
+from ..config import GPTNeoConfig
+from ..errors import CacheError, InputError, UnknownOptionError, nearest, short
+from .cache import KVCache, kind
+from .dynamic_cache import DynamicCache
 from .touch import is_readable
 
 # transformers' callers pass them to every class: positions are known here, and a class without cache keeps none
@@ -212,7 +213,10 @@ def select_positions(hidden: Tensor, keep: Any) -> Tensor:
     """
     T = hidden.shape[1]
     if isinstance(keep, (list, tuple)):
-        keep = torch.tensor(keep, device=hidden.device)
+        try:
+            keep = torch.tensor(keep, device=hidden.device)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"logits_to_keep {short(keep)} makes no tensor: {error}") from error
     if isinstance(keep, Tensor) and keep.dim() > 0:
         if keep.is_floating_point() or keep.is_complex():
             raise InputError(f"logits_to_keep is {keep.dtype}; give integers, or a boolean [B, T]")
@@ -231,5 +235,5 @@ def select_positions(hidden: Tensor, keep: Any) -> Tensor:
         except TypeError as error:
             raise InputError(f"logits_to_keep {short(keep)} is no integer: how many of the last positions to keep") from error
     if keep < 0:
-        raise InputError(f"logits_to_keep {keep} is negative; 0 keeps all")
+        raise InputError(f"logits_to_keep {short(keep)} is negative; 0 keeps all")
     return hidden[:, -keep:] if keep else hidden

@@ -27,6 +27,7 @@ class Past(Protocol):
 class GPTNeoSelfAttention(Watched):
     """q, k and v without bias, heads, out_proj with bias; scores are not divided by sqrt(D)."""
 
+    is_causal = True
     _bias: Tensor | None = None
 
     def __init__(self, config: GPTNeoConfig, attention_type: str = "global", layer_id: int = 0) -> None:

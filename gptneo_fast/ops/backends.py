@@ -11,7 +11,7 @@ from typing import ParamSpec
 
 import torch
 
-from ..errors import GPTNeoFastError, InputError, SetupError, warn_once
+from ..errors import GPTNeoFastError, InputError, SetupError, short, warn_once
 from . import cpu, extension, ops, reference
 
 BACKENDS = ("auto", "triton", "reference")
@@ -45,7 +45,7 @@ def check(backend: str) -> None:
         SetupError: kernels were asked for and cannot be had; says why and what to do.
     """
     if backend not in BACKENDS:
-        raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+        raise InputError(f"backend {short(backend)} is unknown; use one of {', '.join(BACKENDS)}")
     if backend == "triton" and (
         reason := _why_no_kernels() or (_why_not_interpreted() if _interpreted() else _why_no_device())
     ):
@@ -66,7 +66,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, grad: bool = 
         SetupError: "triton" was asked for and cannot be had; says why and what to do.
     """
     if backend not in BACKENDS:
-        raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+        raise InputError(f"backend {short(backend)} is unknown; use one of {', '.join(BACKENDS)}")
     if backend == "reference":
         return Choice("reference", "asked for", reference)
     if backend == "auto" and device.type != "cuda":

@@ -9,8 +9,7 @@ import numpy as np
 from tokenizers import AddedToken
 from torch import Tensor
 
-from ..config import short
-from ..errors import InputError, nearest, warn_once
+from ..errors import InputError, nearest, short, warn_once
 
 MAX_TEXT = 16 << 20  # characters of one text; 2048 positions hold far fewer
 UNLIMITED = int(1e20)  # from here on a model_max_length says that there is none
@@ -67,10 +66,10 @@ def as_ids(token_ids: Any) -> Any:
         return token_ids  # the rule, at the speed of C
     if isinstance(token_ids, int) and not isinstance(token_ids, bool):
         if not 0 <= token_ids < 2**32:
-            raise InputError(f"token id {token_ids} is no id; ids go from 0 to the size of the vocabulary - 1")
+            raise InputError(f"token id {short(token_ids)} is no id; ids go from 0 to the size of the vocabulary - 1")
         return token_ids
     if isinstance(token_ids, (str, bytes)) or not isinstance(token_ids, Iterable):
-        raise InputError(f"token ids are integers, not {token_ids!r:.80} ({type(token_ids).__name__})")
+        raise InputError(f"token ids are integers, not {short(token_ids)} ({type(token_ids).__name__})")
     return [as_ids(i) for i in token_ids]
 
 
@@ -204,9 +203,7 @@ def _one_of(name: str, value: Any, known: dict[Any, str], values: tuple[str, ...
     if isinstance(value, bool) or value is None:
         return known[value]
     if not isinstance(value, str) or value not in values:
-        raise InputError(
-            f"{name} is {short(value)}{nearest(str(value), values)}; use True, False or one of {', '.join(values)}"
-        )
+        raise InputError(f"{name} is {short(value)}{nearest(value, values)}; use True, False or one of {', '.join(values)}")
     return str(getattr(value, "value", value))  # an enum of transformers is a string as well
 
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from ..errors import InputError, SetupError, TokenizerError
-from .arguments import flag
+from ..errors import InputError, SetupError, TokenizerError, short
+from .arguments import flag, listed, mapping
 
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_OF_WHOLE = ("add_generation_prompt", "tokenize", "return_dict", "return_tensors")
 _NONE = (
     "this tokenizer has no chat template: GPT-Neo was trained to continue text, not on talk; write the prompt as text, "
     "such as 'Q: ...\nA:', set tokenizer.chat_template, or pass chat_template="
@@ -29,7 +30,7 @@ def template_of(own: Any, asked: str | None, tools: bool) -> str:
     try:
         named = own if isinstance(own, Mapping) else {t["name"]: t["template"] for t in own} if isinstance(own, list) else None
     except (KeyError, TypeError) as error:
-        raise TokenizerError(f"chat_template {own!r:.80} is no list of {{'name': ..., 'template': ...}}") from error
+        raise TokenizerError(f"chat_template {short(own)} is no list of {{'name': ..., 'template': ...}}") from error
     if asked is not None:
         return str(named[asked]) if named and asked in named else asked
     if named:
@@ -115,3 +116,100 @@ def _compiled(template: str) -> Any:
     sandbox.globals["raise_exception"] = refuse
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return sandbox.from_string(template)
+
+
+class Conversations:
+    """What GPT2Tokenizer does with conversations."""
+
+    chat_template: Any
+    special_tokens_map: Any
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **names: Any,
+    ) -> Any:
+        """The text of a conversation, or its tokens, by the template that a fine-tune ships; the same as in transformers.
+
+        Args:
+            conversation: a list of messages such as {"role": "user", "content": "hello"}, or a list of such lists.
+            tools, documents: for templates that take them; tools as JSON schemas.
+            chat_template: another template, or the name of one of several.
+            add_generation_prompt: end with what an answer begins with.
+            continue_final_message: end with the last message, open for continuation.
+            tokenize: False for the text. return_dict: False for the ids alone.
+            padding, truncation, max_length, return_tensors, tokenizer_kwargs: as in a call.
+            names: what the template sees besides.
+
+        Raises:
+            SetupError: there is no template. InputError, TokenizerError: see `render`.
+        """
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value is not None and not isinstance(value, (list, tuple)):
+                raise InputError(f"{name} is a {type(value).__name__}; give a list, or leave it out")
+        template = self.get_chat_template(chat_template, tools)
+        several = isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], (list, tuple))
+        seen = self.special_tokens_map | {"tools": tools, "documents": documents} | names
+        texts = [
+            render(
+                template,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **seen,
+            )
+            for messages in (conversation if several else [conversation])
+        ]
+        given = texts if several else texts[0]
+        if not flag("tokenize", tokenize):
+            return given
+        call: Any = self
+        out = call(
+            given,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            add_special_tokens=False,
+            return_tensors=return_tensors,
+            **mapping("tokenizer_kwargs", tokenizer_kwargs),
+        )
+        return out if flag("return_dict", return_dict) else out["input_ids"]
+
+    def get_chat_template(self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None) -> str:
+        """The template that `apply_chat_template` uses with these arguments."""
+        return template_of(self.chat_template, chat_template, tools is not None)
+
+    def encode_message_with_chat_template(
+        self, message: Mapping[str, Any], conversation_history: Any = None, **options: Any
+    ) -> list[int]:
+        """Token ids that a message adds to a conversation: those from the first on that the conversation without it has not.
+
+        Args:
+            message: such as {"role": "user", "content": "hello"}.
+            conversation_history: the messages before it.
+            options: as of `apply_chat_template`, but for what says in which form tokens are given.
+
+        Raises:
+            InputError: an option that goes not with single messages; and as `apply_chat_template`.
+        """
+        if odd := next((name for name in _OF_WHOLE if name in options), None):
+            raise InputError(f"{odd} goes not with a single message; use apply_chat_template for whole conversations")
+        history = [] if conversation_history is None else listed("conversation_history", conversation_history)
+        whole: list[int] = self.apply_chat_template([*history, message], return_dict=False, **options)
+        if not history:
+            return whole
+        before = self.apply_chat_template(history, return_dict=False, **options)
+        shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
+        return whole[shared:]

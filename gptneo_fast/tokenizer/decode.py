@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import short
-from ..errors import InputError, UnknownOptionError, nearest, warn_once
+from ..errors import InputError, UnknownOptionError, nearest, short, warn_once
 from .arguments import as_ids, checked_text, flag, listed
 from .special import SpecialTokens
 from .stream import StreamDecoder, bytes_of
@@ -68,6 +67,19 @@ class Decoding(SpecialTokens):
         """Text of tokens in the byte alphabet of GPT-2."""
         given = [tokens] if isinstance(tokens, str) else listed("tokens", tokens)
         return self.backend_tokenizer.decoder.decode([checked_text(t, f"token {i}") for i, t in enumerate(given)])
+
+    def clean_up_tokenization(self, text: str) -> str:
+        """A text without the spaces before punctuation and English contractions that tokenizers of words leave; `decode` never
+        does so, for GPT-2's spaces are the text's own."""
+        checked_text(text)
+        for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+            text = text.replace(spaced, spaced.strip())
+        return text
+
+    @property
+    def decoder(self) -> Any:
+        """Of `tokenizers`: tokens to text."""
+        return self.backend_tokenizer.decoder
 
     def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder that takes tokens one by one; its pieces joined are what `decode` gives for all of them."""

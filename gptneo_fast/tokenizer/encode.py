@@ -8,8 +8,7 @@ from typing import Any, Protocol
 
 from tokenizers import Encoding, Tokenizer
 
-from ..config import short
-from ..errors import InputError, UnknownOptionError, nearest
+from ..errors import InputError, UnknownOptionError, nearest, short
 from .arguments import Shape, checked_texts, flag, mapping
 from .encoding import BatchEncoding
 from .padding import no_pad_token

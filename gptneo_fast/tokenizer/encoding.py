@@ -10,8 +10,7 @@ import torch
 from tokenizers import Encoding
 from torch import Tensor
 
-from ..config import short
-from ..errors import InputError
+from ..errors import InputError, short
 
 
 class CharSpan(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from ..errors import InputError, NoTokenizerError, TokenizerError
+from ..errors import InputError, NoTokenizerError, TokenizerError, short
 from ..files.hub import Source
 from ..files.strict_json import MAX_BYTES, read_object
 from .arguments import listed
@@ -81,7 +81,7 @@ def given_parts(vocab: Any, merges: Any, tokenizer_file: Any) -> Parts:
         return vocab
     for name, given in (("tokenizer_file", tokenizer_file), ("vocab", None if isinstance(vocab, Mapping) else vocab)):
         if given is not None and not isinstance(given, (str, os.PathLike)):
-            raise InputError(f"{name} is {given!r:.100}; give the path of a file")
+            raise InputError(f"{name} is {short(given)}; give the path of a file")
     if tokenizer_file is not None:
         return _of_json(Path(tokenizer_file))
     if vocab is None or merges is None:
@@ -179,7 +179,7 @@ def added_token(value: Any, where: str, **defaults: Any) -> AddedToken:
                 return AddedToken(content, **fields)
             except UnicodeEncodeError:
                 pass
-    raise TokenizerError(f"{where} is {value!r:.100}, which is no token; give a string or an object with content")
+    raise TokenizerError(f"{where} is {short(value)}, which is no token; give a string or an object with content")
 
 
 def _screened(parts: Parts, where: str) -> Parts:
@@ -188,7 +188,9 @@ def _screened(parts: Parts, where: str) -> Parts:
     holders: dict[int, str] = {}
     for token, i in vocab.items():
         if type(i) is not int or not 0 <= i < size:
-            raise TokenizerError(f"{where}: token {token!r:.80} has id {i!r:.40}; ids of {size} tokens go from 0 to {size - 1}")
+            raise TokenizerError(
+                f"{where}: token {short(token)} has id {short(i)}; ids of {size} tokens go from 0 to {size - 1}"
+            )
         if i in holders:
             raise TokenizerError(f"{where}: tokens {holders[i]!r:.80} and {token!r:.80} have the same id {i}")
         holders[i] = token
@@ -216,7 +218,7 @@ def _pairs(merges: Iterable[Any], where: Callable[[int], str]) -> list[tuple[str
             if left and right and isinstance(left, str) and isinstance(right, str):
                 pairs.append((left, right))
                 continue
-        raise TokenizerError(f"{where(i)}: {merge!r:.80} is no pair of tokens")
+        raise TokenizerError(f"{where(i)}: {short(merge)} is no pair of tokens")
     return pairs
 
 

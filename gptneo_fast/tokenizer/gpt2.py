@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
 
-from ..config import short
-from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest, warn_once
+from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest, short, warn_once
 from ..files.hub import Source
-from . import chat, saving
+from . import saving
 from .arguments import checked_text, checked_tokens, flag, mapping, shape_of
+from .chat import Conversations
 from .decode import Decoding
 from .encode import encode
 from .encoding import BatchEncoding
@@ -25,10 +25,11 @@ from .training import train
 
 _END = "<|endoftext|>"
 _IGNORED = {"use_fast", "trust_remote_code", "proxies", "legacy", "verbose", "tokenizer_type", "backend", "from_slow"}
+_OF_THE_FOLDER = ("vocab", "merges", "tokenizer_file", "tokenizer_object")
 _IGNORED |= {"do_lower_case"}  # which GPT-2's tokenizer does not know in transformers either
 
 
-class GPT2Tokenizer(Decoding, Padding):
+class GPT2Tokenizer(Decoding, Padding, Conversations):
     """Text to token ids and back.
 
     Args:
@@ -51,7 +52,11 @@ class GPT2Tokenizer(Decoding, Padding):
     """
 
     vocab_files_names = {"vocab_file": "vocab.json", "merges_file": "merges.txt"}  # noqa: RUF012
+    SPECIAL_TOKENS_ATTRIBUTES = list(NAMES)  # noqa: RUF012 (transformers' name, as the next ones)
+    backend = "tokenizers"
+    slow_tokenizer_class = None
     is_fast = True
+    verbose = False
     pad_token_type_id = 0
 
     def __init__(
@@ -80,6 +85,7 @@ class GPT2Tokenizer(Decoding, Padding):
         if not isinstance(errors, str) or errors != "replace":
             raise InputError(f"errors={short(errors)} is not offered; decode gives U+FFFD for bytes that form no character")
         self._lock, self._bytes, self._around = new_lock(), {}, (False, False)
+        self.deprecation_warnings: dict[str, bool] = {}  # which older scripts set, and nothing here reads
         self._extra = extra_tokens(extra_special_tokens)
         if tokenizer_object is not None:
             if not isinstance(tokenizer_object, Tokenizer):
@@ -151,7 +157,12 @@ class GPT2Tokenizer(Decoding, Padding):
 
         Raises:
             TokenizerError: no tokenizer is there, or its files are broken or none of GPT-2's.
+            InputError: a vocabulary beside the folder's.
         """
+        if own := next((name for name in _OF_THE_FOLDER if options.pop(name, None) is not None), None):
+            raise InputError(
+                f"{own} goes not with from_pretrained, which takes the vocabulary of the folder; use GPT2Tokenizer({own}=...)"
+            )
         given = {k: options.pop(k) for k in Source.OPTIONS if k in options}
         source = Source.of(pretrained_model_name_or_path, **given)
         extra = options.pop("extra_special_tokens", None)
@@ -232,72 +243,6 @@ class GPT2Tokenizer(Decoding, Padding):
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options: Any) -> list[str]:
         """Tokens of one text, in the byte alphabet of GPT-2; options as in a call."""
         return self(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
-
-    def apply_chat_template(
-        self,
-        conversation: Any,
-        tools: list[dict[str, Any]] | None = None,
-        documents: list[dict[str, str]] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        tokenize: bool = True,
-        padding: bool | str = False,
-        truncation: bool = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_dict: bool = True,
-        tokenizer_kwargs: dict[str, Any] | None = None,
-        **names: Any,
-    ) -> Any:
-        """The text of a conversation, or its tokens, by the template that a fine-tune ships; the same as in transformers.
-
-        Args:
-            conversation: a list of messages such as {"role": "user", "content": "hello"}, or a list of such lists.
-            tools, documents: for templates that take them; tools as JSON schemas.
-            chat_template: another template, or the name of one of several.
-            add_generation_prompt: end with what an answer begins with.
-            continue_final_message: end with the last message, open for continuation.
-            tokenize: False for the text. return_dict: False for the ids alone.
-            padding, truncation, max_length, return_tensors, tokenizer_kwargs: as in a call.
-            names: what the template sees besides.
-
-        Raises:
-            SetupError: there is no template. InputError, TokenizerError: see `chat.render`.
-        """
-        for name, value in (("tools", tools), ("documents", documents)):
-            if value is not None and not isinstance(value, (list, tuple)):
-                raise InputError(f"{name} is a {type(value).__name__}; give a list, or leave it out")
-        template = self.get_chat_template(chat_template, tools)
-        several = isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], (list, tuple))
-        seen = self.special_tokens_map | {"tools": tools, "documents": documents} | names
-        texts = [
-            chat.render(
-                template,
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **seen,
-            )
-            for messages in (conversation if several else [conversation])
-        ]
-        given = texts if several else texts[0]
-        if not flag("tokenize", tokenize):
-            return given
-        out = self(
-            given,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            add_special_tokens=False,
-            return_tensors=return_tensors,
-            **mapping("tokenizer_kwargs", tokenizer_kwargs),
-        )
-        return out if flag("return_dict", return_dict) else out["input_ids"]
-
-    def get_chat_template(self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None) -> str:
-        """The template that `apply_chat_template` uses with these arguments."""
-        return chat.template_of(self.chat_template, chat_template, tools is not None)
 
     def train_new_from_iterator(
         self,
@@ -381,6 +326,20 @@ class GPT2Tokenizer(Decoding, Padding):
         """Write vocab.json and merges.txt, which do not hold the added tokens; gives their paths."""
         with self._lock:
             return saving.save_vocabulary(self, save_directory, filename_prefix)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> None:
+        """Not offered.
+
+        Raises:
+            UnknownOptionError: save to a folder, then upload it with huggingface_hub.
+        """
+        raise UnknownOptionError("push_to_hub is not offered; save_pretrained(folder), then huggingface_hub.upload_folder")
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """The settings that another tokenizer would be made with, as they are now; a copy."""
+        around = {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
+        return saving.settings_of(self) | around | {"name_or_path": self.name_or_path}
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:

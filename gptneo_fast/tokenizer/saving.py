@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..config import short
-from ..errors import InputError, TokenizerError
+from ..errors import InputError, TokenizerError, short
 from ..files import atomic
 from .arguments import checked_text
 

@@ -65,7 +65,8 @@ def read_settings(source: Source, parts: Parts, given: dict[str, Any]) -> dict[s
         added = _legacy(source, out) | parts.added
     by_text = {t.content: t for t in added.values()}
     for name in [n for n in out if n.endswith("_token") and n not in _KINDS]:
-        out[name] = by_text.get(str(out[name]), out[name])
+        if isinstance(out[name], (str, AddedToken)):
+            out[name] = by_text.get(str(out[name]), out[name])
     return out | {"added_tokens_decoder": added}
 
 
@@ -98,7 +99,10 @@ def _specials(values: dict[str, Any], path: Path | str, out: dict[str, Any]) -> 
 def _legacy(source: Source, out: dict[str, Any]) -> dict[int, AddedToken]:
     """Tokens of added_tokens.json, which gives text -> id."""
     values, path = _read(source, "added_tokens.json")
-    special = {str(out[n]) for n in out if n.endswith("_token")} | {str(t) for t in out.get("extra_special_tokens", [])}
+    named = [out[n] for n in out if n.endswith("_token")]
+    special = {str(t) for t in named if isinstance(t, (str, AddedToken))} | {
+        str(t) for t in out.get("extra_special_tokens", [])
+    }
     added: dict[int, AddedToken] = {}
     for text, i in values.items():
         index = _index(i, path)

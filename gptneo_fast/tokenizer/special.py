@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor
 
-from ..config import is_int, short
-from ..errors import InputError, nearest, warn_once
+from ..config import is_int
+from ..errors import InputError, nearest, short, warn_once
 from .arguments import as_ids, checked_setting, checked_text, checked_tokens, flag, listed, mapping
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -188,9 +188,9 @@ class SpecialTokens:
             if name not in known:
                 raise InputError(f"{name!r} is no special token{nearest(name, known)}; use one of {', '.join(known)}")
             if name == "extra_special_tokens" and isinstance(value, (str, AddedToken)):
-                raise InputError(f"{name} is {value!r}; give a list of tokens")
+                raise InputError(f"{name} is {short(value)}; give a list of tokens")
             if name != "extra_special_tokens" and not isinstance(value, (str, AddedToken)):
-                raise InputError(f"{name} is {value!r}; give a string or an AddedToken")
+                raise InputError(f"{name} is {short(value)}; give a string or an AddedToken")
             checked_tokens(value, name)
         extra = [_special(t) for t in given.pop("extra_special_tokens", [])]
         if not replace_extra_special_tokens:
@@ -253,6 +253,10 @@ class SpecialTokens:
                 special_tokens=[(t, self.backend_tokenizer.token_to_id(t)) for t in dict.fromkeys([*before, *behind])],
             )
         self._around = bos, eos
+
+    def update_post_processor(self) -> None:
+        """Put the tokens around texts that bos_token and eos_token are now."""
+        self._set_around(*self._around)
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """Special tokens that a call puts around a text or a pair."""

@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-from ..config import is_int, short
-from ..errors import InputError, UnknownOptionError, nearest
+from ..config import is_int
+from ..errors import InputError, UnknownOptionError, nearest, short
 from .arguments import checked_text, flag
 
 _OPTIONS = ("min_frequency", "limit_alphabet", "max_token_length", "show_progress")

@@ -233,7 +233,7 @@ def test_a_configuration_that_is_handed_in_stays_as_it_is(folder):
     given = config()
     before = given.to_dict()
     model = Causal.from_pretrained(folder, config=given, dtype="bfloat16")
-    assert given.to_dict() == before and model.config.dtype == "bfloat16"
+    assert given.to_dict() == before and model.config.dtype is torch.bfloat16
 
 
 def test_saving_again_removes_the_shards_or_the_single_file_of_before(tmp_path):

@@ -232,3 +232,11 @@ def test_a_reader_of_a_refused_stream_hears_of_it():
         list(streamer)
     thread.join()
     assert errors.get_nowait() is not None
+
+
+def test_a_call_that_says_both_lengths_is_told_which_one_holds(models):
+    with pytest.warns(gptneo_fast.errors.GPTNeoFastWarning, match="max_length has no say beside max_new_tokens"):
+        found = models[1].generate(IDS, max_length=30, max_new_tokens=3, do_sample=False)
+    assert found.shape == (1, T + 3)
+    models[1].generation_config.max_length = 30  # a length of a file beside one of a call is as it should be
+    assert torch.equal(models[1].generate(IDS, max_new_tokens=3, do_sample=False), found)

@@ -20,6 +20,13 @@ SAID = {
 }
 
 
+def test_a_config_goes_to_one_file(tmp_path):
+    gptneo_fast.GenerationConfig(**SAID).to_json_file(tmp_path / "mine.json")
+    for library in (gptneo_fast, pytest.importorskip("transformers")):
+        read = library.GenerationConfig.from_pretrained(tmp_path, config_file_name="mine.json")
+        assert {k: getattr(read, k) for k in SAID} == SAID
+
+
 @pytest.mark.parametrize("naming", [{}, {"config_file_name": "foo.json"}, {"config_name": "foo.json"}])
 def test_what_was_saved_is_read_without_a_model(tmp_path, naming):
     config = gptneo_fast.GenerationConfig(**SAID, sequence_bias={(45, 67): -0.6, (89,): 1.2})

@@ -103,6 +103,13 @@ def test_forced_tokens_are_kept_under_transformers_names_and_may_be_set():
         assert first(ids, scores).argmax() == 3 and last(ids, scores).argmax() == 4
 
 
+def test_processors_tell_what_they_were_made_of_under_transformers_names():
+    for of in (gptneo_fast, transformers):
+        decay = of.ExponentialDecayLengthPenalty((3, 1.5), 2, 4)
+        assert (decay.regulation_start, decay.regulation_factor) == (7, 1.5)
+        assert of.NoBadWordsLogitsProcessor([[1, 2], [3]], 3).bad_word_ids == [[1, 2], [3]]
+
+
 def test_criteria_get_a_length_where_they_have_none_as_in_transformers():
     for of in (gptneo_fast, transformers.generation.stopping_criteria):
         none = of.StoppingCriteriaList([of.EosTokenCriteria(3)])

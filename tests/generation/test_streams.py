@@ -186,6 +186,15 @@ def test_an_async_streamer_waits_no_longer_than_its_timeout(model):
         asyncio.run(read())
 
 
+def test_a_generation_whose_reader_has_gone_ends_with_its_own_error(model):
+    async def made():
+        return gptneo_fast.AsyncTextIteratorStreamer(model.tokenizer)
+
+    streamer = asyncio.run(made())  # whose loop is closed now
+    with pytest.raises(InputError, match="max_new_tokens=-1"):
+        model.generate(model.tokenizer(TALES[0], return_tensors="pt").input_ids, max_new_tokens=-1, streamer=streamer)
+
+
 def _quietly(model, ids, **options):
     """`generate`, whose error the streamer has."""
     with contextlib.suppress(ValueError):

@@ -117,6 +117,26 @@ def test_a_dynamic_cache_that_cannot_be_is_refused(pair):
 
 
 @torch.no_grad()
+def test_a_cache_shows_its_layers_and_keeps_the_rows_that_are_asked_for(pair):
+    ids = torch.cat([IDS[:, :7], IDS[:, 1:8], IDS[:, 2:9]])
+    held = [model(ids, use_cache=True).past_key_values for model in pair]
+    for rows in ((2, 0), [1], torch.tensor([0, 0])):
+        for cache in held:
+            cache.batch_select_indices(rows)
+        for theirs, ours in zip(held[0].layers, held[1].layers, strict=True):
+            assert ours.get_seq_length() == theirs.get_seq_length() == 7
+            torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-5)
+    assert [layer.is_sliding for layer in held[1].layers] == [bool(w) for w in held[1].windows]
+    new = held[1].layers[0].keys[:, :, :1]
+    for layer in held[1].layers:
+        assert layer.update(new, new)[0].shape[2] == 8
+    assert held[1].get_seq_length() == 8 and torch.equal(held[1].layers[0].keys[:, :, -1:], new)
+    for rows in ((0, 9), "x", [0.5]):
+        with pytest.raises(InputError):
+            held[1].batch_select_indices(rows)
+
+
 def test_one_text_without_a_batch_gives_logits_without_one(pair):
     _, ours = pair
     close(ours(IDS[0]).logits, ours(IDS[:1]).logits[0])

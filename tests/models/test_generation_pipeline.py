@@ -1,5 +1,6 @@
 """Pipelines that continue texts and conversations, beside transformers'."""
 
+import importlib
 from itertools import chain
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 import gptneo_fast
 from gptneo_fast.errors import GPTNeoFastError, InputError, SetupError
+from gptneo_fast.generation.assisted import assisted
 
 transformers = pytest.importorskip("transformers")
 DEMO = Path(gptneo_fast.__file__).parent / "demo" / "model"
@@ -188,3 +190,16 @@ def test_a_model_without_a_tokenizer_is_told_so():
     assert pipe(TEXT, max_new_tokens=2, do_sample=False)
     with pytest.raises(InputError, match="device 'gpu' is unknown"):
         gptneo_fast.pipeline("text-generation", model=model, device="gpu")
+
+
+def test_an_assistant_may_be_named_by_its_folder(both, monkeypatch):
+    drafted = []
+    generating = importlib.import_module("gptneo_fast.generation.generate")  # the function has the module's name
+    monkeypatch.setattr(generating, "assisted", lambda m, request: drafted.append(request.assistant) or assisted(m, request))
+    named = made(gptneo_fast, assistant_model=str(DEMO), max_new_tokens=12, do_sample=False)
+    assert named(TEXT) == both[1](TEXT, max_new_tokens=12, do_sample=False)
+    assert len(drafted) == 1 and type(drafted[0]) is gptneo_fast.GPTNeoForCausalLM and drafted[0] is not named.model
+    with pytest.raises(InputError, match="num_beams above 1 goes neither with assistant_model"):
+        named(TEXT, num_beams=2)
+    with pytest.raises(GPTNeoFastError, match="no-such-folder"):
+        made(gptneo_fast, assistant_model="./no-such-folder")

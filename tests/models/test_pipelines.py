@@ -13,6 +13,18 @@ DEMO = Path(gptneo_fast.__file__).parent / "demo" / "model"
 TEXTS = ["a good day", "the little dog was very sad and it cried"]
 
 
+def test_a_pipeline_has_the_names_of_scikit_learn_and_of_its_model():
+    shape = dict(vocab_size=1240, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    models = peers("GPTNeoForSequenceClassification", **shape)
+    made = []
+    for of, model in zip((transformers, gptneo_fast), models, strict=True):
+        tokenizer = of.AutoTokenizer.from_pretrained(DEMO)
+        made.append(of.pipeline("text-classification", model=model, tokenizer=tokenizer))
+    theirs, ours = made
+    assert ours.predict(TEXTS) == ours.transform(TEXTS) == ours(TEXTS) == approximately(theirs.predict(TEXTS))
+    assert (ours.device, ours.dtype) == (theirs.device, theirs.dtype)
+
+
 @pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression", None])
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": None}, {"function_to_apply": "none"}], ids=str)
 def test_texts_are_classified_as_in_transformers(kind, options):

@@ -91,3 +91,20 @@ def test_what_goes_wrong_is_said(tmp_path, template, talk, options, error, messa
     ours = gptneo_fast.AutoTokenizer.from_pretrained(written(tmp_path, template))
     with pytest.raises(error, match=message):
         ours.apply_chat_template(talk, tokenize=False, **options)
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, "{% for m in messages %}{{ m.content }}{{ eos_token if loop.last }}{% endfor %}"]
+)
+def test_a_message_has_the_tokens_that_it_adds_to_a_conversation(tmp_path, template):
+    theirs, ours = pair(tmp_path, template)
+    for n in range(len(TALK)):
+        for history in (TALK[:n], None) if n == 0 else (TALK[:n],):
+            found = ours.encode_message_with_chat_template(TALK[n], history)
+            assert found == theirs.encode_message_with_chat_template(TALK[n], history)
+    joined = [i for n in range(len(TALK)) for i in ours.encode_message_with_chat_template(TALK[n], TALK[:n])]
+    whole = ours.apply_chat_template(TALK, return_dict=False)
+    assert (joined == whole) == (template is TEMPLATE)
+    for name in ("add_generation_prompt", "tokenize", "return_dict", "return_tensors"):
+        with pytest.raises(InputError, match=f"{name} goes not with a single message"):
+            ours.encode_message_with_chat_template(TALK[0], **{name: False})

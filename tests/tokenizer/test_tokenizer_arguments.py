@@ -10,7 +10,7 @@ import gptneo_fast
 from gptneo_fast.demo import FOLDER
 from gptneo_fast.errors import GPTNeoFastError, InputError
 
-ODD = [None, 5, -1, 10**400, -(10**400), 1.5, float("nan"), True, b"x", "\ud800", [None], [[1]], [10**400], {}, {"a": 1}, {1}]
+ODD = [None, 5, -1, 10**400, -(10**5000), 1.5, float("nan"), True, b"x", "\ud800", [None], [[1]], [10**5000], {}, {"a": 1}, {1}]
 ODD += [np.int64(3), np.float32(1.5), np.array(3), np.array([1, 2]), torch.tensor(3), torch.tensor([1, 2]), object()]
 USUAL = {
     "__call__": {"text": "a"},
@@ -18,10 +18,12 @@ USUAL = {
     "add_tokens": {"new_tokens": ["zz"]},
     "apply_chat_template": {"conversation": [{"role": "user", "content": "x"}]},
     "batch_decode": {"sequences": [[1]]},
+    "clean_up_tokenization": {"text": "a ."},
     "convert_ids_to_tokens": {"ids": [1]},
     "convert_tokens_to_ids": {"tokens": "a"},
     "convert_tokens_to_string": {"tokens": ["a"]},
     "decode": {"token_ids": [1]},
+    "encode_message_with_chat_template": {"message": {"role": "user", "content": "x"}},
     "get_special_tokens_mask": {"token_ids_0": [1], "already_has_special_tokens": True},
     "num_special_tokens_to_add": {},
     "pad": {"encoded_inputs": {"input_ids": [[1], [1, 2]]}},
@@ -85,6 +87,14 @@ def used(name, value):
     tokenizer("a b", truncation=True)
     tokenizer.decode([1], skip_special_tokens=True)
     tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_a_folders_vocabulary_is_the_only_one():
+    vocab = fresh().get_vocab()
+    for name, value in {"vocab": vocab, "merges": [], "tokenizer_file": "t.json", "tokenizer_object": fresh()}.items():
+        with pytest.raises(InputError, match=rf"{name} goes not with from_pretrained.* use GPT2Tokenizer\({name}="):
+            gptneo_fast.GPT2Tokenizer.from_pretrained(FOLDER, **{name: value})
+    assert gptneo_fast.GPT2Tokenizer.from_pretrained(FOLDER, vocab=None).get_vocab() == vocab
 
 
 def test_integers_may_be_numpys_and_sizes_have_limits():

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import is_int, short
-from ...errors import InputError
+from ...config import is_int
+from ...errors import InputError, short
 from ...generation.options import plain
 from ..classifiers import GPTNeoForSequenceClassification
 from .inputs import Pipeline, batches, items

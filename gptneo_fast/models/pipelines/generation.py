@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import short
-from ...errors import InputError
+from ...errors import InputError, short
 from ...generation import GenerationConfig
 from ...generation.config import NEW_TOKENS
 from ...generation.options import plain
@@ -125,6 +124,8 @@ class TextGenerationPipeline(Pipeline):
         if said.get("max_length", 0) is None:
             said.pop("max_length")
         said, full = self._with_defaults(said)
+        if said.get("max_new_tokens") is not None:
+            said.pop("max_length", None)  # then it is the tokenizer's alone
         encoding = way.encoding(plain(options.get("max_length")))
         if way.truncation is None and full.max_new_tokens is None and "padding" not in encoding:
             encoding.pop("max_length", None)  # a longer prompt has no room anyhow, and is told its real length

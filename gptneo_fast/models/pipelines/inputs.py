@@ -6,8 +6,10 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ...config import is_int, short
-from ...errors import InputError, SetupError
+import torch
+
+from ...config import is_int
+from ...errors import InputError, SetupError, short
 from ...generation.options import plain
 
 IGNORED = ("framework", "num_workers", "trust_remote_code", "use_fast")
@@ -23,6 +25,25 @@ class Pipeline:
     def tokenizer(self) -> Any:
         """The model's."""
         return self.model.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        place: torch.device = self.model.device
+        return place
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        kind: torch.dtype = self.model.dtype
+        return kind
+
+    def transform(self, X: Any) -> Any:
+        """As a call: scikit-learn's name."""
+        call: Any = self
+        return call(X)
+
+    predict = transform
 
     def _settings(self, options: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """(options of the pipeline under those of a call, batch_size).

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ...config import is_int, short
+from ...config import is_int
 from ...device import as_device
-from ...errors import InputError, nearest
+from ...errors import InputError, nearest, short
 from ...tokenizer import GPT2Tokenizer
 from ..load import load
 from .classification import TextClassificationPipeline
@@ -41,22 +41,20 @@ def pipeline(
         device, device_map: where the model is put; -1 is the CPU, other integers number CUDA devices. None leaves a model
             where it is.
         model_kwargs: further options of `load`.
-        options: of `load` (dtype, revision, token, ...), and of every call.
+        options: of `load` (dtype, revision, token, ...), and of every call; assistant_model may be a folder or hub id, too.
 
     Raises:
         InputError: another task, or no model.
     """
     if task is not None and not (isinstance(task, str) and task in _TASKS):
-        raise InputError(
-            f"task {short(task)} is not offered{nearest(str(task), _TASKS)}; use one of {', '.join(_TASKS)}, or load()"
-        )
+        raise InputError(f"task {short(task)} is not offered{nearest(task, _TASKS)}; use one of {', '.join(_TASKS)}, or load()")
     if model is None:
         raise InputError("pipeline needs model=...: a model, a folder, or a hub id")
     if not isinstance(model_kwargs, (dict, type(None))):
         raise InputError(f"model_kwargs is {short(model_kwargs)}; give a dict of options of load()")
     given = {k: options.pop(k) for k in _LOADING if k in options} | (model_kwargs or {})
     place = device if device is not None else device_map
-    if is_int(place):
+    if is_int(place) and place < 2**31:
         place = "cpu" if place < 0 else f"cuda:{place}"
     if isinstance(model, (str, os.PathLike)):
         if "torch_dtype" in given:
@@ -67,6 +65,8 @@ def pipeline(
         raise InputError(f"model is {short(model)}; give a model, a folder, or a hub id")
     elif device not in (None, -1):
         model.to(as_device(place))
+    if isinstance(drafting := options.get("assistant_model"), (str, os.PathLike)):
+        options["assistant_model"] = load(drafting, dtype=model.dtype, device=model.device)
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = GPT2Tokenizer.from_pretrained(tokenizer)
     if tokenizer is not None:
