@@ -1,7 +1,7 @@
 """Decoding on one thread beside other runtimes with the same weights: one round is one call of each.
 
-`make peers` installs them and keeps what this measures in benchmarks/results/peers_<kind>.json. The tokens of every runner are those
-of transformers, or all are choices within the error of the dtype, before any is timed.
+`make peers` installs them and keeps what this measures in benchmarks/results/peers_<kind>.json. The tokens of every runner
+are those of transformers, or all are choices within the error of the dtype, before any is timed.
 """
 
 from __future__ import annotations
