@@ -49,6 +49,7 @@ USUAL |= {"suppress_tokens": [1], "begin_suppress_tokens": [1], "stop_strings": 
 OPTIONS = [*gptneo_fast.GenerationConfig.__dataclass_fields__, *NOT_OFFERED]
 
 
+@pytest.mark.filterwarnings("ignore:max_length has no say")
 @pytest.mark.parametrize("name", [*arguments(gptneo_fast.GPTNeoForCausalLM.generate), *OPTIONS])
 def test_in_generate(model, name):
     usual = {"max_new_tokens": 1, "do_sample": True} | ({} if name in ("inputs", "inputs_embeds") else {"input_ids": IDS})

@@ -32,8 +32,10 @@ class Verification:
 
     ok: errors within their budgets, and tokens equal but where the choice was within the error.
     backend, path: what computed. dtype: in which.
-    error, allowed: largest error of the fast path's logits, and twice that of plain torch in the same dtype with one rounding.
-    mean_error, mean_allowed: the same of the mean, with 1.5 in place of 2.
+    error, allowed: largest error of the fast path's logits, and four times that of plain torch in the same dtype with one
+        rounding. The largest is a matter of luck: plain torch with its queries cut otherwise reached 0.5 to 2.8 times its own
+        (the embedded model, 28 prompts).
+    mean_error, mean_allowed: the same of the mean, with 1.5 in place of 4.
     tokens: how many were generated on both paths. divergence: the first that differs, or None.
     """
 
@@ -95,10 +97,10 @@ def verify(model: Any, *, rows: int = 3, new_tokens: int = 64, seed: int = 0) ->
     exact = _logits(twin(model, torch.float64), ids, mask)
     rounding = (exact.to(model.dtype).double() - exact).abs()
     error, may = (fast - exact).abs(), (usual - exact).abs() + rounding
-    numbers = error.max().item(), 2 * may.max().item(), error.mean().item(), 1.5 * may.mean().item()
+    numbers = error.max().item(), 4 * may.max().item(), error.mean().item(), 1.5 * may.mean().item()
     found = first_divergence(plain, fast_tokens, plain_tokens, mask)
     ok = numbers[0] <= numbers[1] and numbers[2] <= numbers[3]
-    ok = ok and (found is None or found.margin <= max(found.error, 2 * numbers[1]))
+    ok = ok and (found is None or found.margin <= max(found.error, numbers[1]))
     dtype = str(model.dtype).removeprefix("torch.")
     return Verification(ok, model.backend.name, path, dtype, *numbers, rows * new_tokens, found)
 

@@ -71,6 +71,7 @@ GREEDY = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:max_length has no say")
 @pytest.mark.parametrize("options", GREEDY, ids=str)
 def test_greedy_tokens_equal_torchs(models, options):
     same_tokens(models, **({"max_new_tokens": 24, "eos_token_id": None} | options))

@@ -13,13 +13,17 @@ case "$*" in
   *pytest*) if [ -n "${GPTNEO_FAST_TEST_LIBRARY:-}" ]; then exit $CUDA; else exit $CPU; fi ;;
 esac
 """
+COMPILER = """#!/usr/bin/env bash
+case "$*" in *threads.cpp*) ln -s /bin/true threads 2> /dev/null ;; esac
+exit 0
+"""
 
 
 @pytest.mark.skipif(not (REPO / ".git").exists(), reason="the script asks git for the sources")
 @pytest.mark.parametrize(("cpu", "cuda", "code"), [(0, 0, 0), (1, 0, 1), (0, 2, 2), (3, 2, 3)])
 def test_both_halves_run_whatever_becomes_of_the_first(cpu, cuda, code, tmp_path):
     python, compiler = tmp_path / "python", tmp_path / "g++"
-    python.write_text(PYTHON), compiler.write_text("#!/bin/bash\n")
+    python.write_text(PYTHON), compiler.write_text(COMPILER)
     python.chmod(0o755), compiler.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CPU": str(cpu), "CUDA": str(cuda)}
     done = subprocess.run(
