@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,28 @@ def test_loading_takes_the_memory_of_the_target_and_a_few_blocks(tmp_path, kind)
     rise, size = json.loads(done.stdout)
     assert size > 45e6  # float32 on disk has twice that; the largest tensor has 41 MB of it
     assert size * 0.9 < rise < size + 16e6, (rise, size)
+
+
+def flags_of_memory(address):
+    """What the kernel was told of the memory at an address (VmFlags)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition("-")
+        if rest and all(c in "0123456789abcdef" for c in first):
+            inside = int(first, 16) <= address < int(rest.split()[0], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no such memory")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages")
+def test_large_tensors_ask_for_huge_pages(tmp_path):
+    model = Causal(gptneo_fast.GPTNeoConfig(**SMALL).replace(vocab_size=300_000))  # 38 MB: memory of its own
+    model.save_pretrained(tmp_path)
+    weight = Causal.from_pretrained(tmp_path).transformer.wte.weight
+    assert torch.equal(weight, model.transformer.wte.weight)
+    assert "hg" in flags_of_memory(weight.data_ptr() + weight.nbytes // 2)
+    copying.ask_for_huge_pages(torch.ones(10))  # smaller than a page
 
 
 def test_a_load_under_inference_mode_or_another_default_device(tmp_path):
