@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..errors import InputError
 
+ORDERS = 4  # in which plain torch computes the logits; the first is as given
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -32,10 +34,9 @@ class Verification:
 
     ok: errors within their budgets, and tokens equal but where the choice was within the error.
     backend, path: what computed. dtype: in which.
-    error, allowed: largest error of the fast path's logits, and four times that of plain torch in the same dtype with one
-        rounding. The largest is a matter of luck: plain torch with its queries cut otherwise reached 0.5 to 2.8 times its own
-        (the embedded model, 28 prompts).
-    mean_error, mean_allowed: the same of the mean, with 1.5 in place of 4.
+    error, allowed: largest error of the fast path's logits, and twice that of plain torch in the same dtype with one rounding.
+        What plain torch errs is the most of several orders of its sums (`ORDERS`), of which one is as lucky as another.
+    mean_error, mean_allowed: the same of the mean, with 1.5 in place of 2.
     tokens: how many were generated on both paths. divergence: the first that differs, or None.
     """
 
@@ -96,11 +97,13 @@ def verify(model: Any, *, rows: int = 3, new_tokens: int = 64, seed: int = 0) ->
     fast, usual = (_logits(m, ids, mask) for m in (model, plain))
     exact = _logits(twin(model, torch.float64), ids, mask)
     rounding = (exact.to(model.dtype).double() - exact).abs()
-    error, may = (fast - exact).abs(), (usual - exact).abs() + rounding
-    numbers = error.max().item(), 4 * may.max().item(), error.mean().item(), 1.5 * may.mean().item()
+    orders = (usual, *(_logits(_reordered(plain, order), ids, mask) for order in range(1, ORDERS)))
+    error, may = (fast - exact).abs(), [(logits - exact).abs() + rounding for logits in orders]
+    most, mean = (max(getattr(t, kind)().item() for t in may) for kind in ("max", "mean"))
+    numbers = error.max().item(), 2 * most, error.mean().item(), 1.5 * mean
     found = first_divergence(plain, fast_tokens, plain_tokens, mask)
     ok = numbers[0] <= numbers[1] and numbers[2] <= numbers[3]
-    ok = ok and (found is None or found.margin <= max(found.error, numbers[1]))
+    ok = ok and (found is None or found.margin <= max(found.error, 2 * numbers[1]))
     dtype = str(model.dtype).removeprefix("torch.")
     return Verification(ok, model.backend.name, path, dtype, *numbers, rows * new_tokens, found)
 
@@ -112,6 +115,19 @@ def twin(model: Any, dtype: torch.dtype) -> Any:
     twin.load_state_dict({name: p.to(dtype) for name, p in model.state_dict().items()}, assign=True)
     twin.tie_weights()
     return twin.eval()
+
+
+def _reordered(model: Any, seed: int) -> Any:
+    """A twin whose hidden axis C lies in another order: it adds the same numbers in another order."""
+    other, state = twin(model, model.dtype), {}
+    for name, p in model.state_dict().items():
+        module, kind = name.split(".")[-2:]
+        axis = 0 if module in ("out_proj", "c_proj") or module.startswith("ln_") else p.dim() - 1
+        order = torch.randperm(p.shape[axis], generator=torch.Generator().manual_seed(seed)).to(p.device)
+        state[name] = p if module == "c_fc" and kind == "bias" else p.index_select(axis, order)
+    other.load_state_dict(state, assign=True)
+    other.tie_weights()
+    return other
 
 
 def _prompts(rows: int, longest: int, vocabulary: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import gptneo_fast
 from gptneo_fast.demo import FOLDER
 from gptneo_fast.errors import InputError
 from gptneo_fast.ops import backends, reference
+from gptneo_fast.tools import verify as verification
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,13 @@ def test_what_cannot_be_verified_is_refused(model):
         gptneo_fast.verify(gptneo_fast.GPTNeoModel(model.config))
     with pytest.raises(InputError, match="512 positions"):
         gptneo_fast.verify(model, new_tokens=511)
+
+
+@torch.no_grad()
+def test_another_order_of_the_sums_is_the_same_model(model):
+    exact = verification.twin(model, torch.float64)
+    ids = torch.arange(40)[None]
+    for order in (1, 2):
+        logits = verification._reordered(exact, order)(ids).logits
+        assert not torch.equal(logits, exact(ids).logits)
+        assert (logits - exact(ids).logits).abs().max() < 1e-9
