@@ -31,6 +31,18 @@ def test_forward_without_cache(model):
     assert list(out) == list(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_one_graph_on_the_cpu_too(dtype):
+    torch.compiler.reset()
+    _, model = peers(num_layers=2, dtype=dtype)
+    x = torch.randint(3, 97, (2, 50))  # more rows than the engine's
+    with torch.no_grad():
+        expected = model(x, use_cache=False).logits
+        got = compiled(model)(x, use_cache=False).logits
+    assert (got - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
+    torch.compiler.reset()
+
+
 def test_forward_with_a_mask(model):
     x, mask = torch.randint(3, 97, (2, 11)), torch.ones(2, 11, dtype=torch.long)
     mask[0, :4] = 0
