@@ -85,6 +85,8 @@ struct Lanes {
   void (*attention)(const Attention&, Parallel, Workspace);
   // gelu_new of `count` numbers, in place.
   void (*gelu)(Number, void* numbers, int64_t count, Parallel);
+  // Of [V] logits and one token: log-probability, rank, entropy, variance of the log-probability.
+  void (*statistics)(const float* logits, int64_t V, int64_t token, float* own, int64_t* rank, float* entropy, float* variance);
   // The first of the largest of [V] logits, or -1 where one is not finite.
   int64_t (*likeliest)(const float* logits, int64_t V);
 };

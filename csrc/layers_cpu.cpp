@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "running.h"
@@ -125,6 +126,35 @@ void gelu(const Tensor& x, int64_t max_lanes) {
 
 int64_t most_lanes() { return lanes(0); }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& logits, const Tensor& targets, int64_t max_lanes) {
+  if (!(logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == ScalarType::Float && logits.is_cpu() &&
+        (logits.stride(1) == 1 || logits.size(1) == 1)))
+    refuse("logits are ", shape(logits), ", but must be float32 [N, V] on the CPU, the last axis dense");
+  const int64_t N = logits.size(0), V = logits.size(1);
+  if (targets.dim() != 1 || targets.size(0) != N) refuse("targets are ", shape(targets), ", but must be int64 [", N, "]");
+  Tensor rank = torch::stable::new_empty(targets, {N}, ScalarType::Long);
+  Tensor own = torch::stable::new_empty(logits, {N}), entropy = torch::stable::new_empty(logits, {N});
+  Tensor variance = torch::stable::new_empty(logits, {N});
+  struct Context {
+    const Lanes& of;
+    const float* logits;
+    const int64_t* targets;
+    int64_t stride, V;
+    int64_t* rank;
+    float *own, *entropy, *variance;
+  } context = {lanes_of(lanes(max_lanes)), static_cast<const float*>(logits.const_data_ptr()),
+               numbers(torch::stable::unsqueeze(targets, 0), 1, N, false, V, "targets"), logits.stride(0), V,
+               static_cast<int64_t*>(rank.mutable_data_ptr()), static_cast<float*>(own.mutable_data_ptr()),
+               static_cast<float*>(entropy.mutable_data_ptr()), static_cast<float*>(variance.mutable_data_ptr())};
+  const auto task = [](int64_t begin, int64_t end, void* given) {
+    const auto& c = *static_cast<const Context*>(given);
+    for (int64_t n = begin; n < end; ++n)
+      c.of.statistics(c.logits + n * c.stride, c.V, c.targets[n], c.own + n, c.rank + n, c.entropy + n, c.variance + n);
+  };
+  if (N > 0) run_parallel(N, 1, task, &context);
+  return {own, rank, entropy, variance};
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps,"
@@ -136,6 +166,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, int window, Tensor? starts,"
       " int max_lanes=0) -> Tensor");
   m.def("gelu(Tensor(a!) x, int max_lanes=0) -> ()");
+  m.def("statistics(Tensor logits, Tensor targets, int max_lanes=0) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("likeliest(Tensor logits, int max_lanes=0) -> Tensor");
   m.def("lanes() -> int");
 }
@@ -144,6 +175,7 @@ STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("gelu", TORCH_BOX(&gelu));
+  m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("likeliest", TORCH_BOX(&likeliest));
 }
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CompositeExplicitAutograd, m) { m.impl("lanes", TORCH_BOX(&most_lanes)); }

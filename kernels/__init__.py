@@ -9,8 +9,9 @@ from .attention import attention
 from .decode_attention import decode_attention
 from .embedding import embed
 from .linear import linear_add, lm_head, norm_linear, norm_qkv, norm_qkv_append
+from .logprob import logprob
 from .norms import layer_norm
 from .sampling import sample
 
 __all__ = ["attention", "decode_attention", "embed", "kv_append", "layer_norm", "linear_add", "lm_head", "norm_linear"]
-__all__ += ["norm_qkv", "norm_qkv_append", "sample"]
+__all__ += ["logprob", "norm_qkv", "norm_qkv_append", "sample"]

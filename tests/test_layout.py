@@ -19,7 +19,7 @@ FLOORS = [
     ["config"],
     ["ops", "checkpoint", "tokenizer"],
     ["network"],
-    ["generation"],
+    ["generation", "scoring"],
     ["models"],
     ["flax", "tools", "integrations"],
 ]

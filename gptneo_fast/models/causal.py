@@ -21,13 +21,16 @@ from ..network.fused import OURS
 from ..network.inputs import check_labels, check_unknown, select_positions
 from ..network.masks import Rows
 from ..network.outputs import CausalLMOutputWithPast
-from ..ops import backends, cpu
+from ..ops import backends, cpu, reference
 from ..ops.constants import LOGITS_ALIGN
+from ..scoring import ScoringMixin
 from .model import GPTNeoModel
 from .pretrained import GPTNeoPreTrainedModel, returns_output
 
+_ROWS = 256  # of logits that exist at one time where a head is somebody's own
 
-class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
+
+class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ScoringMixin):
     """The language model, its head tied to the token embedding.
 
     Args:
@@ -146,6 +149,37 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin):
         logits = hidden.new_empty(*hidden.shape[:-1], V + -V % LOGITS_ALIGN)
         torch.mm(hidden.flatten(0, -2), head.weight.t(), out=logits.view(-1, logits.shape[-1])[:, :V])  # [M, C] x [C, V]
         return logits.narrow(-1, 0, V)
+
+    def logprobs(
+        self, ids: Tensor, mask: Tensor, targets: Tensor, past: KVCache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the model's distributions say of one token a column, see `reference.statistics`; nothing is checked.
+
+        Args:
+            ids: int64 [B, T]. mask: [B, T], 0 for padding on the right.
+            targets: int64 [number of tokens], what follows each, row by row.
+            past: one row that all texts continue; not changed.
+        """
+        cache = None
+        if past is not None:
+            cache = past.fork()
+            cache.batch_repeat_interleave(len(ids))
+            held = mask.new_ones(len(ids), past.get_seq_length())
+            mask = torch.cat([held, mask], 1)
+        asked = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
+        picked = mask[:, -ids.shape[1] :] != 0
+        if not self.look().forward:  # somebody's own: its logits count
+            logits: Tensor = self(**asked, return_dict=True).logits
+            return reference.statistics(logits[picked], targets)
+        hidden = self.transformer(**asked, return_dict=True).last_hidden_state[picked]  # [N, C]
+        head: Any = self.lm_head
+        if _is_plain_head(head) and head.weight.dtype is hidden.dtype and not touch.observed(hidden.device):
+            return cast(
+                tuple[Tensor, Tensor, Tensor, Tensor], self.transformer.functions(ids).logprob(hidden, head.weight, targets)
+            )
+        parts = [reference.statistics(head(x), t) for x, t in zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)]
+        own, rank, entropy, variance = (torch.cat(t) for t in zip(*parts, strict=True))
+        return own, rank, entropy, variance
 
     def look(self) -> touch.Look:
         """Which parts are untouched now."""

@@ -31,6 +31,7 @@ __all__ = [
     "layer_norm",
     "linear_add",
     "lm_head",
+    "logprob",
     "norm_linear",
     "norm_qkv",
     "norm_qkv_append",
@@ -250,3 +251,28 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, e
     if _widens(x, weight):
         return widened.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, dtype=torch.float32)
     return reference.lm_head(x, norm_weight, norm_bias, weight, eps)
+
+
+_CHUNK = 64 << 20  # bytes of logits that exist at one time
+
+
+def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.logprob`, without more than a chunk of the logits."""
+    rows, found = max(1, _CHUNK // (4 * max(1, weight.shape[0]))), []
+    for i in range(0, max(1, len(x)), rows):
+        piece, own = x[i : i + rows], targets[i : i + rows]
+        wide = _widens(piece, weight) and not _takes(piece, weight)
+        logits = widened.linear(piece, weight, dtype=torch.float32) if wide else linear(piece, weight)
+        found.append(statistics(logits, own))
+    own, rank, entropy, variance = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return own, rank, entropy, variance
+
+
+def statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.statistics`."""
+    if not _is_ours(logits):
+        return reference.statistics(logits, targets)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.gptneo_fast_csrc.statistics.default(
+        logits.float(), targets, Plan.max_lanes
+    )
+    return found

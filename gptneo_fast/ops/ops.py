@@ -68,6 +68,11 @@ def _padded_logits(x: Tensor, nw: Tensor, nb: Tensor, weight: Tensor, eps: float
     return padded.narrow(-1, 0, V)  # indexing would ask a CUDA device to be current, which a fake tensor has not
 
 
+def _four_numbers(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    dtypes = (torch.promote_types(x.dtype, torch.float32), torch.int64)
+    return tuple(x.new_empty(len(targets), dtype=dtypes[i == 1]) for i in range(4))
+
+
 embed = _op(
     "embed(Tensor ids, Tensor position_ids, Tensor wte, Tensor wpe, Tensor? token_type_ids=None) -> Tensor",
     lambda ids, position_ids, wte, wpe, token_type_ids=None: wte.new_empty(*ids.shape, wte.shape[1]),
@@ -106,6 +111,7 @@ norm_qkv_append = _op(
     lambda x, nw, nb, wq, *_, **__: x.new_empty(*x.shape[:-1], wq.shape[0]),
 )
 lm_head = _op("lm_head(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, float eps) -> Tensor", _padded_logits)
+logprob = _op("logprob(Tensor x, Tensor weight, Tensor targets) -> (Tensor, Tensor, Tensor, Tensor)", _four_numbers)
 sample = _op(
     "sample(Tensor logits, Tensor rates, Tensor counts, Tensor flags, Tensor seeds, Tensor(a!)? seen, Tensor(b!) state,"
     " Tensor(c!) out, Tensor(d!) lengths, int method) -> ()",
@@ -114,5 +120,5 @@ sample = _op(
 
 NAMES = (
     *("embed", "layer_norm", "norm_linear", "norm_qkv", "linear_add", "attention", "decode_attention", "kv_append"),
-    *("norm_qkv_append", "lm_head", "sample"),
+    *("norm_qkv_append", "lm_head", "logprob", "sample"),
 )

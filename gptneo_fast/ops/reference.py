@@ -231,6 +231,37 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, e
     return F.pad(logits, (0, -weight.shape[0] % LOGITS_ALIGN))[..., : weight.shape[0]]
 
 
+def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the head's distribution over the vocabulary says of one token of each row.
+
+    Args:
+        x: [N, C], after the final norm. weight: [V, C].
+        targets: int64 [N].
+
+    Returns:
+        As `statistics` of the logits.
+    """
+    return statistics(F.linear(x, weight), targets)
+
+
+def statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probability of the target, its rank, entropy, variance of the log-probability), each [N].
+
+    The rank, int64, is how many tokens are likelier, among equals those of lower ids: 0 for what greedy decoding takes. The
+    entropy, in nats, is minus the mean of the log-probability under the distribution; the variance is that about it, as in
+    Min-K%++ (Zhang et al. 2024, equation 3). float32, or wider where logits [N, V] are.
+    """
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    own = x.gather(1, targets[:, None])
+    ids = torch.arange(x.shape[1], device=x.device)
+    rank = ((x > own) | ((x == own) & (ids < targets[:, None]))).sum(-1)
+    x = x.log_softmax(-1)
+    p = x.exp()
+    mean = (p * x).sum(-1)
+    variance = (p * (x - mean[:, None]).square()).sum(-1)
+    return x.gather(1, targets[:, None])[:, 0], rank, -mean, variance
+
+
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, window: int, seen: Tensor | None = None) -> Tensor:
     """What attention multiplies the values with, under any mask: [B, H, T, S], float32 or wider; it is no op and has no kernel.
 

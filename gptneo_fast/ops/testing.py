@@ -28,6 +28,7 @@ SUMMED = {  # arguments whose last axis is that of the sum
     "lm_head": (0, 1, 2, 3),
     "attention": (0, 1, 6),  # q, k and k_cache: the scores
     "decode_attention": (0, 1),
+    "logprob": (0, 1),
 }
 
 
@@ -204,6 +205,12 @@ def _lm_head() -> Iterator[Sample]:
         yield Sample(f"{B} rows of {C} to {V}", (_random(B, 1, C), *_norm(C), _random(V, C, scale=C**-0.5), EPS))
 
 
+def _logprob() -> Iterator[Sample]:
+    for N, C, V in ((1, 16, 5), (3, 48, 97), (33, 64, 40), (5, 32, 3000)):
+        targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(N))
+        yield Sample(f"{N} rows of {C} to {V}", (_random(N, C), _random(V, C, scale=2 * C**-0.5, seed=1), targets))
+
+
 def _sample() -> Iterator[Sample]:
     B, V, N = 5, 2500, 4
     for name, method, temperature, top_k, top_p, min_p, penalty in (
@@ -247,5 +254,6 @@ SAMPLES: dict[str, Callable[[], Iterator[Sample]]] = {
     "kv_append": _kv_append,
     "norm_qkv_append": _norm_qkv_append,
     "lm_head": _lm_head,
+    "logprob": _logprob,
     "sample": _sample,
 }
