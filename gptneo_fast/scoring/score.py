@@ -108,11 +108,12 @@ class ScoringMixin:
         positions = model.config.max_position_embeddings
         stride = max(1, positions // 2) if stride is None else stride
         if not is_int(stride) or not 1 <= stride < positions:
-            raise InputError(f"stride={short(stride)} is not an integer from 1 to {positions - 1}: windows of {positions} overlap")
+            raise InputError(f"stride={short(stride)} is not an integer from 1 to {positions - 1}, so that windows overlap")
         ids = ids_of(self.tokenizer, text, model.config.vocab_size, "text")
         if len(ids) < 2:
             raise InputError(f"the text has {len(ids)} tokens; perplexity is of those that have one before them")
-        windows, counts, end = [], [], 1
+        windows: list[list[int]] = []
+        counts, end = list[int](), 1
         for begin in range(0, len(ids), stride):
             last = min(begin + positions, len(ids))
             if last > end or not windows:
