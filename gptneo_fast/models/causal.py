@@ -23,14 +23,14 @@ from ..network.masks import Rows
 from ..network.outputs import CausalLMOutputWithPast
 from ..ops import backends, cpu, reference
 from ..ops.constants import LOGITS_ALIGN
-from ..scoring import ScoringMixin
+from ..scoring import EmbeddingMixin, ScoringMixin
 from .model import GPTNeoModel
 from .pretrained import GPTNeoPreTrainedModel, returns_output
 
 _ROWS = 256  # of logits that exist at one time where a head is somebody's own
 
 
-class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ScoringMixin):
+class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ScoringMixin, EmbeddingMixin):
     """The language model, its head tied to the token embedding.
 
     Args:

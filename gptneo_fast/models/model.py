@@ -22,10 +22,11 @@ from ..network.masks import Rows, rows_of
 from ..network.modules import GPTNeoBlock, parameters
 from ..network.outputs import BaseModelOutputWithPast, Trace
 from ..ops import backends
+from ..scoring import EmbeddingMixin
 from .pretrained import GPTNeoPreTrainedModel, returns_output
 
 
-class GPTNeoModel(GPTNeoPreTrainedModel):
+class GPTNeoModel(GPTNeoPreTrainedModel, EmbeddingMixin):
     """The trunk: token ids to hidden states.
 
     Args:

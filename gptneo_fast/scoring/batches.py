@@ -6,10 +6,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import is_int
 from ..errors import InputError, SetupError, short
+
+_TOKENS = {"cuda": 16384}  # of a batch, padding included
+_TOKENS_ELSEWHERE = 2048
 
 Text = str | Sequence[int] | Tensor
 
@@ -51,6 +55,11 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
             found.append([])
         found[-1].append(i)
     return found
+
+
+def budget_of(device: torch.device) -> int:
+    """Tokens of a batch, padding included."""
+    return _TOKENS.get(device.type, _TOKENS_ELSEWHERE)
 
 
 def shown(work: list[list[int]], progress: bool | None) -> Iterator[list[int]]:

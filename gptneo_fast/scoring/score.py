@@ -13,10 +13,8 @@ from torch import Tensor
 from ..config import is_int
 from ..errors import InputError, short
 from ..network.cache import KVCache
-from .batches import Text, batches, ids_of, shown, texts_of
+from .batches import Text, batches, budget_of, ids_of, shown, texts_of
 
-_TOKENS = {"cuda": 16384}  # of a batch, padding included
-_TOKENS_ELSEWHERE = 2048
 WANT = ("logprob", "rank", "greedy", "entropy", "mean", "variance")
 
 
@@ -151,8 +149,7 @@ class ScoringMixin:
         nothing = torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0)
         found: list[tuple[Tensor, ...]] = [nothing] * len(rows)
         lengths = [max(0, len(row) - 1) for row in rows]
-        budget = _TOKENS.get(model.device.type, _TOKENS_ELSEWHERE)
-        for batch in shown(batches(lengths, budget), progress):
+        for batch in shown(batches(lengths, budget_of(model.device)), progress):
             T = lengths[batch[0]]
             ids = torch.tensor([rows[i][:-1] + [0] * (T - lengths[i]) for i in batch], device=model.device)
             tokens = torch.tensor([[1] * lengths[i] + [0] * (T - lengths[i]) for i in batch], device=model.device)
