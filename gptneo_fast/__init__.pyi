@@ -1,6 +1,7 @@
 """The public names and where they stand: the one list of them, for type checkers and for `__init__.py`."""
 
 from .config import GPTNeoConfig as GPTNeoConfig
+from .engine import Engine as Engine, Job as Job
 from .errors import GPTNeoFastError as GPTNeoFastError, GPTNeoFastWarning as GPTNeoFastWarning
 from .flax import FlaxGPTNeoForCausalLM as FlaxGPTNeoForCausalLM, FlaxGPTNeoModel as FlaxGPTNeoModel
 from .generation import GenerationConfig as GenerationConfig, GenerationMode as GenerationMode
@@ -70,6 +71,7 @@ from .models.pipelines import TextGenerationPipeline as TextGenerationPipeline, 
 from .models.pretrained import GPTNeoPreTrainedModel as GPTNeoPreTrainedModel
 from .network.cache import KVCache as KVCache, cache_bytes as cache_bytes
 from .network.dynamic_cache import DynamicCache as DynamicCache
+from .scoring import Score as Score
 from .tokenizer import BatchEncoding as BatchEncoding, GPT2Tokenizer as GPT2Tokenizer, GPT2TokenizerFast as GPT2TokenizerFast
 from .tools.verify import verify as verify
 

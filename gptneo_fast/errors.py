@@ -83,6 +83,10 @@ class OutOfMemoryError(DeviceError, MemoryError):
     """A request that the device's memory cannot hold."""
 
 
+class BusyError(GPTNeoFastError, TimeoutError):
+    """A queue that has no place for a request within the time that its caller gave."""
+
+
 class GPTNeoFastWarning(UserWarning):
     """Base of every warning that gptneo_fast gives."""
 

@@ -11,7 +11,7 @@ from gptneo_fast.ops.constants import LOGITS_ALIGN
 
 from . import launch
 
-CHUNK = 256 << 20  # bytes of logits that exist at one time
+CHUNK = 128 << 20  # bytes of logits that exist at one time
 BLOCK = 2048
 
 

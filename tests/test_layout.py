@@ -20,6 +20,7 @@ FLOORS = [
     ["ops", "checkpoint", "tokenizer"],
     ["network"],
     ["generation", "scoring"],
+    ["engine"],
     ["models"],
     ["flax", "tools", "integrations"],
 ]

@@ -115,24 +115,14 @@ class TextMixin:
             await asyncio.shield(asyncio.wrap_future(closed))
 
     def _pieces(self, steps: Iterator[Tensor], options: Options) -> Generator[str, None, None]:
-        decoder = self.tokenizer.stream()
-        held = ""  # text that a stop string may begin in
+        text = GrowingText(self.tokenizer, options)
         for tokens in steps:
-            for token in tokens[0].tolist():
-                if token in options.eos_ids:
-                    break
-                held += decoder.put(token)
-                end = _stop_at(held, options.stops)
-                if end is not None:
-                    if held[:end]:
-                        yield held[:end]
-                    return
-                sure = len(held) - _may_begin(held, options.stops)
-                if sure:
-                    yield held[:sure]
-                    held = held[sure:]
-        if held := held + decoder.end():
-            yield held
+            if piece := text.put(tokens[0].tolist()):
+                yield piece
+            if text.over:
+                break
+        if piece := text.end():
+            yield piece
 
     def _encode(self, text: str, options: Options, truncate: Literal["left"] | None, allow_empty: bool) -> list[int]:
         """Token ids of one prompt that leave room for what is to be generated."""
@@ -160,6 +150,41 @@ class TextMixin:
         end = next((i for i, token in enumerate(ids) if token in options.eos_ids), len(ids))
         text: str = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return text[: _stop_at(text, options.stops)]
+
+
+class GrowingText:
+    """The text of a continuation while its tokens come: whole characters, and none that a stop string may begin with.
+
+    over: whether an end token or a stop string came; nothing follows.
+    """
+
+    def __init__(self, tokenizer: Any, options: Options) -> None:
+        self.over = False
+        self._decoder, self._options = tokenizer.stream(), options
+        self._held, self._cut = "", False  # a stop string may begin in what is held; one has cut the text
+
+    def put(self, tokens: Iterable[int]) -> str:
+        """Take tokens; the text that is certain now."""
+        out, stops = "", self._options.stops
+        for token in tokens:
+            if self.over or token in self._options.eos_ids:
+                self.over = True
+                break
+            self._held += self._decoder.put(token)
+            end = _stop_at(self._held, stops)
+            if end is not None:
+                self.over = self._cut = True
+                return out + self._held[:end]
+            out += self._let_go(len(self._held) - _may_begin(self._held, stops))
+        return out
+
+    def end(self) -> str:
+        """What is left when no token follows."""
+        return "" if self._cut else self._held + self._decoder.end()
+
+    def _let_go(self, n: int) -> str:
+        piece, self._held = self._held[:n], self._held[n:]
+        return piece
 
 
 def _bounded(tokenizer: Any, text: str, limit: int, cut: bool) -> str:

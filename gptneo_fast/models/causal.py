@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import GPTNeoConfig, is_int, is_number
+from ..engine import ManyMixin
 from ..errors import InputError, short
 from ..generation import GenerationConfig, GenerationMixin, TextMixin
 from ..network import decoding, touch
@@ -30,7 +31,7 @@ from .pretrained import GPTNeoPreTrainedModel, returns_output
 _ROWS = 256  # of logits that exist at one time where a head is somebody's own
 
 
-class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ScoringMixin, EmbeddingMixin):
+class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyMixin, ScoringMixin, EmbeddingMixin):
     """The language model, its head tied to the token embedding.
 
     Args:

@@ -93,7 +93,7 @@ class KVCache:
         self.keys: list[Tensor] = [empty] * len(self.windows)
         self.values: list[Tensor] = [empty] * len(self.windows)
         if max_length is not None:
-            self._grow(max_length, exact=True)
+            self.allocate(max_length, exact=True)
 
     @property
     def batch_size(self) -> int:
@@ -127,7 +127,7 @@ class KVCache:
         if self._seen < self._oldest():
             raise CacheError("an earlier call failed midway and overwrote keys that are still needed; start a new cache")
         self._ahead = [0] * len(self.windows)  # a forward pass that failed midway
-        self._grow(end)
+        self.allocate(end)
         self._written = max(self._written, end)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ class KVCache:
         T, seen, limit = key_states.shape[2], self.get_seq_length(layer_idx), self.config.max_position_embeddings
         if seen + T > limit:
             raise CacheError(f"{seen} cached + {T} new tokens exceed the model's {limit} positions")
-        self._grow(seen + T)
+        self.allocate(seen + T)
         self._written = max(self._written, seen + T)
         found = LayerCache(self, layer_idx).update(key_states, value_states, layer_idx)
         self._ahead[layer_idx] += T
@@ -250,14 +250,37 @@ class KVCache:
         other._ahead = list(self._ahead)
         return other
 
-    def rows(self, B: int) -> KVCache:
-        """An empty cache of B rows in the memory of the first B of this one."""
+    def rows(self, B: int, held: Sequence[int] = ()) -> KVCache:
+        """A cache of B rows in the memory of the first B of this one: empty, or with `held` tokens in each row."""
         other = object.__new__(KVCache)
         other.__dict__.update(self.__dict__)
         other.keys, other.values = [t[:B] for t in self.keys], [t[:B] for t in self.values]
         other.lengths = self.lengths[:B]
         other.reset()
+        if held:
+            other.lengths = torch.tensor(held, dtype=torch.int32, device=self.lengths.device)
+            other._seen = other._written = max(held)
+            other.ragged = min(held) < other._seen
         return other
+
+    def copy_row(self, row: int, source: KVCache, source_row: int = 0, tokens: int | None = None) -> None:
+        """Put a row of this cache, or of another of the same model, in the place of one; the other rows are not touched.
+
+        Slots that hold tokens are copied: of a local layer its ring at most.
+
+        Args:
+            tokens: that the row holds; None to read it from `source.lengths`.
+        """
+        n = int(source.lengths[source_row]) if tokens is None else tokens
+        self.allocate(n)
+        for layer, most in enumerate(self._slots):
+            used = min(n, most)
+            self.keys[layer][row, :, :used] = source.keys[layer][source_row, :, :used]
+            self.values[layer][row, :, :used] = source.values[layer][source_row, :, :used]
+        self.lengths[row] = n
+        self._seen = max(self._seen, n)
+        self._written = max(self._written, n)
+        self.ragged = True
 
     def _slots_of_rings(self) -> list[int]:
         return [slots for slots, window in zip(self._slots, self.windows, strict=True) if window] or [0]
@@ -269,7 +292,8 @@ class KVCache:
             return 0
         return self._written - ring + max(self.windows) - 1
 
-    def _grow(self, columns: int, exact: bool = False) -> None:
+    def allocate(self, columns: int, exact: bool = False) -> None:
+        """Lay out slots for this many columns in all, where there are fewer; by and by, or for as many at once."""
         for layer, most in enumerate(self._slots):
             old = self.keys[layer].shape[2]
             if old >= min(columns, most):

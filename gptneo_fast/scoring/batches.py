@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import is_int
 from ..errors import InputError, SetupError, short
 
-_TOKENS = {"cuda": 16384}  # of a batch, padding included
+_TOKENS = {"cuda": 8192}  # of a batch, padding included
 _TOKENS_ELSEWHERE = 2048
 
 Text = str | Sequence[int] | Tensor

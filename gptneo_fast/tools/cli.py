@@ -1,4 +1,4 @@
-"""The command line: `gptneo-fast generate | info | bench`. torch is imported only once a command runs.
+"""The command line: `gptneo-fast generate | score | info | bench`. torch is imported only once a command runs.
 
 Exit codes: 0 done, 1 the request failed (the reason is on stderr), 2 the command line is wrong, 130 interrupted.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -16,7 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from ..errors import GPTNeoFastError, InputError
+from ..errors import GPTNeoFastError, InputError, nearest
+
+_WANT = ("logprob", "rank", "greedy", "entropy", "mean", "variance")  # as scoring.score has it, which imports torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +95,21 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, metavar="S", help="the same seed draws the same text")
     generate.add_argument("--truncate", choices=["left"], help="drop the oldest tokens of a prompt that is too long")
     generate.add_argument("--json", action="store_true", help="one JSON object at the end instead of text")
+
+    score = commands.add_parser(
+        "score",
+        help="log-probabilities of the lines of a file",
+        description="Log-probabilities of the lines of a file: a JSON object a line, in their order.",
+        epilog="A line that cannot be scored has an 'error' in its place, and the exit code is 1.",
+    )
+    score.set_defaults(run=_score)
+    score.add_argument("file", metavar="FILE", help="texts, one a line; '-' reads standard input")
+    _model_options(score)
+    score.add_argument("--jsonl", action="store_true", help='lines are JSON: a string, or {"text": ..., "context": ...}')
+    score.add_argument("--want", nargs="+", default=[], metavar="W", help="of each token: " + ", ".join(_WANT))
+    score.add_argument("-o", "--output", metavar="OUT", help="a file in the place of standard output")
+    score.add_argument("--resume", action="store_true", help="go on behind the last whole line of OUT")
+    score.add_argument("--from-line", type=int, default=1, metavar="N", help="leave out the lines before this one; default 1")
 
     info = commands.add_parser("info", help="this machine, and a model", description="This machine, and a model's size.")
     info.set_defaults(run=_info)
@@ -173,6 +191,52 @@ def _generate(args: argparse.Namespace) -> int:
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .lines import lines_done, score_lines
+
+    if args.resume and not args.output:
+        raise InputError("--resume goes on behind the last line of a file; name it with --output")
+    if args.from_line < 1:
+        raise InputError(f"--from-line {args.from_line} is no line; the first is 1")
+    if wrong := [name for name in args.want if name not in _WANT]:
+        raise InputError(f"--want {wrong[0]} is unknown; choose from {', '.join(_WANT)}{nearest(wrong[0], _WANT)}")
+    first = args.from_line
+    with contextlib.ExitStack() as stack:
+        try:
+            lines = sys.stdin if args.file == "-" else stack.enter_context(open(args.file, encoding="utf-8", newline="\n"))
+        except OSError as error:
+            raise InputError(f"{args.file} cannot be read: {error.strerror}") from error
+        if lines is None or lines.closed:
+            raise InputError("standard input is closed; name a file")
+        if args.resume and Path(args.output).exists():
+            first = max(first, lines_done(Path(args.output)) + 1)
+        model = _load(args)
+        out = sys.stdout
+        if args.output:
+            out = stack.enter_context(open(args.output, "a" if args.resume else "w", encoding="utf-8"))
+        lines = itertools.islice(_shown(lines), first - 1, None)
+        failed = False
+        try:
+            for block in score_lines(model, lines, args.want, is_json=args.jsonl, first=first):
+                failed = failed or any("error" in row for row in block)
+                out.writelines(json.dumps(row) + "\n" for row in block)
+                out.flush()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{args.file} cannot be read as text: {error}") from error
+    return 1 if failed else 0
+
+
+def _shown(lines: Any) -> Any:
+    """Lines with a bar on standard error, where that is a terminal."""
+    if not sys.stderr.isatty():
+        return lines
+    from tqdm import tqdm
+
+    return tqdm(lines, unit="line")
 
 
 def _bench(args: argparse.Namespace) -> int:

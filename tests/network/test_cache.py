@@ -294,3 +294,41 @@ def test_a_length_may_be_of_numpy_or_torch(length):
     cache.crop(length)
     assert cache.get_seq_length() == 8 and type(cache.get_seq_length()) is int
     torch.testing.assert_close(feed(model, x, [5], cache, at=8), logits[:, 8:13])
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto", "triton"])
+@torch.no_grad()
+def test_rows_of_different_age_are_replaced_and_moved_without_touching_the_others(backend):
+    """Rings of 135 slots have wrapped in one row and not in the others."""
+    _, model = peers(dtype=torch.float32)
+    model.transformer.requested_backend = backend
+    texts = [torch.randint(3, 97, (1, n), generator=torch.Generator().manual_seed(n)) for n in (150, 3, 40, 1)]
+    singles = []
+    for ids in texts:
+        cache = fresh(model, 1)
+        model(ids, past_key_values=cache)
+        singles.append(cache)
+    batch = fresh(model, 4)
+    held = [150, 3, 40]
+    for row, n in enumerate(held):
+        batch.copy_row(row, singles[row])
+        assert batch.lengths[row] == n
+
+    def step(rows):
+        view = batch.rows(len(rows), [texts[i].shape[1] for i in rows])
+        assert view.get_seq_length() == max(texts[i].shape[1] for i in rows)
+        ids = torch.tensor([[7 + i] for i in rows])
+        places = torch.tensor([[texts[i].shape[1]] for i in rows])
+        got = model.step(ids, places, None, view)[:, 0]
+        for i, logits in zip(rows, got, strict=True):
+            want = model(torch.cat([texts[i], torch.tensor([[7 + i]])], 1)).logits[0, -1]
+            assert (logits - want).abs().max() < 1e-3, i
+
+    step([0, 1, 2])
+    before = [t[[0, 2]].clone() for t in (*batch.keys, *batch.values)]
+    batch.copy_row(1, singles[3])
+    assert all(torch.equal(t[[0, 2]], old) for t, old in zip((*batch.keys, *batch.values), before, strict=True))
+    step([0, 3, 2])
+    batch.copy_row(0, batch, 2, tokens=40)
+    step([2, 3])
+    assert {t.shape[2] for t in batch.keys[1:]} == {135}  # what local layers hold of the longest row

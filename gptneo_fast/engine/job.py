@@ -1,0 +1,198 @@
+"""Job: one request to an Engine, as a future of its result and an iterator over what comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import CancelledError, Future
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import NonFiniteLogitsError
+from ..generation.request import Request, non_finite
+from ..generation.text import GrowingText
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class Job(Future[Any]):
+    """The continuation of one prompt: a string of a string, a list of token ids of token ids.
+
+    `result(timeout)` and `await job` give it whole. Iterating, with `for` or `async for`, gives pieces of text, or tokens, as
+    they come; then what went wrong, if something did. `cancel()` works until the end.
+
+    ids: of the prompt, prefix included, and of what was found so far.
+    prompt: how many of them are the prompt's. prefix: how many of those are shared with other requests.
+    seed: of the random numbers, None where none are drawn: `generate(ids, seed=seed)` gives the same.
+    """
+
+    def __init__(self, engine: Engine, request: Request, ids: list[int], *, prefix: int, seed: int | None, decode: Any) -> None:
+        super().__init__()
+        self.request, self.seed, self.ids = request, seed, ids
+        self.prompt, self.prefix = len(ids), prefix
+        self._engine: Engine | None = engine  # which lives for as long as somebody waits for it
+        self._decode = decode  # the model, where the result is text
+        self._listeners: set[Callable[[], None]] = set()
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those found so far, the end token included."""
+        return self.ids[self.prompt :]
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended: "stop" (an end token, a stop string or a criterion), "length", "cancelled" or "error"; None before."""
+        if not self.done():
+            return None
+        if self.cancelled():
+            return "cancelled"
+        if self.exception() is not None:
+            return "error"
+        ends = self.request.ends
+        over = len(self.ids) >= self.request.total and (ends is None or self.ids[-1] not in ends)
+        return "length" if over else "stop"
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The continuation; waits for it.
+
+        Raises:
+            TimeoutError: not within `timeout` seconds. CancelledError: it was cancelled, or the engine closed.
+            NonFiniteLogitsError, InputError: as `generate`; or what a processor, a criterion or a module raised.
+            SetupError: this process was forked from the one that computes it.
+        """
+        self._require_another_thread()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What went wrong, or None; waits for the end."""
+        self._require_another_thread()
+        return super().exception(timeout)
+
+    def cancel(self) -> bool:
+        """End it before the next step, and wake all who wait; False where it has ended."""
+        cancelled = super().cancel()
+        engine = self._engine
+        if cancelled and engine is not None:
+            self._tell()
+            engine._work.wake()
+        return cancelled
+
+    def __iter__(self) -> Iterator[Any]:
+        self._require_another_thread()
+        text, n = self._text(), 0
+        while (new := self._next(n)) is not None:
+            n += len(new)
+            yield from _pieces(text, new)
+            if text is not None and text.over:
+                return
+        yield from self._last(text)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        self._require_another_thread()
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(news.set)
+
+        with self._condition:
+            self._listeners.add(tell)
+        try:
+            text, n = self._text(), 0
+            while True:
+                news.clear()
+                ended, new = self.done(), self.ids[self.prompt + n :]
+                n += len(new)
+                for piece in _pieces(text, new):
+                    yield piece
+                if text is not None and text.over:
+                    return
+                if ended:
+                    break
+                await news.wait()
+            for piece in self._last(text):
+                yield piece
+        finally:
+            with self._condition:
+                self._listeners.discard(tell)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return asyncio.wrap_future(self).__await__()
+
+    # What follows is called by the thread that generates, or under `_condition`.
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether each token is the likeliest, whatever came before."""
+        return not self.request.options.do_sample and not self.request.processors
+
+    def take(self, tokens: list[int]) -> None:
+        """Add tokens, and tell who waits for them."""
+        with self._condition:
+            self.ids += tokens
+            self._condition.notify_all()
+        self._tell()
+
+    def finish(self) -> None:
+        """It is complete."""
+        found = self.tokens if self._decode is None else self._decode._text(self.tokens, self.request.options)
+        self._end(lambda: self.set_result(found))
+
+    def fail(self, error: BaseException) -> None:
+        """It cannot go on."""
+        self._end(lambda: self.set_exception(error))
+
+    def let_go(self) -> None:
+        """It was cancelled, and nobody works on it any more."""
+        self._end(lambda: self.set_exception(CancelledError()))
+
+    def broken(self) -> NonFiniteLogitsError:
+        """The error for logits that were not finite."""
+        texts = None if self._decode is None else [self._decode._text(self.tokens, self.request.options)]
+        return non_finite({0: len(self.ids)}, torch.tensor([self.ids]), texts)
+
+    def _end(self, settle: Callable[[], None]) -> None:
+        self._engine = None
+        if self.set_running_or_notify_cancel():  # not cancelled, and cannot be any more
+            settle()
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._condition:
+            listeners = list(self._listeners)
+        for tell in listeners:
+            try:
+                tell()
+            except RuntimeError:  # the loop that listened is closed
+                with self._condition:
+                    self._listeners.discard(tell)
+
+    def _require_another_thread(self) -> None:
+        engine = self._engine
+        if engine is not None and not self.done():
+            engine._work.require_another_thread()
+
+    def _next(self, n: int) -> list[int] | None:
+        """Tokens after the first n, once there are any; None when there will be none."""
+        with self._condition:
+            while len(self.ids) == self.prompt + n and not self.done():
+                self._condition.wait()
+            return self.ids[self.prompt + n :] or None
+
+    def _text(self) -> GrowingText | None:
+        return None if self._decode is None else GrowingText(self._decode.tokenizer, self.request.options)
+
+    def _last(self, text: GrowingText | None) -> Iterator[str]:
+        """What is left once it has ended; raises what went wrong."""
+        if text is not None and (piece := text.end()):
+            yield piece
+        self.result()
+
+
+def _pieces(text: GrowingText | None, tokens: list[int]) -> list[Any]:
+    if text is None:
+        return list(tokens)
+    piece = text.put(tokens)
+    return [piece] if piece else []

@@ -1,0 +1,165 @@
+"""Rows: requests that decode together, each a row of one cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..generation.request import LanguageModel
+from ..network.cache import KVCache
+from ..network.decoding import Greedy
+from ..ops import extension
+from .graphs import Graphs
+from .job import Job
+
+_STEPS, _SECONDS = 32, 0.05  # the most that runs in one call
+
+
+class Rows:
+    """Up to `most` requests. Their rows are the first of the cache; when one leaves, the last takes its place.
+
+    Args:
+        model: a GPTNeoForCausalLM. columns: of prompt and continuation at most.
+    """
+
+    def __init__(self, model: LanguageModel, most: int, columns: int) -> None:
+        self.model, self.most = model, most
+        self.jobs: list[Job] = []
+        fixed = columns if model.device.type == "cuda" else None  # graphs see addresses
+        self.cache: KVCache = model.transformer.new_cache(most, fixed)
+        self._view: KVCache | None = None  # of the rows in use; None after one joined or left
+        self._graphs = Graphs(model, self.cache)
+        self._steps = 1
+
+    def join(self, job: Job, past: KVCache | None) -> None:
+        """Add a request whose tokens but the last are in `past`; None where it has but one."""
+        if past is not None:
+            self.cache.copy_row(len(self.jobs), past, tokens=len(job.ids) - 1)
+        self._graphs.renew()
+        self.jobs.append(job)
+        self._view = None
+
+    def drop(self, job: Job) -> None:
+        """Let a request's row go to the next one."""
+        i, last = self.jobs.index(job), len(self.jobs) - 1
+        if i < last:
+            self.cache.copy_row(i, self.cache, last, tokens=len(self.jobs[last].ids) - 1)
+            self.jobs[i] = self.jobs[last]
+        self.jobs.pop()
+        self._view = None
+
+    def clear(self) -> None:
+        """Forget all requests."""
+        self.jobs, self._view = [], None
+
+    def step(self) -> None:
+        """At least one token more for every request, or its end.
+
+        A processor or a criterion that raises ends its own request; what the model raises ends this call, and then nothing
+        is known of the cache.
+        """
+        rows = [[job.ids[-1]] for job in self.jobs]
+        ids = torch.tensor(rows, device=self.model.device)
+        began, found = time.monotonic(), self._several(ids)
+        if found is not None:
+            n = len(found[0])
+            self._steps = min(_STEPS, 1 + int(_SECONDS * n / (time.monotonic() - began)))
+            for job, tokens in zip(list(self.jobs), found, strict=True):
+                with self._answering(job):
+                    self._take(job, tokens)
+            return
+        logits = self._logits(ids).float()
+        best = extension.likeliest(logits).tolist()
+        for i, job in enumerate(list(self.jobs)):
+            with self._answering(job):
+                self._take(job, [best[i] if job.plain else self._draw(job, logits[i : i + 1], best[i])])
+
+    def _draw(self, job: Job, logits: Tensor, best: int) -> int:
+        """The next token by a request's own processors and random numbers. logits: [1, V]."""
+        request = job.request
+        if best < 0 and not request.options.remove_invalid_values:
+            return -1
+        ids = torch.tensor([job.ids], device=logits.device)
+        running = torch.ones(1, dtype=torch.bool, device=logits.device)
+        return int(request.draw(request.processors(ids, logits), running))
+
+    def _take(self, job: Job, tokens: list[int]) -> None:
+        """Tokens up to the one that ends the request; -1 stands for logits that were not finite."""
+        request, kept, over, ends = job.request, list[int](), False, job.request.ends
+        for token in tokens:
+            if token < 0:
+                break
+            kept.append(token)
+            over = len(job.ids) + len(kept) >= request.total or (ends is not None and token in ends)
+            if ends is None:
+                ids = torch.tensor([job.ids + kept], device=self.model.device)
+                over = over or bool(request.criteria(ids, None).any())
+            if over:
+                break
+        job.take(kept)
+        if over:
+            self.drop(job)
+            job.finish()
+        elif len(kept) < len(tokens):
+            self.drop(job)
+            job.fail(job.broken())
+
+    @contextmanager
+    def _answering(self, job: Job) -> Iterator[None]:
+        """What is raised within it is the request's answer."""
+        try:
+            yield
+        except Exception as error:
+            if job in self.jobs:
+                self.drop(job)
+            job.fail(error)
+
+    def _several(self, ids: Tensor) -> list[list[int]] | None:
+        """Tokens of several greedy steps in one call; None where they must be taken one by one. ids: [B, 1]."""
+        first = self.jobs[0].request
+        steps = min(self._steps, min(job.request.total - len(job.ids) for job in self.jobs))
+        if self.model.device.type != "cpu" or not all(job.plain and job.request.ends == first.ends for job in self.jobs):
+            return None
+        if first.ends is None or not self.model.looked():
+            return None
+        running = torch.ones(len(ids), dtype=torch.bool)
+        how = Greedy(running, sorted(first.ends), 0, 0, steps)
+        found = self.model.greedy(ids, self._places(), self._view_of(steps), how)
+        return None if found is None else found.tolist()
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        """Logits [B, V] after the newest tokens [B, 1]."""
+        model, held = self.model, self._held()
+        if self._graphs.serve():
+            self._view = None  # which would not know of this step
+            return self._graphs.logits(ids, held)
+        view = self._view_of(1)
+        if model.looked().forward:  # nothing to check: these are tokens of our own
+            return model.step(ids, self._places(), None, view)[:, -1]
+        seen = view.get_seq_length()
+        held_by = torch.tensor(held, device=ids.device)[:, None]
+        mask = torch.arange(seen + 1, device=ids.device) >= seen - held_by
+        how = {"attention_mask": mask.long(), "position_ids": self._places(), "logits_to_keep": 1, "return_dict": True}
+        logits: Tensor = model(ids, past_key_values=view, use_cache=True, **how).logits
+        return logits[:, -1]
+
+    def _held(self) -> list[int]:
+        """Tokens of each row that the cache holds: all but the newest."""
+        return [len(job.ids) - 1 for job in self.jobs]
+
+    def _places(self) -> Tensor:
+        """Positions [B, 1] of the newest tokens."""
+        return torch.tensor([[n] for n in self._held()], device=self.model.device)
+
+    def _view_of(self, steps: int) -> KVCache:
+        """The cache of the rows in use, with room for so many tokens more."""
+        held = self._held()
+        slots = self.cache.keys[0].shape
+        self.cache.allocate(max(held) + steps)
+        if self._view is None or self.cache.keys[0].shape != slots or self._view.get_seq_length() != max(held):
+            self._view = self.cache.rows(len(held), held)
+        return self._view
