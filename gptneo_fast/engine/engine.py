@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Literal, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import is_int, is_number
 from ..errors import InputError, short
+from ..generation.callbacks import check_functions
 from ..generation.config import Options
 from ..generation.generate import GenerationMixin, request_of, settle
 from ..generation.prompt import Prompt
@@ -62,8 +63,8 @@ class Engine:
     ) -> None:
         if not isinstance(model, GenerationMixin):
             raise InputError(f"model is {short(model)}; give a GPTNeoForCausalLM")
-        kind, positions = model.device.type, model.config.max_position_embeddings
-        self.model: LanguageModel = model
+        self.model = cast(LanguageModel, model)
+        kind, positions = self.model.device.type, model.config.max_position_embeddings
         self.max_rows = _number("max_rows", max_rows, _ROWS.get(kind, _ROWS_ELSEWHERE))
         self.max_tokens = _number("max_tokens", max_tokens, positions, most=positions)
         self.max_waiting = _number("max_waiting", max_waiting, 4 * self.max_rows)
@@ -74,7 +75,7 @@ class Engine:
             columns=self.max_tokens,
             most_waiting=self.max_waiting,
             chunk=self.prefill_chunk_size,
-            surroundings=Surroundings.now(model.device),
+            surroundings=Surroundings.now(self.model.device),
         )
         threading.Thread(target=self._work.run, name="gptneo_fast.Engine", daemon=True).start()
         self._end = weakref.finalize(self, self._work.close, cancel=True, wait=False)
@@ -135,7 +136,11 @@ class Engine:
         if settled.do_sample and settled.seed is None:
             settled.seed = int(torch.randint(2**63 - 1, ()))
         request = request_of(
-            self.model, Prompt(torch.tensor([ids], device=self.model.device)), settled, own=own or (), criteria=criteria
+            self.model,
+            Prompt(torch.tensor([ids], device=self.model.device)),
+            settled,
+            own=check_functions("logits_processor", own),
+            criteria=criteria,
         )
         if request.total > self.max_tokens:
             raise InputError(
@@ -287,7 +292,7 @@ def _answer(jobs: list[Job], returns: bool) -> Any:
 def _shown(found: Iterator[Any], prompts: Iterable[Any]) -> Iterator[Any]:
     from tqdm import tqdm
 
-    total = len(prompts) if hasattr(prompts, "__len__") else None
+    total = len(prompts) if isinstance(prompts, Sized) else None
     with tqdm(found, total=total, unit="prompt") as bar:
         yield from bar
 

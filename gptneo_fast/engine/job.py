@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from functools import cached_property
@@ -35,6 +36,7 @@ class Job(Future[Any]):
         self.prompt, self.prefix = len(ids), prefix
         self._engine: Engine | None = engine  # which lives for as long as somebody waits for it
         self._decode = decode  # the model, where the result is text
+        self._news = threading.Condition()  # of tokens and of the end; Future's own wakes those who wait for the end
         self._listeners: set[Callable[[], None]] = set()
 
     @property
@@ -97,7 +99,7 @@ class Job(Future[Any]):
         def tell() -> None:
             loop.call_soon_threadsafe(news.set)
 
-        with self._condition:
+        with self._news:
             self._listeners.add(tell)
         try:
             text, n = self._text(), 0
@@ -115,13 +117,13 @@ class Job(Future[Any]):
             for piece in self._last(text):
                 yield piece
         finally:
-            with self._condition:
+            with self._news:
                 self._listeners.discard(tell)
 
     def __await__(self) -> Generator[Any, None, Any]:
         return asyncio.wrap_future(self).__await__()
 
-    # What follows is called by the thread that generates, or under `_condition`.
+    # What follows is for the thread that generates.
 
     @cached_property
     def plain(self) -> bool:
@@ -130,9 +132,8 @@ class Job(Future[Any]):
 
     def take(self, tokens: list[int]) -> None:
         """Add tokens, and tell who waits for them."""
-        with self._condition:
+        with self._news:
             self.ids += tokens
-            self._condition.notify_all()
         self._tell()
 
     def finish(self) -> None:
@@ -160,13 +161,14 @@ class Job(Future[Any]):
         self._tell()
 
     def _tell(self) -> None:
-        with self._condition:
+        with self._news:
+            self._news.notify_all()
             listeners = list(self._listeners)
         for tell in listeners:
             try:
                 tell()
             except RuntimeError:  # the loop that listened is closed
-                with self._condition:
+                with self._news:
                     self._listeners.discard(tell)
 
     def _require_another_thread(self) -> None:
@@ -176,9 +178,9 @@ class Job(Future[Any]):
 
     def _next(self, n: int) -> list[int] | None:
         """Tokens after the first n, once there are any; None when there will be none."""
-        with self._condition:
+        with self._news:
             while len(self.ids) == self.prompt + n and not self.done():
-                self._condition.wait()
+                self._news.wait()
             return self.ids[self.prompt + n :] or None
 
     def _text(self) -> GrowingText | None:

@@ -33,6 +33,7 @@ class Rows:
         self.cache: KVCache = model.transformer.new_cache(most, fixed)
         self._view: KVCache | None = None  # of the rows in use; None after one joined or left
         self._graphs = Graphs(model, self.cache)
+        self._ended: list[Job] = []  # in this step
         self._steps = 1
 
     def join(self, job: Job, past: KVCache | None) -> None:
@@ -54,7 +55,7 @@ class Rows:
 
     def clear(self) -> None:
         """Forget all requests."""
-        self.jobs, self._view = [], None
+        self.jobs, self._view, self._ended = [], None, []
 
     def step(self) -> None:
         """At least one token more for every request, or its end.
@@ -62,21 +63,23 @@ class Rows:
         A processor or a criterion that raises ends its own request; what the model raises ends this call, and then nothing
         is known of the cache.
         """
-        rows = [[job.ids[-1]] for job in self.jobs]
-        ids = torch.tensor(rows, device=self.model.device)
+        ids = torch.tensor([[job.ids[-1]] for job in self.jobs], device=self.model.device)
         began, found = time.monotonic(), self._several(ids)
         if found is not None:
             n = len(found[0])
             self._steps = min(_STEPS, 1 + int(_SECONDS * n / (time.monotonic() - began)))
-            for job, tokens in zip(list(self.jobs), found, strict=True):
+            for job, tokens in zip(self.jobs, found, strict=True):
                 with self._answering(job):
                     self._take(job, tokens)
-            return
-        logits = self._logits(ids).float()
-        best = extension.likeliest(logits).tolist()
-        for i, job in enumerate(list(self.jobs)):
-            with self._answering(job):
-                self._take(job, [best[i] if job.plain else self._draw(job, logits[i : i + 1], best[i])])
+        else:
+            logits = self._logits(ids).float()
+            best = extension.likeliest(logits).tolist()
+            for i, job in enumerate(self.jobs):
+                with self._answering(job):
+                    self._take(job, [best[i] if job.plain else self._draw(job, logits[i : i + 1], best[i])])
+        for job in self._ended:  # now that all rows count what the cache holds
+            self.drop(job)
+        self._ended = []
 
     def _draw(self, job: Job, logits: Tensor, best: int) -> int:
         """The next token by a request's own processors and random numbers. logits: [1, V]."""
@@ -102,10 +105,10 @@ class Rows:
                 break
         job.take(kept)
         if over:
-            self.drop(job)
+            self._ended.append(job)
             job.finish()
         elif len(kept) < len(tokens):
-            self.drop(job)
+            self._ended.append(job)
             job.fail(job.broken())
 
     @contextmanager
@@ -114,8 +117,8 @@ class Rows:
         try:
             yield
         except Exception as error:
-            if job in self.jobs:
-                self.drop(job)
+            if job not in self._ended:
+                self._ended.append(job)
             job.fail(error)
 
     def _several(self, ids: Tensor) -> list[list[int]] | None:

@@ -70,7 +70,8 @@ class Work:
         self._news = threading.Condition()  # over what follows
         self._waiting: deque[Job] = deque()
         self._ending: str | None = None  # "finish" or "cancel"
-        self._process, self._thread = os.getpid(), None
+        self._process = os.getpid()
+        self._thread: int | None = None
         self._over = threading.Event()
         self._rows: Rows | None = None
         self._filling: _Filling | None = None

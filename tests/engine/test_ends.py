@@ -16,15 +16,15 @@ import torch
 
 from gptneo_fast import Engine
 from gptneo_fast.errors import NonFiniteLogitsError, SetupError
-from tests.support.peers import SMALL, peers
-from tests.support.serial import require_same, serial
+from tests.support.peers import SMALL
+from tests.support.serial import Gate, lively, require_same, serial
 
 V = SMALL["vocab_size"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return peers()[1]
+    return lively()
 
 
 def threads():
@@ -46,8 +46,11 @@ def test_closing_finishes_what_there_is_and_cancelling_does_not(model):
     with pytest.raises(SetupError, match="this engine is closed"):
         engine.submit([5])
     engine.close()
-    engine = Engine(model, 1)
-    jobs = [engine.submit([5], max_new_tokens=600, eos_token_id=None) for _ in range(3)]
+    engine, gate = Engine(model, 1), Gate(2)
+    jobs = [engine.submit([5], max_new_tokens=600, logits_processor=[gate]) for _ in range(3)]
+    next(iter(jobs[0]))
+    assert all(job.cancel() for job in jobs)  # as closing does, but for the wait
+    gate.open()
     engine.close(cancel=True)
     for job in jobs:
         with pytest.raises(CancelledError):
@@ -60,13 +63,13 @@ def test_an_error_in_the_with_block_cancels(model):
 
     def block():
         with engine:
-            jobs.append(engine.submit([5], max_new_tokens=600, eos_token_id=None))
+            jobs.extend(engine.submit([5], max_new_tokens=600, eos_token_id=None, do_sample=True) for _ in range(4))
             raise KeyboardInterrupt
 
     jobs = []
     with pytest.raises(KeyboardInterrupt):
         block()
-    assert jobs[0].cancelled()
+    assert jobs[3].cancelled()
 
 
 def test_what_nobody_holds_ends(model):
@@ -101,8 +104,9 @@ def test_a_callback_may_submit_and_close_but_not_wait(model):
 
 
 def test_a_forked_child_is_told(model):
+    gate = Gate(2)
     with Engine(model, 1) as engine:
-        job = engine.submit([5], max_new_tokens=600, eos_token_id=None)
+        job = engine.submit([5], max_new_tokens=600, logits_processor=[gate])
         next(iter(job))
         reading, writing = os.pipe()
         child = os.fork()
@@ -119,6 +123,7 @@ def test_a_forked_child_is_told(model):
         os.waitpid(child, 0)
         assert os.read(reading, 9) == bytes([True] * 3)
         job.cancel()
+        gate.open()
 
 
 PROGRAM = """
@@ -126,8 +131,8 @@ import sys, time
 import gptneo_fast
 from gptneo_fast.demo import FOLDER
 model = gptneo_fast.load(FOLDER)
-engine = gptneo_fast.Engine(model, 2)
-jobs = [engine.submit("Once upon a time", max_new_tokens=2000, eos_token_id=None) for _ in range(4)]
+engine = gptneo_fast.Engine(model, 2, max_waiting=99)
+jobs = [engine.submit("Once upon a time", max_new_tokens=500, eos_token_id=None) for _ in range(40)]
 next(iter(jobs[0]))
 print("going", flush=True)
 """

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
+
+import gptneo_fast
+from tests.support.peers import SMALL
+
+
+@torch.no_grad()
+def lively(dtype=torch.float32):
+    """A small model each of whose greedy tokens depends on all that it sees: a wrong key shows in the text."""
+    model = gptneo_fast.GPTNeoForCausalLM(gptneo_fast.GPTNeoConfig(**SMALL, tie_word_embeddings=False)).to(dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * 1.5 * p.shape[-1] ** -0.5 if p.dim() == 2 else p)
+    model.transformer.wte.weight.mul_(4)
+    return model
 
 
 def serial(model, prompt, **options):
@@ -19,3 +35,16 @@ def require_same(model, prompt, got, want, error=1e-4):
         return
     logits = model(torch.tensor([prompt + want[:at]])).logits[0, -1]
     assert (logits[got[at]] - logits[want[at]]).abs() < error, (at, got, want)
+
+
+class Gate:
+    """A processor that lets a text have so many tokens, prompt included, and the others only once it is opened."""
+
+    def __init__(self, tokens):
+        self.tokens, self._opened = tokens, threading.Event()
+        self.open = self._opened.set
+
+    def __call__(self, ids, scores):
+        if ids.shape[1] > self.tokens:
+            assert self._opened.wait(60)
+        return scores
