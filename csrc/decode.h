@@ -78,6 +78,12 @@ using Workspace = float* (*)(int64_t floats);
 // Runs task(begin, end, context) over [0, count) in pieces of at least `grain`, on as many threads as torch has.
 using Parallel = void (*)(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context);
 
+// Some of a row's logits: those of neighbouring tokens.
+struct Piece {
+  const float* at;
+  int64_t size;
+};
+
 // What there is once for each instruction set: the same code on vectors of as many floats.
 struct Lanes {
   void (*decode)(const Step&, Parallel, float* workspace);
@@ -86,7 +92,7 @@ struct Lanes {
   // gelu_new of `count` numbers, in place.
   void (*gelu)(Number, void* numbers, int64_t count, Parallel);
   // Of [V] logits and one token: log-probability, rank, entropy, variance of the log-probability.
-  void (*statistics)(const float* logits, int64_t V, int64_t token, float* own, int64_t* rank, float* entropy, float* variance);
+  void (*statistics)(const Piece* pieces, int64_t count, int64_t token, float* own, int64_t* rank, float* entropy, float* variance);
   // The first of the largest of [V] logits, or -1 where one is not finite.
   int64_t (*likeliest)(const float* logits, int64_t V);
 };

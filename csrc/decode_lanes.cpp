@@ -138,38 +138,44 @@ int64_t likeliest(const float* logits, int64_t V) {
 
 constexpr int64_t kSummed = 1 << 10;  // numbers that are added in float32 before the sum goes on in float64
 
-void statistics(const float* logits, int64_t V, int64_t token, float* own, int64_t* rank, float* entropy, float* variance) {
-  const int64_t whole = V / kLanes * kLanes;
-  const float value = logits[token];
+void statistics(const Piece* pieces, int64_t count, int64_t token, float* own, int64_t* rank, float* entropy, float* variance) {
+  int64_t home = 0, place = token;  // of the token's logit: its piece, and where in it
+  while (place >= pieces[home].size) place -= pieces[home++].size;
+  const float value = pieces[home].at[place];
   Floats best = Floats{} - INFINITY;
-  int64_t above = 0;
-  for (int64_t v = 0; v < whole; v += kLanes) {
-    const Floats x = load<kLanes>(logits + v);
-    best = choose(x > best, x, best);
-  }
   float top = -INFINITY;
-  for (int l = 0; l < kLanes; ++l) top = best[l] > top ? best[l] : top;
-  for (int64_t v = whole; v < V; ++v) top = logits[v] > top ? logits[v] : top;
-  double total = 0, first = 0, second = 0;  // of e^d, d e^d and d^2 e^d, d = logit - top
-  for (int64_t begin = 0; begin < V; begin += kSummed) {
-    const int64_t end = min(V, begin + kSummed);
-    Floats t = {}, f = {}, s = {};
-    Ints a = {};
-    for (int64_t v = begin; v < end; v += kLanes) {
-      const int64_t count = min(kLanes, end - v);
-      float part[kLanes];
-      for (int64_t l = 0; count < kLanes && l < kLanes; ++l) part[l] = l < count ? logits[v + l] : -INFINITY;
-      const Floats x = load<kLanes>(count < kLanes ? part : logits + v), d = x - top, e = exponential(d);
-      const Floats de = choose(e > 0.0f, d * e, choose(e == e, Floats{}, e));  // -inf times 0 is nothing
-      t += e;
-      f += de;
-      s += choose(e > 0.0f, d * de, de);
-      a -= x > value;
+  for (const Piece* p = pieces; p < pieces + count; ++p) {
+    int64_t v = 0;
+    for (; v + kLanes <= p->size; v += kLanes) {
+      const Floats x = load<kLanes>(p->at + v);
+      best = choose(x > best, x, best);
     }
-    total += sum(t), first += sum(f), second += sum(s);
-    for (int l = 0; l < kLanes; ++l) above += a[l];
+    for (; v < p->size; ++v) top = p->at[v] > top ? p->at[v] : top;
   }
-  for (int64_t v = 0; v < token; ++v) above += logits[v] == value;
+  for (int l = 0; l < kLanes; ++l) top = best[l] > top ? best[l] : top;
+  double total = 0, first = 0, second = 0;  // of e^d, d e^d and d^2 e^d, d = logit - top
+  int64_t above = 0;
+  for (const Piece* p = pieces; p < pieces + count; ++p)
+    for (int64_t begin = 0; begin < p->size; begin += kSummed) {
+      const int64_t end = min(p->size, begin + kSummed);
+      Floats t = {}, f = {}, s = {};
+      Ints a = {};
+      for (int64_t v = begin; v < end; v += kLanes) {
+        const int64_t left = min(kLanes, end - v);
+        float part[kLanes];
+        for (int64_t l = 0; left < kLanes && l < kLanes; ++l) part[l] = l < left ? p->at[v + l] : -INFINITY;
+        const Floats x = load<kLanes>(left < kLanes ? part : p->at + v), d = x - top, e = exponential(d);
+        const Floats de = choose(e > 0.0f, d * e, choose(e == e, Floats{}, e));  // -inf times 0 is nothing
+        t += e;
+        f += de;
+        s += choose(e > 0.0f, d * de, de);
+        a -= x > value;
+      }
+      total += sum(t), first += sum(f), second += sum(s);
+      for (int l = 0; l < kLanes; ++l) above += a[l];
+    }
+  for (int64_t i = 0; i <= home; ++i)
+    for (int64_t v = 0; v < (i < home ? pieces[i].size : place); ++v) above += pieces[i].at[v] == value;
   const double mean = first / total;
   *own = static_cast<float>(value - top - log(total));
   *rank = above;

@@ -126,30 +126,40 @@ void gelu(const Tensor& x, int64_t max_lanes) {
 
 int64_t most_lanes() { return lanes(0); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& logits, const Tensor& targets, int64_t max_lanes) {
-  if (!(logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == ScalarType::Float && logits.is_cpu() &&
-        (logits.stride(1) == 1 || logits.size(1) == 1)))
-    refuse("logits are ", shape(logits), ", but must be float32 [N, V] on the CPU, the last axis dense");
-  const int64_t N = logits.size(0), V = logits.size(1);
-  if (targets.dim() != 1 || targets.size(0) != N) refuse("targets are ", shape(targets), ", but must be int64 [", N, "]");
+// Of rows of logits that lie in pieces [N, n], which together are [N, V].
+std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(std::vector<Tensor> logits, const Tensor& targets, int64_t max_lanes) {
+  const int64_t N = targets.dim() == 1 ? targets.size(0) : -1;
+  int64_t V = 0;
+  for (const Tensor& piece : logits) {
+    if (!(piece.dim() == 2 && piece.size(0) == N && piece.size(1) > 0 && piece.scalar_type() == ScalarType::Float &&
+          piece.is_cpu() && (piece.stride(1) == 1 || piece.size(1) == 1)))
+      refuse("logits are ", shape(piece), " and targets ", shape(targets), ", but must be float32 [N, n] on the CPU, the last "
+             "axis dense, and int64 [N]");
+    V += piece.size(1);
+  }
+  if (V == 0) refuse("there are no logits");
   Tensor rank = torch::stable::new_empty(targets, {N}, ScalarType::Long);
-  Tensor own = torch::stable::new_empty(logits, {N}), entropy = torch::stable::new_empty(logits, {N});
-  Tensor variance = torch::stable::new_empty(logits, {N});
+  Tensor own = torch::stable::new_empty(logits[0], {N}), entropy = torch::stable::new_empty(logits[0], {N});
+  Tensor variance = torch::stable::new_empty(logits[0], {N});
   struct Context {
     const Lanes& of;
-    const float* logits;
+    const std::vector<Tensor>& logits;
     const int64_t* targets;
-    int64_t stride, V;
     int64_t* rank;
     float *own, *entropy, *variance;
-  } context = {lanes_of(lanes(max_lanes)), static_cast<const float*>(logits.const_data_ptr()),
-               numbers(torch::stable::unsqueeze(targets, 0), 1, N, false, V, "targets"), logits.stride(0), V,
+  } context = {lanes_of(lanes(max_lanes)), logits,
+               numbers(torch::stable::unsqueeze(targets, 0), 1, N, false, V, "targets"),
                static_cast<int64_t*>(rank.mutable_data_ptr()), static_cast<float*>(own.mutable_data_ptr()),
                static_cast<float*>(entropy.mutable_data_ptr()), static_cast<float*>(variance.mutable_data_ptr())};
   const auto task = [](int64_t begin, int64_t end, void* given) {
     const auto& c = *static_cast<const Context*>(given);
-    for (int64_t n = begin; n < end; ++n)
-      c.of.statistics(c.logits + n * c.stride, c.V, c.targets[n], c.own + n, c.rank + n, c.entropy + n, c.variance + n);
+    std::vector<Piece> row(c.logits.size());
+    for (int64_t n = begin; n < end; ++n) {
+      for (size_t i = 0; i < row.size(); ++i)
+        row[i] = {static_cast<const float*>(c.logits[i].const_data_ptr()) + n * c.logits[i].stride(0), c.logits[i].size(1)};
+      c.of.statistics(row.data(), static_cast<int64_t>(row.size()), c.targets[n], c.own + n, c.rank + n, c.entropy + n,
+                      c.variance + n);
+    }
   };
   if (N > 0) run_parallel(N, 1, task, &context);
   return {own, rank, entropy, variance};
@@ -166,7 +176,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, int window, Tensor? starts,"
       " int max_lanes=0) -> Tensor");
   m.def("gelu(Tensor(a!) x, int max_lanes=0) -> ()");
-  m.def("statistics(Tensor logits, Tensor targets, int max_lanes=0) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("statistics(Tensor[] logits, Tensor targets, int max_lanes=0) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("likeliest(Tensor logits, int max_lanes=0) -> Tensor");
   m.def("lanes() -> int");
 }

@@ -10,8 +10,8 @@
 namespace gptneo_fast {
 namespace {
 
-constexpr int64_t kChunk = 512;      // numbers of a weight row that many rows of x go over while it is in the first-level cache
-constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows of x that a weight is read for: with 4 weights, the registers
+constexpr int64_t kChunk = 256;      // numbers of a row that many rows of x go over while all are in the first-level cache
+constexpr int kTogether = kLanes == 16 ? 4 : 3;  // rows of x that a weight is read for: with 4 weights, the registers
 constexpr int64_t kGrain = 1 << 15;  // weights that are worth a thread
 constexpr int64_t kColumns = 16;     // outputs that a thread takes at least: whole cache lines of a float32 result
 
@@ -61,7 +61,17 @@ INLINE void gather(const T* const* w, const float* x, int64_t ldx, int64_t size,
   UNROLL for (int i = 0; i < R * N; ++i) acc[i / N][i % N] = a[i / N][i % N];
 }
 
-// The same as `dots` for M rows of x, the weights in pieces that stay in the first-level cache; out[m * N + n].
+// acc[m][n] += w[n] . x[m] for all M rows of x.
+template <int N, typename T>
+INLINE void gather_all(const T* const* w, const float* x, int64_t ldx, int64_t M, int64_t size, Floats (*acc)[N]) {
+  int64_t m = 0;
+  for (; m + kTogether <= M; m += kTogether) gather<N, kTogether>(w, x + m * ldx, ldx, size, acc + m);
+  if constexpr (kTogether > 2)
+    for (; m + 2 <= M; m += 2) gather<N, 2>(w, x + m * ldx, ldx, size, acc + m);
+  for (; m < M; ++m) gather<N, 1>(w, x + m * ldx, ldx, size, acc + m);
+}
+
+// The same as `dots` for M rows of x, in pieces that stay in the first-level cache; out[m * N + n].
 template <int N, typename T>
 INLINE void many_dots(const T* const* w, const float* x, int64_t ldx, int64_t M, int64_t K, float* out) {
   Floats acc[kMaxRows][N];
@@ -70,9 +80,19 @@ INLINE void many_dots(const T* const* w, const float* x, int64_t ldx, int64_t M,
     const int64_t size = min(kChunk, K - first);
     const T* piece[N];
     for (int n = 0; n < N; ++n) piece[n] = w[n] + first;
-    int64_t m = 0;
-    for (; m + kTogether <= M; m += kTogether) gather<N, kTogether>(piece, x + m * ldx + first, ldx, size, acc + m);
-    for (; m < M; ++m) gather<N, 1>(piece, x + m * ldx + first, ldx, size, acc + m);
+    if (sizeof(T) < sizeof(float) && M > 2 * kTogether) {  // widened once, and not for each few rows of x
+      float wide[N][kChunk];
+      const float* rows[N];
+      for (int n = 0; n < N; ++n) {
+        int64_t k = 0;
+        for (; k + kLanes <= size; k += kLanes) write(wide[n] + k, load<kLanes>(piece[n] + k));
+        if (k < size) write(wide[n] + k, load_end<kLanes>(piece[n] + k, size - k));
+        rows[n] = wide[n];
+      }
+      gather_all<N>(rows, x + first, ldx, M, size, acc);
+    } else {
+      gather_all<N>(piece, x + first, ldx, M, size, acc);
+    }
   }
   for (int64_t m = 0; m < M; ++m) store_sums<N>(acc[m], out + m * N);
 }

@@ -105,14 +105,9 @@ class Engine:
             InputError, UnknownOptionError: as `generate`. SetupError: no tokenizer, a closed engine, or a forked process.
             BusyError: no place within `timeout`.
         """
-        how = {
-            "prefix": prefix,
-            "timeout": timeout,
-            "truncate": truncate,
-            "own": logits_processor,
-            "criteria": stopping_criteria,
-        }
-        return self._submit(prompt, options, **how)
+        return self._submit(
+            prompt, options, prefix=prefix, timeout=timeout, truncate=truncate, own=logits_processor, criteria=stopping_criteria
+        )
 
     def _submit(
         self,

@@ -127,8 +127,14 @@ class Job(Future[Any]):
 
     @cached_property
     def plain(self) -> bool:
-        """Whether each token is the likeliest, whatever came before."""
-        return not self.request.options.do_sample and not self.request.processors
+        """Whether each token is the likeliest that may come: any, or while `least` is above 0 any but the end tokens."""
+        r = self.request
+        return r.greedy or not (r.options.do_sample or r.processors)
+
+    @property
+    def least(self) -> int:
+        """Tokens that must come before one may end the text."""
+        return max((p.min_length for p in self.request.processors), default=0) - len(self.ids)  # type: ignore[attr-defined]
 
     def take(self, tokens: list[int]) -> None:
         """Add tokens, and tell who waits for them."""

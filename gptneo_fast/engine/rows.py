@@ -76,14 +76,16 @@ class Rows:
             best = extension.likeliest(logits).tolist()
             for i, job in enumerate(self.jobs):
                 with self._answering(job):
-                    self._take(job, [best[i] if job.plain else self._draw(job, logits[i : i + 1], best[i])])
+                    self._take(job, [self._next(job, logits[i : i + 1], best[i])])
         for job in self._ended:  # now that all rows count what the cache holds
             self.drop(job)
         self._ended = []
 
-    def _draw(self, job: Job, logits: Tensor, best: int) -> int:
-        """The next token by a request's own processors and random numbers. logits: [1, V]."""
+    def _next(self, job: Job, logits: Tensor, best: int) -> int:
+        """The next token, -1 for logits [1, V] that are not finite. best: the likeliest."""
         request = job.request
+        if job.plain and (best not in (request.ends or ()) or job.least <= 0):
+            return best
         if best < 0 and not request.options.remove_invalid_values:
             return -1
         ids = torch.tensor([job.ids], device=logits.device)
@@ -123,14 +125,18 @@ class Rows:
 
     def _several(self, ids: Tensor) -> list[list[int]] | None:
         """Tokens of several greedy steps in one call; None where they must be taken one by one. ids: [B, 1]."""
-        first = self.jobs[0].request
+        ends = self.jobs[0].request.ends
+        if ends is None or self.model.device.type != "cpu" or not self.model.looked():
+            return None
+        if not all(job.plain and job.request.ends == ends for job in self.jobs):
+            return None
         steps = min(self._steps, min(job.request.total - len(job.ids) for job in self.jobs))
-        if self.model.device.type != "cpu" or not all(job.plain and job.request.ends == first.ends for job in self.jobs):
+        least = [job.least for job in self.jobs if job.least > 0]
+        if least and len(least) < len(self.jobs):  # some may end and others may not
             return None
-        if first.ends is None or not self.model.looked():
-            return None
+        steps = min([steps, *least])
         running = torch.ones(len(ids), dtype=torch.bool)
-        how = Greedy(running, sorted(first.ends), 0, 0, steps)
+        how = Greedy(running, sorted(ends), 0, steps if least else 0, steps)
         found = self.model.greedy(ids, self._places(), self._view_of(steps), how)
         return None if found is None else found.tolist()
 

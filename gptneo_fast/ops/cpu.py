@@ -8,7 +8,8 @@ backward.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -254,6 +255,7 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, e
 
 
 _CHUNK = 64 << 20  # bytes of logits that exist at one time
+_COLUMNS = 2048  # of them that one product makes: the library's products are slower where a row of the result is long
 
 
 def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -261,18 +263,19 @@ def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor,
     rows, found = max(1, _CHUNK // (4 * max(1, weight.shape[0]))), []
     for i in range(0, max(1, len(x)), rows):
         piece, own = x[i : i + rows], targets[i : i + rows]
-        wide = _widens(piece, weight) and not _takes(piece, weight)
-        logits = widened.linear(piece, weight, dtype=torch.float32) if wide else linear(piece, weight)
+        few = _takes(piece, weight)
+        product = linear if few or not _widens(piece, weight) else partial(widened.linear, dtype=torch.float32)
+        logits = [product(piece, some) for some in ([weight] if few else weight.split(_COLUMNS))]
         found.append(statistics(logits, own))
     own, rank, entropy, variance = (torch.cat(parts) for parts in zip(*found, strict=True))
     return own, rank, entropy, variance
 
 
-def statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.statistics`."""
-    if not _is_ours(logits):
-        return reference.statistics(logits, targets)
+def statistics(logits: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.statistics`, of logits [N, V] in pieces [N, n]."""
+    if not all(map(_is_ours, logits)):
+        return reference.statistics(torch.cat(list(logits), 1), targets)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.gptneo_fast_csrc.statistics.default(
-        logits.float(), targets, Plan.max_lanes
+        [piece.float() for piece in logits], targets, Plan.max_lanes
     )
     return found

@@ -36,14 +36,17 @@ def ids_of(n, seed=0):
 LENGTHS = [(5, 30), (1, 12), (150, 40), (3, 160), (40, 1), (2, 7), (300, 25), (17, 90)]  # tokens in and out
 
 
+@pytest.mark.parametrize("least", [0, 9])
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_greedy_tokens_are_those_of_serial_generation(model, rows):
+def test_greedy_tokens_are_those_of_serial_generation(model, rows, least):
     """Rings of 135 slots wrap in some rows and not in others."""
+    how = {"min_new_tokens": least, "eos_token_id": [2, 21, 25]}
     with Engine(model, rows, prefill_chunk_size=64) as engine:
-        jobs = [(ids_of(n), out, engine.submit(ids_of(n), max_new_tokens=out)) for n, out in LENGTHS]
+        jobs = [(ids_of(n), out, engine.submit(ids_of(n), max_new_tokens=out, **how)) for n, out in LENGTHS]
         for prompt, out, job in jobs:
-            require_same(model, prompt, job.result(60), serial(model, prompt, max_new_tokens=out))
-            assert job.finish_reason == ("stop" if job.tokens[-1] == 2 else "length")
+            require_same(model, prompt, job.result(60), serial(model, prompt, max_new_tokens=out, **how))
+            assert job.finish_reason == ("stop" if job.tokens[-1] in (2, 21, 25) else "length")
+            assert len(job.tokens) >= min(least, out)
 
 
 WAYS = [
