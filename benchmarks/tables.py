@@ -1,6 +1,6 @@
 """Results to tables: `python -m benchmarks.tables` reduces a run of `pytest benchmarks` and writes the README's tables.
 
-python -m benchmarks.tables [--cpu RAW.json] [--peers RAW.json]   # of --benchmark-json; without them the README is made anew
+python -m benchmarks.tables [--cpu RAW.json ...] [--peers RAW.json ...]   # of --benchmark-json; else the README is made anew
 """
 
 from __future__ import annotations
@@ -31,6 +31,16 @@ def instructions() -> str:
     from gptneo_fast.ops import widened
 
     return torch.backends.cpu.get_cpu_capability() + ("" if torch.bfloat16 in widened.DTYPES else " with bfloat16")
+
+
+def merge(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Reduced runs of one kind of CPU as one: of what several have measured the last; each row says its commit."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            rows[row["work"], row["dtype"], row["threads"], row["runner"]] = row | {"commit": run["commit"]}
+    commits = list(dict.fromkeys(row["commit"] for row in rows.values()))
+    return runs[-1] | {"rows": list(rows.values()), "commit": ", ".join(commits)}
 
 
 def reduce(raw: dict[str, Any], peers: bool = False) -> dict[str, Any]:
@@ -74,7 +84,7 @@ def cpu_table(results: dict[str, Any]) -> str:
             beside = "-" if theirs is None else f"{theirs['tokens_per_second']:.1f}"
             ratio = "-" if theirs is None else f"{speed / theirs['tokens_per_second']:.2f}"
             lines.append(f"| {work} | {dtype} | {threads} | {beside} | {speed:.1f} | {ratio} |")
-    return "\n".join([*lines, *_floors(results), *_starts(results)])
+    return "\n".join([*lines, *_floors(results), *_scores(results), *_starts(results)])
 
 
 def _floors(results: dict[str, Any]) -> list[str]:
@@ -97,6 +107,13 @@ def _floors(results: dict[str, Any]) -> list[str]:
             for r in rows
         ),
     ]
+
+
+def _scores(results: dict[str, Any]) -> list[str]:
+    """Of scoring: the memory that it takes above the weights."""
+    rows = [r for r in results["rows"] if "extra_mb" in r]
+    said = (f"{r['extra_mb']:.0f} MB ({r['runner']}, {r['threads']} threads)" for r in rows)
+    return ["", f"Memory above the weights, {rows[0]['work']}: {', '.join(said)}."] if rows else []
 
 
 def _starts(results: dict[str, Any]) -> list[str]:
@@ -187,12 +204,13 @@ def readme(text: str) -> str:
 def main() -> None:
     """Reduce a raw file if there is one, then write the README."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cpu", type=Path, help="pytest-benchmark's JSON, becomes benchmarks/results/cpu_<kind>.json")
-    parser.add_argument("--peers", type=Path, help="the same of bench_peers.py, becomes benchmarks/results/peers_<kind>.json")
+    becomes = "becomes benchmarks/results/{}_<kind>.json; of several runs the last that has a measurement"
+    parser.add_argument("--cpu", type=Path, nargs="+", help="pytest-benchmark's JSON, " + becomes.format("cpu"))
+    parser.add_argument("--peers", type=Path, nargs="+", help="the same of bench_peers.py, " + becomes.format("peers"))
     args = parser.parse_args()
-    for name, raw in (("cpu", args.cpu), ("peers", args.peers)):
-        if raw:
-            kept = reduce(json.loads(raw.read_text()), peers=name == "peers")
+    for name, raws in (("cpu", args.cpu), ("peers", args.peers)):
+        if raws:
+            kept = merge([reduce(json.loads(raw.read_text()), peers=name == "peers") for raw in raws])
             kind = instructions().lower().replace(" with ", "_")
             (RESULTS / f"{name}_{kind}.json").write_text(json.dumps(kept, indent=1) + "\n")
     for path in of_kinds("cpu"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import is_int, is_number
 from ..errors import InputError, short
 from ..generation.callbacks import check_functions
+from ..generation.captured.memory import check_memory, free_bytes, needed
 from ..generation.config import Options
 from ..generation.generate import GenerationMixin, request_of, settle
 from ..generation.prompt import Prompt
@@ -41,7 +42,7 @@ class Engine:
 
     Args:
         model: a GPTNeoForCausalLM.
-        max_rows: requests that decode together; None for 64 on CUDA and 16 elsewhere.
+        max_rows: requests that decode together; None for 16, on CUDA for up to 64, as many as memory holds.
         max_tokens: of a request, prompt and continuation; None for the model's positions. The cache is laid out for
             max_rows times that on CUDA, elsewhere as it is needed.
         max_waiting: requests that wait for a row before `submit` waits, too; None for four times max_rows.
@@ -49,7 +50,7 @@ class Engine:
             for 2048 on CUDA and 256 elsewhere.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number out of range. OutOfMemoryError: a CUDA device has no room for the cache.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Engine:
         kind, positions = self.model.device.type, model.config.max_position_embeddings
         self.max_rows = _number("max_rows", max_rows, _ROWS.get(kind, _ROWS_ELSEWHERE))
         self.max_tokens = _number("max_tokens", max_tokens, positions, most=positions)
-        self.max_waiting = _number("max_waiting", max_waiting, 4 * self.max_rows)
         self.prefill_chunk_size = _number("prefill_chunk_size", prefill_chunk_size, _CHUNK.get(kind, _CHUNK_ELSEWHERE))
+        if kind == "cuda":
+            self._fit(max_rows is None)
+        self.max_waiting = _number("max_waiting", max_waiting, 4 * self.max_rows)
         self._work = Work(
             self.model,
             self.max_rows,
@@ -192,6 +195,17 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         self.close(cancel=kind is not None)
+
+    def _fit(self, fewer: bool) -> None:
+        """Refuse rows for which there is no memory, or with `fewer` halve them first.
+
+        Raises:
+            OutOfMemoryError: see `check_memory`.
+        """
+        config, dtype, device = self.model.config, self.model.dtype, self.model.device
+        while fewer and self.max_rows > 1 and needed(config, dtype, self.max_rows, self.max_tokens) > free_bytes(device):
+            self.max_rows //= 2
+        check_memory(self.model, self.max_rows, self.max_tokens, lambda: self.model.idle_runners.drop(device))
 
     def _many(self, prompts: Iterable[Any], n: int, seed: int | None, returns: bool, options: dict[str, Any]) -> Iterator[Any]:
         pending: deque[list[Job]] = deque()

@@ -36,10 +36,10 @@ class Rows:
         self._ended: list[Job] = []  # in this step
         self._steps = 1
 
-    def join(self, job: Job, past: KVCache | None) -> None:
-        """Add a request whose tokens but the last are in `past`; None where it has but one."""
+    def join(self, job: Job, past: KVCache | None, row: int = 0) -> None:
+        """Add a request whose tokens but the last are in a row of `past`; None where it has but one."""
         if past is not None:
-            self.cache.copy_row(len(self.jobs), past, tokens=len(job.ids) - 1)
+            self.cache.copy_row(len(self.jobs), past, row, tokens=len(job.ids) - 1)
         self._graphs.renew()
         self.jobs.append(job)
         self._view = None

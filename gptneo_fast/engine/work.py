@@ -17,6 +17,7 @@ import torch
 from ..errors import BusyError, SetupError
 from ..generation.captured.capturing import current_stream, on_stream
 from ..generation.request import LanguageModel
+from ..network import masks
 from ..network.cache import KVCache
 from .job import Job
 from .rows import Rows
@@ -189,36 +190,50 @@ class Work:
                 job.fail(error)
 
     def _fill(self, rows: Rows) -> None:
+        """Read up to a chunk of prompts; those that are complete join the rows."""
         left = self.chunk
         while left > 0:
             if self._filling is None:
-                job = self._next() if len(rows.jobs) < rows.most else None
-                if job is None:
+                jobs = self._next(rows.most - len(rows.jobs), left)
+                if not jobs:
                     return
-                self._filling = _Filling(self.model, job, self._prefixes)
+                self._filling = _Filling(self.model, jobs, self._prefixes)
             filling = self._filling
+            if all(job.cancelled() for job in filling.jobs):
+                self._filling = None
+                for job in filling.jobs:
+                    job.let_go()
+                continue
             try:
-                if filling.job.cancelled():
-                    self._filling = None
-                    filling.job.let_go()
-                    continue
                 left -= filling.run(left)
-                if filling.is_complete:
-                    rows.join(filling.job, filling.cache)
-                    self._filling = None
             except Exception as error:
                 self._filling = None
-                filling.job.fail(error)
+                for job in filling.jobs:
+                    job.fail(error)
+                continue
+            if filling.is_complete:
+                self._filling = None
+                for row, job in enumerate(filling.jobs):
+                    try:
+                        rows.join(job, filling.cache, row)
+                    except Exception as error:  # the cache cannot grow
+                        job.fail(error)
 
-    def _next(self) -> Job | None:
+    def _next(self, most: int, tokens: int) -> list[Job]:
+        """The next request, and those behind it that can be read with it, up to so many rows and tokens."""
+        found: list[Job] = []
         with self._news:
-            while self._waiting:
-                job = self._waiting.popleft()
+            while self._waiting and len(found) < most:
+                job = self._waiting[0]
+                if not job.cancelled() and found and not _read_together([*found, job], tokens):
+                    break
+                self._waiting.popleft()
                 self._news.notify_all()
-                if not job.cancelled():
-                    return job
-                job.let_go()
-        return None
+                if job.cancelled():
+                    job.let_go()
+                else:
+                    found.append(job)
+        return found
 
     def _fail_all(self, error: BaseException) -> None:
         """The answer to all jobs."""
@@ -231,7 +246,7 @@ class Work:
         if self._rows is not None:
             self._rows.clear()
         if self._filling is not None:
-            jobs.append(self._filling.job)
+            jobs += self._filling.jobs
             self._filling = None
         with self._news:
             jobs += self._waiting
@@ -243,14 +258,28 @@ class Work:
         return threading.get_ident() == self._thread
 
 
-class _Filling:
-    """A request whose prompt is being read: all but its last token, after the prefix that it shares with others."""
+_FULL = 0.75  # of a batch of prompts that are read together, what must be tokens
 
-    def __init__(self, model: LanguageModel, job: Job, prefixes: OrderedDict[tuple[int, ...], KVCache]) -> None:
-        self.model, self.job, self.prefixes = model, job, prefixes
-        self.target = len(job.ids) - 1
-        self.shared = tuple(job.ids[: min(job.prefix, self.target)])
-        self.own = False  # whether the cache is the job's alone
+
+def _read_together(jobs: list[Job], tokens: int) -> bool:
+    """Whether the prompts of several requests make one batch of up to so many tokens, with little padding."""
+    lengths = [len(job.ids) - 1 for job in jobs]
+    padded = len(jobs) * max(lengths)
+    return not any(job.prefix for job in jobs) and padded <= tokens and sum(lengths) >= _FULL * padded
+
+
+class _Filling:
+    """Requests whose prompts are being read: all but their last tokens, after the prefix that one shares with others.
+
+    jobs: one, or several that are read at once.
+    """
+
+    def __init__(self, model: LanguageModel, jobs: list[Job], prefixes: OrderedDict[tuple[int, ...], KVCache]) -> None:
+        self.model, self.jobs, self.prefixes = model, jobs, prefixes
+        self.rows = [job.ids[:-1] for job in jobs]
+        self.target = max(map(len, self.rows))
+        self.shared = tuple(jobs[0].ids[: min(jobs[0].prefix, self.target)])
+        self.own = False  # whether the cache is theirs alone
         self.cache: KVCache | None = None
         if self.shared and (found := prefixes.get(self.shared)) is not None:
             prefixes.move_to_end(self.shared)
@@ -258,40 +287,47 @@ class _Filling:
 
     @property
     def done(self) -> int:
-        """Tokens that are read."""
+        """Columns that are read."""
         return 0 if self.cache is None else self.cache.get_seq_length()
 
     @property
     def is_complete(self) -> bool:
-        """Whether the request can join the others."""
+        """Whether the requests can join the others."""
         return self.done == self.target
 
     def run(self, most: int) -> int:
-        """Read up to so many tokens; how many it were."""
+        """Read up to so many tokens, all of several requests; how many it were, padding included."""
         begin = self.done
         goal = len(self.shared) if begin < len(self.shared) else self.target
         end = min(goal, begin + most)
         if begin == end:
             return 0
         if self.cache is None:
-            self.cache = self.model.transformer.new_cache(1, goal)
+            self.cache = self.model.transformer.new_cache(len(self.rows), goal)
         elif begin >= len(self.shared) and self.shared and not self.own:
             self.cache = self.cache.fork()
             self.cache.allocate(self.target, exact=True)
         self.own = begin >= len(self.shared)
-        read(self.model, self.job.ids[begin:end], self.cache)
+        read(self.model, [row[begin:end] for row in self.rows], self.cache)
         if end == len(self.shared) and not self.own:
             self.prefixes[self.shared] = self.cache
             while len(self.prefixes) > _PREFIXES:
                 self.prefixes.popitem(last=False)
-        return end - begin
+        return len(self.rows) * (end - begin)
 
 
-def read(model: LanguageModel, tokens: list[int], cache: KVCache) -> None:
-    """Append tokens to a cache of one row."""
-    ids = torch.tensor([tokens], device=model.device)
+def read(model: LanguageModel, texts: list[list[int]], cache: KVCache) -> None:
+    """Append tokens to a cache of as many rows; of several, which may be of any lengths, to an empty one."""
+    T, past, device = max(map(len, texts)), cache.get_seq_length(), model.device
+    starts = [T - len(text) for text in texts]
+    ids = torch.tensor([[0] * start + text for start, text in zip(starts, texts, strict=True)], device=device)
+    places = torch.arange(past, past + T, device=device)[None]
+    padding = torch.tensor(starts, device=device)[:, None] if any(starts) else None
+    places = places if padding is None else (places - padding).clamp(min=0)
     if model.looked().forward:  # nobody asks for logits
-        past = cache.get_seq_length()
-        model.transformer.run(ids, torch.arange(past, past + len(tokens), device=model.device)[None], cache=cache)
+        rows = masks.Rows() if padding is None else masks.Rows(starts=padding[:, 0].int())
+        model.transformer.run(ids, places, rows=rows, cache=cache)
         return
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True)
+    mask = None if padding is None else (torch.arange(T, device=device) >= padding).long()
+    how = {"attention_mask": mask, "position_ids": places, "use_cache": True, "logits_to_keep": 1, "return_dict": True}
+    model(ids, past_key_values=cache, **how)

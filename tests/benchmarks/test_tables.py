@@ -89,3 +89,20 @@ def test_a_run_is_split_into_rows_beside_runtimes_and_all_others():
     cpu, peers = tables.reduce(raw), tables.reduce(raw, peers=True)
     assert [r["work"] for r in cpu["rows"]] == ["mine"] and "missing" not in cpu
     assert [r["work"] for r in peers["rows"]] == ["theirs", "theirs, too"] and peers["missing"] == lacks
+
+
+def test_of_several_runs_the_last_counts_and_each_row_says_its_commit():
+    def run(commit, *works):
+        rows = [{"work": w, "dtype": "fp32", "threads": 1, "runner": tables.OURS, "ms": float(len(commit))} for w in works]
+        return {**MACHINE, "commit": commit, "rows": rows}
+
+    got = tables.merge([run("a", "x", "y"), run("bb", "y", "z")])
+    assert [(r["work"], r["commit"], r["ms"]) for r in got["rows"]] == [("x", "a", 1.0), ("y", "bb", 2.0), ("z", "bb", 2.0)]
+    assert got["commit"] == "a, bb"
+
+
+def test_the_memory_of_scores_is_said():
+    row = {"work": "scores", "dtype": "fp32", "threads": 2, "ms": 1.0, "tokens_per_second": 1.0}
+    rows = [row | {"runner": tables.OURS, "extra_mb": 99.6}, row | {"runner": tables.PEER, "extra_mb": 2000.0}]
+    text = tables.cpu_table({**MACHINE, "rows": rows})
+    assert "scores: 100 MB (gptneo_fast, 2 threads), 2000 MB (transformers eager, 2 threads)." in text

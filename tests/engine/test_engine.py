@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from torch import nn
 
 import gptneo_fast
 from gptneo_fast import Engine
-from gptneo_fast.engine import work
-from gptneo_fast.errors import BusyError, InputError, NonFiniteLogitsError, SetupError, UnknownOptionError
+from gptneo_fast.engine import engine as engine_module, graphs, rows as rows_module, work
+from gptneo_fast.errors import BusyError, InputError, NonFiniteLogitsError, OutOfMemoryError, SetupError, UnknownOptionError
+from gptneo_fast.generation import captured
+from gptneo_fast.generation.captured import memory
 from tests.support.peers import SMALL
 from tests.support.serial import Gate, lively, require_same, serial
 
@@ -31,6 +35,17 @@ def stories():
 
 def ids_of(n, seed=0):
     return torch.randint(3, V, (n,), generator=torch.Generator().manual_seed(seed + n)).tolist()
+
+
+def own_forward(model):
+    plain = model.forward
+
+    def forward(*args, **keywords):
+        out = plain(*args, **keywords)
+        out.logits = out.logits.roll(1, -1)
+        return out
+
+    model.forward = forward
 
 
 LENGTHS = [(5, 30), (1, 12), (150, 40), (3, 160), (40, 1), (2, 7), (300, 25), (17, 90)]  # tokens in and out
@@ -127,9 +142,9 @@ def reads(monkeypatch):
     """Tokens of each read of a prompt, None for each step."""
     found, read, step = [], work.read, work.Rows.step
 
-    def counted(model, tokens, cache):
-        found.append(len(tokens))
-        read(model, tokens, cache)
+    def counted(model, texts, cache):
+        found.append(len(texts) * max(map(len, texts)))
+        read(model, texts, cache)
 
     def stepped(rows):
         found.append(None)
@@ -153,6 +168,25 @@ def test_a_long_prompt_never_holds_up_the_others_for_more_than_a_chunk(model, re
         between = 0 if tokens is None else between + tokens
         assert between <= 50
     assert sum(n or 0 for n in reads) == 1 + 399 + 29 + 29
+
+
+@pytest.mark.parametrize("touch", [None, own_forward])
+def test_short_prompts_are_read_together(model, reads, touch):
+    """Padded by a quarter at most, up to a chunk."""
+    model, gate = copy.deepcopy(model), Gate(1)
+    if touch is not None:
+        touch(model)
+    lengths = (20, 17, 19, 9, 8, 300, 1, 1)
+    with Engine(model, 9, prefill_chunk_size=64) as engine:
+        first = engine.submit([5], max_new_tokens=2, logits_processor=[gate])
+        gate.wait()
+        jobs = [engine.submit(ids_of(n), max_new_tokens=20) for n in lengths]
+        gate.open()
+        for job in jobs:
+            prompt = job.ids[: job.prompt]
+            require_same(model, prompt, job.result(60), serial(model, prompt, max_new_tokens=20))
+        first.result(60)
+    assert [n for n in reads if n][:2] == [57, 16] and sum(n or 0 for n in reads) == 57 + 16 + 299
 
 
 def test_a_shared_prefix_is_computed_once(model, reads):
@@ -283,17 +317,6 @@ def test_what_a_module_raises_is_the_answer_of_those_under_way(model):
         assert engine.submit([5, 6], max_new_tokens=3).result(60) == serial(broken, [5, 6], max_new_tokens=3)
 
 
-def own_forward(model):
-    plain = model.forward
-
-    def forward(*args, **keywords):
-        out = plain(*args, **keywords)
-        out.logits = out.logits.roll(1, -1)
-        return out
-
-    model.forward = forward
-
-
 TOUCHES = {
     "hook on a block": lambda m: m.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: out * 0.3),
     "hook on the head": lambda m: m.lm_head.register_forward_hook(lambda module, args, out: out.roll(1, -1)),
@@ -390,3 +413,48 @@ def test_a_full_queue_makes_callers_wait(model):
         gate.open()
         assert engine.submit([5], max_new_tokens=2).result(60) == waiting[1].result(60)
         assert waiting[0].cancelled() and waiting[0].finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_steps_that_are_captured_give_the_same(model, rows, monkeypatch):
+    """On this device a plain call stands for each graph; buckets of rows, slots laid out once, and a touch in between."""
+    new_cache, steps = type(model.transformer).new_cache, []
+    monkeypatch.setattr(type(model.transformer), "new_cache", lambda self, n, most=None: new_cache(self, n, most or 640))
+    monkeypatch.setattr(graphs.Graphs, "serve", lambda self: bool(self.model.looked()))
+    monkeypatch.setattr(rows_module.Rows, "_several", lambda self, ids: None)
+    captured = graphs.Graphs._captured
+    monkeypatch.setattr(graphs.Graphs, "_captured", lambda self, n: steps.append(n) or captured(self, n))
+    model = copy.deepcopy(model)
+    hooked = model.transformer.h[1].mlp
+    with Engine(model, rows) as engine:
+        jobs = [(ids_of(n), out, engine.submit(ids_of(n), max_new_tokens=out, eos_token_id=None)) for n, out in LENGTHS]
+        for prompt, out, job in jobs:
+            require_same(model, prompt, job.result(60), serial(model, prompt, max_new_tokens=out, eos_token_id=None))
+        assert set(steps) == ({1, 2, 3} if rows == 3 else {1, 2, 4, 5}) and len(steps) == len(set(steps))
+        handle = hooked.register_forward_hook(lambda module, args, out: out * 0.3)
+        want = serial(model, [5, 6], max_new_tokens=9)
+        assert engine.submit([5, 6], max_new_tokens=9).result(60) == want
+        handle.remove()
+        plain = serial(model, [5, 6], max_new_tokens=9)
+        assert engine.submit([5, 6], max_new_tokens=9).result(60) == plain != want
+        with torch.no_grad():
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.roll(1, 0))  # another address
+        assert engine.submit([5, 6], max_new_tokens=9).result(60) == serial(model, [5, 6], max_new_tokens=9) != plain
+        assert len(steps) > len(set(steps))
+
+
+def test_rows_are_as_many_as_a_card_holds(model, monkeypatch):
+    config, need = model.config, memory.needed
+    monkeypatch.setattr(engine_module, "free_bytes", lambda device: need(config, torch.float32, 20, 640))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: need(config, torch.float32, 20, 640))
+    engine = object.__new__(Engine)
+    engine.model = SimpleNamespace(
+        config=config, dtype=torch.float32, device=torch.device("cuda"), idle_runners=captured.Pool()
+    )
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    engine.max_rows, engine.max_tokens = 64, 640
+    engine._fit(fewer=True)
+    assert engine.max_rows == 16
+    engine.max_rows = 64
+    with pytest.raises(OutOfMemoryError, match=r"64 rows of 640 tokens need .*20 rows of 640 tokens"):
+        engine._fit(fewer=False)

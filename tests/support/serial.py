@@ -41,10 +41,15 @@ class Gate:
     """A processor that lets a text have so many tokens, prompt included, and the others only once it is opened."""
 
     def __init__(self, tokens):
-        self.tokens, self._opened = tokens, threading.Event()
+        self.tokens, self._opened, self._reached = tokens, threading.Event(), threading.Event()
         self.open = self._opened.set
+
+    def wait(self):
+        """Until somebody stands before it."""
+        assert self._reached.wait(60)
 
     def __call__(self, ids, scores):
         if ids.shape[1] > self.tokens:
+            self._reached.set()
             assert self._opened.wait(60)
         return scores
