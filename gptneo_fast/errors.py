@@ -57,14 +57,21 @@ class NonFiniteLogitsError(GPTNeoFastError, ArithmeticError):
     """Logits of some rows were NaN or infinite.
 
     rows: which. columns: tokens that each of those had, prompt included. sequences: int64 [B, T], what was generated; the
-    other rows are complete. texts: of `generate_text`, all of them in its order, the broken ones up to there.
+    other rows are complete. texts: of `generate_text`, all of them in its order, the broken ones up to there. scores: of
+    `score`, all of them.
     """
 
     def __init__(
-        self, message: str, rows: list[int], sequences: Any, columns: list[int], texts: list[str] | None = None
+        self,
+        message: str,
+        rows: list[int],
+        sequences: Any,
+        columns: list[int],
+        texts: list[str] | None = None,
+        scores: list[Any] | None = None,
     ) -> None:
         super().__init__(message)
-        self.rows, self.sequences, self.columns, self.texts = rows, sequences, columns, texts
+        self.rows, self.sequences, self.columns, self.texts, self.scores = rows, sequences, columns, texts, scores
 
 
 class SetupError(GPTNeoFastError, RuntimeError):

@@ -26,14 +26,6 @@ PROMPTS, TEXTS, TOKENS = 64, 32, 512
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` measures this machine")
 
 
-@pytest.fixture(params=[1, 2], ids=lambda n: f"{n} threads")
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def ragged() -> list[tuple[list[int], int]]:
     """(prompt of 16 to 400 tokens, 16 to 128 new ones) of each request."""
     r = random.Random(0)
@@ -54,7 +46,7 @@ def batches(model: Any, requests: list[tuple[list[int], int]]) -> Iterator[list[
 
 @pytest.mark.parametrize("dtype", ["fp32"])
 @torch.no_grad()
-def test_ragged_prompts(benchmark, threads, dtype):
+def test_ragged_prompts(benchmark, dtype):
     theirs, ours = pair(SHAPE, DTYPES[dtype])
     requests, found, expected = ragged(), [], []
 
@@ -68,7 +60,7 @@ def test_ragged_prompts(benchmark, threads, dtype):
     for (prompt, n), got, want in zip(requests, found, expected, strict=True):
         leaves(ours, torch.tensor([prompt + got]), torch.tensor([prompt + want]), n)
     new = sum(n for _, n in requests)
-    keep(benchmark, f"125m, {PROMPTS} prompts of 16 to 400 + 16 to 128 tokens", dtype, threads, new, peer)
+    keep(benchmark, f"125m, {PROMPTS} prompts of 16 to 400 + 16 to 128 tokens", dtype, torch.get_num_threads(), new, peer)
 
 
 class Peak:
@@ -99,7 +91,7 @@ def loop(model: Any, texts: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", ["fp32"])
 @torch.no_grad()
-def test_scores(benchmark, threads, dtype):
+def test_scores(benchmark, dtype):
     """Log-probability, rank and entropy of every token; transformers' loop gives the first alone."""
     theirs, ours = pair(SHAPE, DTYPES[dtype])
     texts = torch.randint(0, 50257, (TEXTS, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -121,4 +113,4 @@ def test_scores(benchmark, threads, dtype):
     def more(runner: str, _: float) -> dict[str, Any]:
         return {"extra_mb": results[f"{PEER if runner == PEER else 'ours'}, bytes"] / 1e6}
 
-    keep(benchmark, f"125m, scores of {TEXTS} x {TOKENS} tokens", dtype, threads, TEXTS * (TOKENS - 1), peer, more)
+    keep(benchmark, f"125m, scores of {TEXTS} x {TOKENS} tokens", dtype, torch.get_num_threads(), TEXTS * (TOKENS - 1), peer, more)

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import Future
 from typing import Any, Literal, cast
 
 import torch
@@ -130,7 +131,7 @@ class Engine:
         self._work.require_this_process()
         settled = self._settled(options)
         shared = [] if prefix is None else self._ids("prefix", prefix, settled, None)
-        ids = shared + self._ids("prompt", prompt, settled, truncate)
+        ids = shared + ([] if prompt == "" and shared else self._ids("prompt", prompt, settled, truncate))
         if settled.do_sample and settled.seed is None:
             settled.seed = int(torch.randint(2**63 - 1, ()))
         request = request_of(
@@ -152,8 +153,12 @@ class Engine:
             prefix=len(ids) - 1 if copies else len(shared),
             seed=settled.seed if settled.do_sample else None,
             decode=self.model if isinstance(prompt, str) else None,
+            own=criteria or (),
         )
-        self._work.put(job, timeout)
+        if request.total > len(ids):
+            self._work.put(job, timeout)
+        else:
+            job.finish()
         return job
 
     def generate_many(
@@ -182,7 +187,8 @@ class Engine:
             raise InputError(f"errors={short(errors)} is unknown; use 'raise' or 'return'")
         if not isinstance(prompts, Iterable) or isinstance(prompts, (str, Mapping)):
             raise InputError(f"prompts is a {type(prompts).__name__}; give a list or another iterable of prompts")
-        self._settled(options if seed is None else options | {"seed": seed})
+        plain = {name: value for name, value in options.items() if name not in _SPECIAL.values()}
+        self._settled(plain if seed is None else plain | {"seed": seed})
         found = self._many(prompts, n, seed, errors == "return", options)
         return _shown(found, prompts) if progress else found
 
@@ -208,17 +214,15 @@ class Engine:
         check_memory(self.model, self.max_rows, self.max_tokens, lambda: self.model.idle_runners.drop(device))
 
     def _many(self, prompts: Iterable[Any], n: int, seed: int | None, returns: bool, options: dict[str, Any]) -> Iterator[Any]:
-        pending: deque[list[Job]] = deque()
+        pending: deque[list[Future[Any]]] = deque()
         try:
             for i, given in enumerate(prompts):
                 own = dict(given) if isinstance(given, Mapping) else {"prompt": given}
-                if "prompt" not in own:
-                    raise InputError(f"prompt {i} is {short(given)}, a mapping without 'prompt'; give the text under that name")
+                first = own.pop("seed", None if seed is None else seed + i * n)
                 pending.append([])
                 for j in range(n):
-                    how = options | ({} if seed is None else {"seed": (seed + i * n + j) % _SEEDS}) | own
-                    special = {name: how.pop(old, None) for name, old in _SPECIAL.items()}
-                    pending[-1].append(self._submit(how.pop("prompt"), how, **special, copies=n > 1))
+                    how = options | own | {"seed": (first + j) % _SEEDS if is_int(first) else first}
+                    pending[-1].append(self._answered(f"prompt {i}", how, copies=n > 1))
                 while pending and (
                     len(pending) * n > self.max_rows + self.max_waiting or all(job.done() for job in pending[0])
                 ):
@@ -229,6 +233,18 @@ class Engine:
             for jobs in pending:
                 for job in jobs:
                     job.cancel()
+
+    def _answered(self, name: str, how: dict[str, Any], copies: bool) -> Future[Any]:
+        """A job; of what cannot be submitted a future that has the error."""
+        special = {own: how.pop(theirs, None) for own, theirs in _SPECIAL.items()}
+        try:
+            if "prompt" not in how:
+                raise InputError(f"{name} is a mapping without 'prompt'; give the text under that name")
+            return self._submit(how.pop("prompt"), how, **special, copies=copies)
+        except Exception as error:
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            return failed
 
     def _settled(self, options: dict[str, Any]) -> Options:
         settled = settle(self.model, None, options)
@@ -260,7 +276,13 @@ class Engine:
         if not isinstance(given, Tensor) or given.dim() != 1 or not len(given):
             raise InputError(f"{name} is {short(given)}; give a string, or token ids as a list or a tensor [n]")
         ids: list[int] = check_ids(name, given, self.model.config.vocab_size, given.device)[0].tolist()
-        return ids
+        pad = options.pad_token_id
+        if pad is None or pad in options.eos_ids or pad not in ids:
+            return ids
+        tokens = [i for i, token in enumerate(ids) if token != pad]  # as `generate` tells padding without a mask
+        if not tokens or pad in (inner := ids[tokens[0] : tokens[-1] + 1]):
+            raise InputError(f"{name} holds the pad token {pad} where a token belongs; give the tokens alone")
+        return inner
 
 
 class ManyMixin:
@@ -290,7 +312,7 @@ def _closing(engine: Engine, found: Iterator[Any]) -> Iterator[Any]:
         yield from found
 
 
-def _answer(jobs: list[Job], returns: bool) -> Any:
+def _answer(jobs: list[Future[Any]], returns: bool) -> Any:
     found = []
     for job in jobs:
         error = job.exception() if returns else None

@@ -21,7 +21,7 @@ class Graphs:
     def __init__(self, model: LanguageModel, cache: KVCache) -> None:
         self.model, self.cache = model, cache
         self._steps: dict[int, tuple[capturing.Step, Tensor]] = {}
-        self._weights: object = None
+        self._weights: object = weights_of(model)
         with lasting():
             self._ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=model.device)
             self._places = torch.zeros_like(self._ids)
@@ -32,10 +32,13 @@ class Graphs:
         model = self.model
         return model.device.type == "cuda" and model.backend.name == "triton" and bool(model.looked())
 
-    def renew(self) -> None:
-        """Forget steps whose weights were moved, resized or merged since they were captured."""
-        if self.serve() and (weights := weights_of(self.model)) != self._weights:
-            self._weights, self._steps = weights, {}
+    def _is_stale(self) -> bool:
+        """Whether weights were moved, resized or merged since the steps were captured, which are then forgotten."""
+        weights = weights_of(self.model)
+        if weights == self._weights:
+            return False
+        self._weights, self._steps = weights, {}
+        return True
 
     def logits(self, ids: Tensor, held: list[int]) -> Tensor:
         """Logits [B, V] after the newest tokens [B, 1] of rows that hold so many tokens before them; written over by the
@@ -48,6 +51,9 @@ class Graphs:
         self._ids[B:rows], self._places[B:rows], self._lengths[B:rows] = 0, 0, 0
         step, logits = self._steps.get(rows) or self._captured(rows)
         step.replay()
+        if self._is_stale():  # asked while the device computes; the same slots are written over
+            step, logits = self._captured(rows)
+            step.replay()
         return logits[:B]
 
     def _captured(self, rows: int) -> tuple[capturing.Step, Tensor]:

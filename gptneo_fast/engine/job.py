@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import NonFiniteLogitsError
 from ..generation.request import Request, non_finite
+from ..generation.stopping import MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
 from ..generation.text import GrowingText
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+
+_LOG = logging.getLogger("gptneo_fast")
 
 
 class Job(Future[Any]):
@@ -27,16 +33,31 @@ class Job(Future[Any]):
 
     ids: of the prompt, prefix included, and of what was found so far.
     prompt: how many of them are the prompt's. prefix: how many of those are shared with other requests.
-    seed: of the random numbers, None where none are drawn: `generate(ids, seed=seed)` gives the same.
+    seed: of the random numbers, None where none are drawn: on the CPU `generate(ids, seed=seed)` gives the same.
     """
 
-    def __init__(self, engine: Engine, request: Request, ids: list[int], *, prefix: int, seed: int | None, decode: Any) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        ids: list[int],
+        *,
+        prefix: int,
+        seed: int | None,
+        decode: Any,
+        own: Sequence[Any],  # the user's stopping criteria
+    ) -> None:
         super().__init__()
         self.request, self.seed, self.ids = request, seed, ids
         self.prompt, self.prefix = len(ids), prefix
+        self.shared = tuple(ids[: min(prefix, len(ids) - 1)])  # what of the prefix is read before the newest token
+        self.family = object()  # of requests that share one computation of their prefix
         self._engine: Engine | None = engine  # which lives for as long as somebody waits for it
         self._decode = decode  # the model, where the result is text
+        self.stopped = False  # by a criterion
+        self._clocks = [c for c in request.criteria if isinstance(c, MaxTimeCriteria) and not any(c is o for o in own)]
         self._news = threading.Condition()  # of tokens and of the end; Future's own wakes those who wait for the end
+        self._let_go = False  # by the thread that generates
         self._listeners: set[Callable[[], None]] = set()
 
     @property
@@ -54,8 +75,7 @@ class Job(Future[Any]):
         if self.exception() is not None:
             return "error"
         ends = self.request.ends
-        over = len(self.ids) >= self.request.total and (ends is None or self.ids[-1] not in ends)
-        return "length" if over else "stop"
+        return "stop" if self.stopped or (ends and self.ids[-1] in ends) else "length"
 
     def result(self, timeout: float | None = None) -> Any:
         """The continuation; waits for it.
@@ -78,8 +98,8 @@ class Job(Future[Any]):
         cancelled = super().cancel()
         engine = self._engine
         if cancelled and engine is not None:
+            engine._work.withdraw(self)
             self._tell()
-            engine._work.wake()
         return cancelled
 
     def __iter__(self) -> Iterator[Any]:
@@ -121,6 +141,7 @@ class Job(Future[Any]):
                 self._listeners.discard(tell)
 
     def __await__(self) -> Generator[Any, None, Any]:
+        self._require_another_thread()
         return asyncio.wrap_future(self).__await__()
 
     # What follows is for the thread that generates.
@@ -160,10 +181,28 @@ class Job(Future[Any]):
         texts = None if self._decode is None else [self._decode._text(self.tokens, self.request.options)]
         return non_finite({0: len(self.ids)}, torch.tensor([self.ids]), texts)
 
+    def begin(self) -> None:
+        """Its turn has come: from now on `max_time` counts."""
+        for clock in self._clocks:
+            clock.begin()
+
+    def meets(self, ids: Tensor) -> bool:
+        """Whether a criterion other than the length ends a text ids [1, T]."""
+        total = self.request.total
+        criteria = [c for c in self.request.criteria if type(c) is not MaxLengthCriteria or c.max_length < total]
+        self.stopped = bool(criteria) and bool(StoppingCriteriaList(criteria)(ids, None).any())
+        return self.stopped
+
     def _end(self, settle: Callable[[], None]) -> None:
         self._engine = None
-        if self.set_running_or_notify_cancel():  # not cancelled, and cannot be any more
-            settle()
+        try:
+            if not self.done() or (self.cancelled() and not self._let_go):
+                self._let_go = True
+                if self.set_running_or_notify_cancel():  # not cancelled, and cannot be any more
+                    settle()
+        except BaseException:  # a callback's: the engine has others to answer
+            _LOG.exception("a callback of a job raised")
+        self.request.processors.clear()  # which may hold caches of their own
         self._tell()
 
     def _tell(self) -> None:

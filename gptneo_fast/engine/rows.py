@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..generation.request import LanguageModel
 from ..network.cache import KVCache
 from ..network.decoding import Greedy
@@ -27,20 +28,30 @@ class Rows:
     """
 
     def __init__(self, model: LanguageModel, most: int, columns: int) -> None:
-        self.model, self.most = model, most
+        self.model, self.most, self.columns = model, most, columns
         self.jobs: list[Job] = []
-        fixed = columns if model.device.type == "cuda" else None  # graphs see addresses
-        self.cache: KVCache = model.transformer.new_cache(most, fixed)
+        self._lay_out()
         self._view: KVCache | None = None  # of the rows in use; None after one joined or left
-        self._graphs = Graphs(model, self.cache)
         self._ended: list[Job] = []  # in this step
         self._steps = 1
+
+    def _lay_out(self) -> None:
+        fixed = self.columns if self.model.device.type == "cuda" else None  # graphs see addresses
+        self.cache: KVCache = self.model.transformer.new_cache(self.most, fixed)
+        self._graphs = Graphs(self.model, self.cache)
+
+    def fit(self) -> bool:
+        """Whether requests that are read now can join: layers hold what attention, which may have been patched, looks at."""
+        if self.cache.windows != self.model.transformer.windows():
+            if self.jobs:
+                return False
+            self._lay_out()
+        return True
 
     def join(self, job: Job, past: KVCache | None, row: int = 0) -> None:
         """Add a request whose tokens but the last are in a row of `past`; None where it has but one."""
         if past is not None:
             self.cache.copy_row(len(self.jobs), past, row, tokens=len(job.ids) - 1)
-        self._graphs.renew()
         self.jobs.append(job)
         self._view = None
 
@@ -101,8 +112,7 @@ class Rows:
             kept.append(token)
             over = len(job.ids) + len(kept) >= request.total or (ends is not None and token in ends)
             if ends is None:
-                ids = torch.tensor([job.ids + kept], device=self.model.device)
-                over = over or bool(request.criteria(ids, None).any())
+                over = job.meets(torch.tensor([job.ids + kept], device=self.model.device)) or over
             if over:
                 break
         job.take(kept)
@@ -118,7 +128,7 @@ class Rows:
         """What is raised within it is the request's answer."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # sys.exit() in somebody's processor, too
             if job not in self._ended:
                 self._ended.append(job)
             job.fail(error)
@@ -154,6 +164,7 @@ class Rows:
         mask = torch.arange(seen + 1, device=ids.device) >= seen - held_by
         how = {"attention_mask": mask.long(), "position_ids": self._places(), "logits_to_keep": 1, "return_dict": True}
         logits: Tensor = model(ids, past_key_values=view, use_cache=True, **how).logits
+        require_read(view, seen + 1)
         return logits[:, -1]
 
     def _held(self) -> list[int]:
@@ -167,8 +178,19 @@ class Rows:
     def _view_of(self, steps: int) -> KVCache:
         """The cache of the rows in use, with room for so many tokens more."""
         held = self._held()
-        slots = self.cache.keys[0].shape
-        self.cache.allocate(max(held) + steps)
-        if self._view is None or self.cache.keys[0].shape != slots or self._view.get_seq_length() != max(held):
+        if self.cache.allocate(max(held) + steps) or self._view is None or self._view.get_seq_length() != max(held):
             self._view = self.cache.rows(len(held), held)
         return self._view
+
+
+def require_read(cache: KVCache, columns: int) -> None:
+    """Raise where the model's own forward has not appended what it was given.
+
+    Raises:
+        InputError: says how many columns there are.
+    """
+    if cache.get_seq_length() != columns:
+        raise InputError(
+            f"the model's forward left {cache.get_seq_length()} columns in past_key_values where {columns} belong; it must "
+            "take and fill the cache that it is given, and not train with gradient checkpointing"
+        )

@@ -8,7 +8,8 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 
 from ..errors import BusyError, SetupError
 from ..generation.captured.capturing import current_stream, on_stream
+from ..generation.captured.pool import weights_of
 from ..generation.request import LanguageModel
-from ..network import masks
+from ..network import masks, touch
 from ..network.cache import KVCache
 from .job import Job
-from .rows import Rows
+from .rows import Rows, require_read
 
 _PREFIXES = 4  # that are kept
 
@@ -39,12 +41,12 @@ class Surroundings:
         kind = device.type
         return cls(current_stream(device), kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
 
-    def enter(self, stack: ExitStack) -> None:
-        """Have them here, too, for as long as the stack is open."""
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(on_stream(self.stream))
-        if self.dtype is not None:
-            stack.enter_context(torch.autocast(self.kind, self.dtype))
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Have them here, too."""
+        cast = nullcontext() if self.dtype is None else torch.autocast(self.kind, self.dtype)
+        with torch.no_grad(), on_stream(self.stream), cast:
+            yield
 
 
 _all: weakref.WeakSet[Work] = weakref.WeakSet()
@@ -76,7 +78,9 @@ class Work:
         self._over = threading.Event()
         self._rows: Rows | None = None
         self._filling: _Filling | None = None
-        self._prefixes: OrderedDict[tuple[int, ...], KVCache] = OrderedDict()
+        self._named: dict[tuple[int, ...], Job] = {}  # the last request with that prefix
+        self._prefixes: OrderedDict[object, KVCache] = OrderedDict()  # by their requests' family
+        self._state: object = None  # of the model that the prefixes are of
         _all.add(self)
 
     def put(self, job: Job, timeout: float | None) -> None:
@@ -97,13 +101,25 @@ class Work:
                 self._news.wait(left)
             if self._ending is not None:
                 raise SetupError("this engine is closed; make another one")
+            if job.shared:
+                before = self._named.get(job.shared)
+                if before is not None and not before.done():  # else the model may be another one now
+                    job.family = before.family
+                self._named[job.shared] = job
             self._waiting.append(job)
             self._news.notify_all()
 
-    def wake(self) -> None:
-        """Something has changed."""
+    def withdraw(self, job: Job) -> None:
+        """A job was cancelled: its place in the queue is free."""
+        if os.getpid() != self._process:
+            return
         with self._news:
+            waits = job in self._waiting
+            if waits:
+                self._waiting.remove(job)
             self._news.notify_all()
+        if waits:
+            job.let_go()
 
     def close(self, cancel: bool, wait: bool = True) -> None:
         """End the thread, and wait for that. cancel: without what is not done yet."""
@@ -141,9 +157,8 @@ class Work:
         """Until the end. What it raises is the answer to every job."""
         self._thread = threading.get_ident()
         try:
-            with ExitStack() as stack:
-                self.surroundings.enter(stack)
-                while self._goes_on():
+            while self._goes_on():
+                with self.surroundings.entered():  # anew each time: autocast keeps copies of weights for as long as it is on
                     self._turn()
         except BaseException as error:
             self._fail_all(error)
@@ -170,13 +185,15 @@ class Work:
 
     def _turn(self) -> None:
         """One chunk of prompts at most, then a step of all rows."""
-        if self._rows is None:
-            try:
-                self._rows = Rows(self.model, self.most_rows, self.columns)
-            except Exception as error:  # the cache has no room
-                self._fail_all(error)
-                return
         try:
+            if self._rows is None:
+                self._rows = Rows(self.model, self.most_rows, self.columns)
+            self.model.looked(anew=True)  # a layer's `forward` may be set without a sign
+        except Exception as error:  # the cache has no room, or the configuration was changed
+            self._fail_all(error)
+            return
+        try:
+            self._forget()
             for job in [job for job in self._rows.jobs if job.cancelled()]:
                 self._rows.drop(job)
                 job.let_go()
@@ -188,15 +205,37 @@ class Work:
             self._rows.clear()
             for job in jobs:
                 job.fail(error)
+            if not jobs:
+                self._fail_all(error)
+
+    def _forget(self) -> None:
+        """Let prefixes go that no request names any more, or that the model has changed since."""
+        if not self._named:
+            return
+        with self._news:
+            self._named = {shared: job for shared, job in self._named.items() if not job.done()}
+            jobs = [*self._waiting, *(self._rows.jobs if self._rows else ()), *(self._filling.jobs if self._filling else ())]
+        named, state = {job.family for job in jobs}, _state_of(self.model)
+        if state != self._state:
+            named.clear()
+            if self._filling is not None:
+                self._filling.lasts = False
+        for key in [key for key in self._prefixes if key not in named]:
+            del self._prefixes[key]
+        self._state = state
 
     def _fill(self, rows: Rows) -> None:
         """Read up to a chunk of prompts; those that are complete join the rows."""
         left = self.chunk
         while left > 0:
             if self._filling is None:
-                jobs = self._next(rows.most - len(rows.jobs), left)
+                jobs = self._next(rows.most - len(rows.jobs), left) if rows.fit() else []
                 if not jobs:
                     return
+                for job in jobs:
+                    job.begin()
+                if not self._prefixes:
+                    self._state = _state_of(self.model)
                 self._filling = _Filling(self.model, jobs, self._prefixes)
             filling = self._filling
             if all(job.cancelled() for job in filling.jobs):
@@ -274,15 +313,17 @@ class _Filling:
     jobs: one, or several that are read at once.
     """
 
-    def __init__(self, model: LanguageModel, jobs: list[Job], prefixes: OrderedDict[tuple[int, ...], KVCache]) -> None:
+    def __init__(self, model: LanguageModel, jobs: list[Job], prefixes: OrderedDict[object, KVCache]) -> None:
         self.model, self.jobs, self.prefixes = model, jobs, prefixes
         self.rows = [job.ids[:-1] for job in jobs]
         self.target = max(map(len, self.rows))
-        self.shared = tuple(jobs[0].ids[: min(jobs[0].prefix, self.target)])
+        self.shared = jobs[0].shared
         self.own = False  # whether the cache is theirs alone
+        self.lasts = True  # whether the prefix is for others, too
         self.cache: KVCache | None = None
-        if self.shared and (found := prefixes.get(self.shared)) is not None:
-            prefixes.move_to_end(self.shared)
+        self.family = jobs[0].family
+        if self.shared and (found := prefixes.get(self.family)) is not None:
+            prefixes.move_to_end(self.family)
             self.cache = found
 
     @property
@@ -309,8 +350,8 @@ class _Filling:
             self.cache.allocate(self.target, exact=True)
         self.own = begin >= len(self.shared)
         read(self.model, [row[begin:end] for row in self.rows], self.cache)
-        if end == len(self.shared) and not self.own:
-            self.prefixes[self.shared] = self.cache
+        if end == len(self.shared) and not self.own and self.lasts:
+            self.prefixes[self.family] = self.cache
             while len(self.prefixes) > _PREFIXES:
                 self.prefixes.popitem(last=False)
         return len(self.rows) * (end - begin)
@@ -331,3 +372,9 @@ def read(model: LanguageModel, texts: list[list[int]], cache: KVCache) -> None:
     mask = None if padding is None else (torch.arange(T, device=device) >= padding).long()
     how = {"attention_mask": mask, "position_ids": places, "use_cache": True, "logits_to_keep": 1, "return_dict": True}
     model(ids, past_key_values=cache, **how)
+    require_read(cache, past + T)
+
+
+def _state_of(model: LanguageModel) -> object:
+    """What is another one after a hook, a replaced layer or changed weights; not after a change through `.data`."""
+    return touch.stamp(), weights_of(model), [None if p.is_inference() else p._version for p in model.parameters()]

@@ -374,7 +374,12 @@ class _Guide:
                 f"negative_prompt_ids has {self.ids.shape[1]} tokens and {new} new ones make {total}, past the model's {limit} "
                 "positions; shorten it, or ask for fewer new tokens"
             )
-        self.session = Session(model, Prompt(self.ids, mask), total)
+        self._begin = functools.partial(Session, model, Prompt(self.ids, mask), total)
+
+    @functools.cached_property
+    def session(self) -> Session:
+        """Made where and when it is first used: its cache belongs there."""
+        return self._begin()
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         return self.session.feed(torch.cat([self.ids, input_ids[:, self.prompt :]], 1))[:, -1]

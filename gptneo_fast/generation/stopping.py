@@ -64,7 +64,10 @@ class MaxTimeCriteria(StoppingCriteria):
     initial_timestamp: float | None = None
 
     def __post_init__(self) -> None:
-        passed = 0.0 if self.initial_timestamp is None else time.time() - self.initial_timestamp
+        self.begin(0.0 if self.initial_timestamp is None else time.time() - self.initial_timestamp)
+
+    def begin(self, passed: float = 0.0) -> None:
+        """Count from now, or as if so many seconds had passed."""
         self._ends = time.monotonic() - passed + self.max_time
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

@@ -270,7 +270,15 @@ class KVCache:
 
         Args:
             tokens: that the row holds; None to read it from `source.lengths`.
+
+        Raises:
+            CacheError: the layers of the two do not hold the same columns.
         """
+        if source._slots != self._slots:
+            raise CacheError(
+                f"rows are copied between caches of equal layers; these have up to {source._slots} and {self._slots} slots: "
+                "attention was patched in between, or the model is another one"
+            )
         n = int(source.lengths[source_row]) if tokens is None else tokens
         self.allocate(n)
         for layer, most in enumerate(self._slots):
@@ -292,12 +300,14 @@ class KVCache:
             return 0
         return self._written - ring + max(self.windows) - 1
 
-    def allocate(self, columns: int, exact: bool = False) -> None:
-        """Lay out slots for this many columns in all, where there are fewer; by and by, or for as many at once."""
+    def allocate(self, columns: int, exact: bool = False) -> bool:
+        """Lay out slots for this many columns in all, or with room to grow, where there are fewer; whether there were."""
+        grew = False
         for layer, most in enumerate(self._slots):
             old = self.keys[layer].shape[2]
             if old >= min(columns, most):
                 continue
+            grew = True
             slots = columns if exact else max(columns, old + old // 2)
             slots = min(slots if exact else -(-slots // _GROWTH) * _GROWTH, most)
             for tensors in (self.keys, self.values):  # nothing has wrapped yet: slots are still token numbers
@@ -307,6 +317,7 @@ class KVCache:
                 if old:
                     grown[:, :, :old] = tensors[layer]
                 tensors[layer] = grown
+        return grew
 
     def __len__(self) -> int:
         return len(self.windows)

@@ -263,8 +263,8 @@ def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor,
     rows, found = max(1, _CHUNK // (4 * max(1, weight.shape[0]))), []
     for i in range(0, max(1, len(x)), rows):
         piece, own = x[i : i + rows], targets[i : i + rows]
-        few = _takes(piece, weight)
-        product = linear if few or not _widens(piece, weight) else partial(widened.linear, dtype=torch.float32)
+        few, wide = _takes(piece, weight), _widens(piece, weight)  # whatever the number of rows, logits are rounded alike
+        product = partial(widened.linear, dtype=torch.float32) if wide else linear
         logits = [product(piece, some) for some in ([weight] if few else weight.split(_COLUMNS))]
         found.append(statistics(logits, own))
     own, rank, entropy, variance = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -41,17 +41,18 @@ def ids_of(tokenizer: Any, text: Text, vocabulary: int, name: str) -> list[int]:
     return [int(token) for token in ids]
 
 
-def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+def batches(lengths: Sequence[int], tokens: int, held: int = 0) -> list[list[int]]:
     """Places of texts that run together, the longest first: neighbours of like length need little padding.
 
     Args:
         lengths: of the texts, those of 0 left out. tokens: of a batch, padding included; a longer text runs alone.
+        held: tokens of a context, which each text has a copy of.
     """
     found: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] == 0:
             continue
-        if not found or (len(found[-1]) + 1) * lengths[found[-1][0]] > tokens:
+        if not found or (len(found[-1]) + 1) * (lengths[found[-1][0]] + held) > tokens:
             found.append([])
         found[-1].append(i)
     return found

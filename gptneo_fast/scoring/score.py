@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import is_int
-from ..errors import InputError, short
+from ..errors import InputError, NonFiniteLogitsError, short
 from ..network.cache import KVCache
 from .batches import Text, batches, budget_of, ids_of, shown, texts_of
 
@@ -65,6 +65,7 @@ class ScoringMixin:
 
         Raises:
             InputError: neither text nor ids, too long for the model's positions, or another `want`.
+            NonFiniteLogitsError: NaN or infinite logits in some texts; the others are complete, in its `scores`.
             SetupError: text, and the model has no tokenizer.
         """
         if isinstance(want, str) or not set(want) <= set(WANT):
@@ -86,6 +87,17 @@ class ScoringMixin:
         found = self._scored([first + row for row in rows], past, progress)
         for i, row in enumerate(rows):
             scores[i] = _score_of(row if before else row[1:], found[i], want)
+        broken = {i: int(own[0].isnan().nonzero()[0]) for i, own in enumerate(found) if own[0].isnan().any()}
+        if broken:
+            names, counts = ", ".join(map(str, broken)), ", ".join(map(str, broken.values()))
+            raise NonFiniteLogitsError(
+                f"logits of text {names} were NaN or infinite after {counts} scored tokens; try dtype=torch.float32. The "
+                "error's `scores` has those of all texts",
+                list(broken),
+                None,
+                list(broken.values()),
+                scores=scores,
+            )
         return scores[0] if single else scores
 
     @torch.no_grad()
@@ -140,8 +152,13 @@ class ScoringMixin:
             return None
         model = cast(Any, self)
         tokens = torch.tensor([ids], device=model.device)
-        cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
-        return cast(KVCache, cache)
+        cache = model(tokens, use_cache=True, logits_to_keep=1, return_dict=True).past_key_values
+        if not isinstance(cache, KVCache) or cache.get_seq_length() != len(ids):
+            raise InputError(
+                "the model's forward gave no cache of the context; it must do so with use_cache=True, and not train with "
+                "gradient checkpointing; or put the context before each text"
+            )
+        return cache
 
     def _scored(self, rows: list[list[int]], past: KVCache | None, progress: bool | None) -> list[tuple[Tensor, ...]]:
         """Statistics of the tokens of each row after its first, on the CPU: log-probability, rank, entropy, variance [n]."""
@@ -149,7 +166,7 @@ class ScoringMixin:
         nothing = torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0)
         found: list[tuple[Tensor, ...]] = [nothing] * len(rows)
         lengths = [max(0, len(row) - 1) for row in rows]
-        for batch in shown(batches(lengths, budget_of(model.device)), progress):
+        for batch in shown(batches(lengths, budget_of(model.device), 0 if past is None else past.get_seq_length()), progress):
             T = lengths[batch[0]]
             ids = torch.tensor([rows[i][:-1] + [0] * (T - lengths[i]) for i in batch], device=model.device)
             tokens = torch.tensor([[1] * lengths[i] + [0] * (T - lengths[i]) for i in batch], device=model.device)

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import GPTNeoFastError, InputError, short
 from ..scoring import Score
 
+_BEGINS = b'{"line": '  # each line of a result
 _BLOCK = 256  # lines that are scored together, and written
 
 
@@ -54,8 +55,8 @@ def lines_done(path: Path) -> int:
     done, whole = 0, 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                break
+            if not line.endswith(b"\n") and _BEGINS.startswith(line[: len(_BEGINS)]):
+                break  # cut off
             try:
                 number = json.loads(line)["line"]
             except (ValueError, KeyError, TypeError) as error:

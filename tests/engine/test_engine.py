@@ -1,8 +1,11 @@
 """An engine's results are those of serial generation, whatever runs beside them."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import copy
+import functools
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,7 @@ from torch import nn
 import gptneo_fast
 from gptneo_fast import Engine
 from gptneo_fast.engine import engine as engine_module, graphs, rows as rows_module, work
-from gptneo_fast.errors import BusyError, InputError, NonFiniteLogitsError, OutOfMemoryError, SetupError, UnknownOptionError
+from gptneo_fast.errors import BusyError, ConfigError, InputError, NonFiniteLogitsError, OutOfMemoryError, SetupError, UnknownOptionError
 from gptneo_fast.generation import captured
 from gptneo_fast.generation.captured import memory
 from tests.support.peers import SMALL
@@ -186,7 +189,7 @@ def test_short_prompts_are_read_together(model, reads, touch):
             prompt = job.ids[: job.prompt]
             require_same(model, prompt, job.result(60), serial(model, prompt, max_new_tokens=20))
         first.result(60)
-    assert [n for n in reads if n][:2] == [57, 16] and sum(n or 0 for n in reads) == 57 + 16 + 299
+    assert [n for n in reads if n][:3] == [57, 7, 1] and sum(n or 0 for n in reads) == 57 + 8 + 7 + 299
 
 
 def test_a_shared_prefix_is_computed_once(model, reads):
@@ -241,6 +244,27 @@ class TestGenerateMany:
         assert isinstance(got[1], ZeroDivisionError)
         with pytest.raises(ZeroDivisionError, match="mine"):
             list(model.generate_many(prompts, max_new_tokens=3))
+
+    def test_a_prompt_that_cannot_be_served_stands_in_its_place(self, model):
+        prompts = [[5], [V], [], [7]]
+        got = list(model.generate_many(prompts, max_new_tokens=3, errors="return"))
+        assert got[0] == serial(model, [5], max_new_tokens=3) and got[3] == serial(model, [7], max_new_tokens=3)
+        assert all(isinstance(error, InputError) for error in got[1:3])
+        found = model.generate_many(prompts, max_new_tokens=3)
+        assert next(found) == got[0]
+        with pytest.raises(InputError, match=f"is {V}"):
+            next(found)
+
+    def test_prefix_processors_and_the_seed_of_one_prompt(self, model):
+        def ban(ids, scores):
+            return scores.index_fill(1, torch.arange(30), -float("inf"))
+
+        how = {"prefix": [8, 9, 10], "logits_processor": [ban], "max_new_tokens": 9}
+        plain, drawn = model.generate_many([[5], {"prompt": [6], "seed": 4, "do_sample": True}], num_return_sequences=3, **how)
+        assert plain[0] == plain[1] == serial(model, [8, 9, 10, 5], max_new_tokens=9, logits_processor=[ban])
+        for j, got in enumerate(drawn):
+            more = {"do_sample": True, "seed": 4 + j, "logits_processor": [ban]}
+            assert got == serial(model, [8, 9, 10, 6], max_new_tokens=9, **more)
 
     def test_what_the_prompts_raise_reaches_the_caller(self, model):
         def prompts():
@@ -389,7 +413,8 @@ def test_surroundings_of_the_caller(model, around):
         (lambda e: e.submit([5], logits_processor=[3]), InputError, "logits_processor"),
         (lambda e: e.generate_many("abc"), InputError, "prompts is a str"),
         (lambda e: e.generate_many([[5]], errors="no"), InputError, "errors='no'"),
-        (lambda e: list(e.generate_many([{"text": [5]}])), InputError, "a mapping without 'prompt'"),
+        (lambda e: list(e.generate_many([{"text": [5]}])), InputError, "prompt 0 is a mapping without 'prompt'"),
+        (lambda e: e.submit([5, 9, 6], pad_token_id=9), InputError, "prompt holds the pad token 9"),
         (lambda e: Engine(e.model, 0), InputError, "max_rows=0 is not an integer from 1"),
         (lambda e: Engine(e.model, max_tokens=641), InputError, "max_tokens=641 is not an integer from 1 to 640"),
         (lambda e: Engine(3), InputError, "model is 3; give a GPTNeoForCausalLM"),
@@ -458,3 +483,184 @@ def test_rows_are_as_many_as_a_card_holds(model, monkeypatch):
     engine.max_rows = 64
     with pytest.raises(OutOfMemoryError, match=r"64 rows of 640 tokens need .*20 rows of 640 tokens"):
         engine._fit(fewer=False)
+
+
+def test_the_first_layer_may_be_the_local_one():
+    """Its ring stops growing while the other layers go on."""
+    model = lively(attention_types=[[["local", "global", "local"], 1]])
+    with Engine(model, 2, prefill_chunk_size=64) as engine:
+        jobs = [engine.submit(ids_of(n), max_new_tokens=out, eos_token_id=None) for n, out in ((9, 190), (5, 400), (150, 99))]
+        for job, out in zip(jobs, (190, 400, 99), strict=True):
+            prompt = job.ids[: job.prompt]
+            require_same(model, prompt, job.result(60), serial(model, prompt, max_new_tokens=out, eos_token_id=None))
+
+
+def changed_weights(model):
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.data.mul_(1.5)
+
+
+def hooked_attention(model):
+    model.transformer.h[1].attn.register_forward_hook(lambda module, args, out: (out[0] * 0.3, *out[1:]))
+
+
+@pytest.mark.parametrize("change", [changed_weights, hooked_attention])
+def test_a_prefix_is_that_of_the_model_as_it_is(change, reads):
+    model, prefix = lively(), ids_of(50)
+    with Engine(model, 2) as engine:
+        before = engine.submit([5], prefix=prefix, max_new_tokens=20).result(60)
+        change(model)
+        after = engine.submit([5], prefix=prefix, max_new_tokens=20).result(60)
+    assert after == serial(model, [*prefix, 5], max_new_tokens=20) != before
+    assert sum(n or 0 for n in reads) == 100
+
+
+def test_attention_that_is_patched_between_two_requests():
+    """Its layers then hold all columns, for it may look at any; and again a window once the patch is gone."""
+    model = lively()
+    attention = model.transformer.h[1].attn.attention
+    with Engine(model, 2) as engine:
+        for patched in (False, True, False):
+            if patched:
+                attention._attn = functools.partial(attention._attn)
+            elif "_attn" in vars(attention):
+                del attention._attn
+            for prompt in (ids_of(200), ids_of(9)):
+                got = engine.submit(prompt, max_new_tokens=20).result(60)
+                require_same(model, prompt, got, serial(model, prompt, max_new_tokens=20))
+
+
+def test_a_layer_that_is_patched_without_a_sign_counts_from_the_next_step():
+    model, gate = lively(), Gate(3)
+    c_fc = model.transformer.h[0].mlp.c_fc
+    with Engine(model, 1) as engine:
+        first = engine.submit([5], max_new_tokens=4, logits_processor=[gate])
+        second = engine.submit([6, 7], max_new_tokens=20)
+        gate.wait()
+        plain = c_fc.forward
+        c_fc.forward = lambda x: plain(x) * 0.2
+        gate.open()
+        first.result(60)
+        got = second.result(60)
+    want = serial(model, [6, 7], max_new_tokens=20)
+    del c_fc.forward
+    assert got == want != serial(model, [6, 7], max_new_tokens=20)
+
+
+def test_weights_that_change_under_autocast_count():
+    model = lively()
+    for p in model.parameters():
+        p.requires_grad_(True)  # of which autocast keeps copies
+    with torch.autocast("cpu", torch.bfloat16), Engine(model, 1) as engine:
+        before = engine.submit([5, 6], max_new_tokens=20).result(60)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.roll(1, 0))
+        torch.clear_autocast_cache()
+        want = serial(model, [5, 6], max_new_tokens=20)
+        got = engine.submit([5, 6], max_new_tokens=20).result(60)
+    require_same(model, [5, 6], got, want, 0.1)
+    assert got != before
+
+
+def test_no_new_tokens_are_none(model):
+    with Engine(model, 1) as engine:
+        job = engine.submit([5, 6], max_new_tokens=0)
+        assert job.result(60) == [] and list(job) == [] and job.finish_reason == "length"
+
+
+def test_time_counts_from_the_turn_of_a_request(model):
+    gate = Gate(1)
+    with Engine(model, 1) as engine:
+        first = engine.submit([5], max_new_tokens=3, logits_processor=[gate])
+        second = engine.submit([6], max_new_tokens=9, max_time=1.5, eos_token_id=None)
+        gate.wait()
+        time.sleep(1.6)
+        gate.open()
+        assert len(second.result(60)) == 9 and first.done()
+        slow = engine.submit([6], max_new_tokens=9, max_time=0.1, logits_processor=[lambda i, s: (time.sleep(0.04), s)[1]])
+        assert 1 <= len(slow.result(60)) < 9 and slow.finish_reason == "stop"
+
+
+def test_a_stop_at_the_last_token_is_a_stop(stories):
+    text = stories.generate_text("Once upon a time", max_new_tokens=40)
+    with Engine(stories, 1) as engine:
+        whole = engine.submit("Once upon a time", max_new_tokens=40).tokens
+        job = engine.submit("Once upon a time", max_new_tokens=40, stop_strings=[text[5:9]])
+        job.result(60)
+        again = engine.submit("Once upon a time", max_new_tokens=len(job.tokens), stop_strings=[text[5:9]])
+        assert again.result(60) == job.result() and again.finish_reason == job.finish_reason == "stop"
+    assert whole is not None
+
+
+def test_padding_of_ids_is_left_out_as_by_generate(model):
+    with Engine(model, 1) as engine:
+        job = engine.submit([9, 9, 5, 6, 9], pad_token_id=9, max_new_tokens=8)
+        assert job.result(60) == serial(model, [5, 6], max_new_tokens=8) and job.prompt == 2
+
+
+def test_an_empty_text_behind_a_prefix_adds_nothing(stories):
+    with Engine(stories, 1) as engine:
+        got = engine.submit("", prefix="Once upon a time", max_new_tokens=9).result(60)
+    assert got == stories.generate_text("Once upon a time", max_new_tokens=9)
+
+
+def without_cache(model):
+    plain = model.forward
+    model.forward = lambda input_ids=None, **_: plain(input_ids, return_dict=True)
+
+
+def test_a_forward_that_keeps_no_cache_is_an_error_and_no_hang():
+    model = lively()
+    without_cache(model)
+    with Engine(model, 1) as engine:
+        for prompt in ([5], [5, 6, 7]):
+            with pytest.raises(InputError, match="left 0 columns in past_key_values"):
+                engine.submit(prompt, max_new_tokens=5).result(60)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_an_exit_of_one_answers_all_the_same(model, error):
+    def leaves(*args):
+        raise error
+
+    gate = Gate(1)
+    with Engine(model, 3) as engine:
+        first = engine.submit([4], max_new_tokens=4, logits_processor=[gate])
+        jobs = [engine.submit([5 + i], max_new_tokens=4, logits_processor=[leaves] if i == 1 else None) for i in range(4)]
+        jobs[0].add_done_callback(leaves)
+        gate.open()
+        for i in (0, 2, 3):
+            require_same(model, [5 + i], jobs[i].result(60), serial(model, [5 + i], max_new_tokens=4))
+        assert isinstance(jobs[1].exception(60), error)
+        assert len(first.result(60)) == 4
+
+
+def test_a_cancelled_request_leaves_the_queue_at_once(model):
+    gate = Gate(1)
+    with Engine(model, 1, max_waiting=1) as engine:
+        first = engine.submit([5], max_new_tokens=3, logits_processor=[gate])
+        gate.wait()
+        second = engine.submit([6], max_new_tokens=3)
+        assert second.cancel()
+        done, rest = concurrent.futures.wait([second], timeout=10)
+        assert second in done and not rest
+        third = engine.submit([7], max_new_tokens=3, timeout=0)
+        gate.open()
+        assert len(third.result(60)) == len(first.result(60)) == 3
+
+
+def test_a_configuration_that_was_changed_is_an_error_for_each():
+    model, gate = lively(), Gate(1)
+    with Engine(model, 1) as engine:
+        jobs = [engine.submit([5], max_new_tokens=3, logits_processor=[gate]), engine.submit([6], max_new_tokens=3)]
+        gate.wait()
+        layers, model.config.attention_layers = model.config.attention_layers, ("local", "local", "local")
+        gate.open()
+        for job in jobs:
+            with pytest.raises(ConfigError, match="layer 0 is local"):
+                job.result(60)
+        with pytest.raises(ConfigError, match="layer 0 is local"):
+            engine.submit([5])
+        model.config.attention_layers = layers
+        assert engine.submit([6], max_new_tokens=3).result(60) == serial(model, [6], max_new_tokens=3)

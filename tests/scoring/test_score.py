@@ -1,5 +1,6 @@
 """Scores of texts are those of a plain forward pass, whatever runs beside them, and whatever a user did to the model."""
 
+import copy
 import math
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 
 import gptneo_fast
-from gptneo_fast.errors import InputError, SetupError
+from gptneo_fast.errors import InputError, NonFiniteLogitsError, SetupError
 from gptneo_fast.ops import reference
+from gptneo_fast.scoring.batches import batches
 from tests.support.peers import SMALL, peers
 
 V = SMALL["vocab_size"]
@@ -118,6 +120,37 @@ def test_what_a_user_did_to_the_model_counts(touch):
     after = model.score(text).logprob
     assert (after - expected(model, text, 1)[0]).abs().max() < 2e-4
     assert (after - before).abs().max() > 1e-3
+
+
+def test_texts_that_are_not_finite_are_named_and_the_others_kept():
+    model = gptneo_fast.GPTNeoForCausalLM(gptneo_fast.GPTNeoConfig(**SMALL, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight[50] = float("nan")
+    with pytest.raises(NonFiniteLogitsError, match="logits of text 1 were NaN or infinite after") as caught:
+        model.score([[5, 6, 7], [5, 6, 7, 50, 8]])
+    good = model.score([5, 6, 7])
+    assert caught.value.rows == [1] and torch.allclose(caught.value.scores[0].logprob, good.logprob, atol=1e-5)
+
+
+def test_a_context_without_cache_is_an_error_and_not_lost():
+    model = gptneo_fast.GPTNeoForCausalLM(gptneo_fast.GPTNeoConfig(**SMALL)).eval()
+    plain = model.forward
+    model.forward = lambda input_ids=None, **_: plain(input_ids, return_dict=True, use_cache=False)
+    with pytest.raises(InputError, match="gave no cache of the context"):
+        model.score([[5]], [6, 7, 8])
+
+
+def test_a_context_counts_for_every_text_of_a_batch():
+    assert [len(batch) for batch in batches([1] * 500, 2048, held=1000)] == [2] * 250
+    assert [len(batch) for batch in batches([1] * 500, 2048)] == [500]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_text_alone_scores_as_in_a_batch(models, dtype):
+    model = copy.deepcopy(models[1]).to(dtype)
+    texts = [ids_of(n) for n in (5, 40, 300, 12)]
+    for text, score in zip(texts, model.score(texts), strict=True):
+        assert (model.score(text).logprob - score.logprob).abs().max() < 0.08
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ from tests.support.peers import SMALL
 
 
 @torch.no_grad()
-def lively(dtype=torch.float32):
+def lively(dtype=torch.float32, **changes):
     """A small model each of whose greedy tokens depends on all that it sees: a wrong key shows in the text."""
-    model = gptneo_fast.GPTNeoForCausalLM(gptneo_fast.GPTNeoConfig(**SMALL, tie_word_embeddings=False)).to(dtype).eval()
+    config = gptneo_fast.GPTNeoConfig(**(SMALL | changes), tie_word_embeddings=False)
+    model = gptneo_fast.GPTNeoForCausalLM(config).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.copy_(torch.randn(p.shape, generator=generator) * 1.5 * p.shape[-1] ** -0.5 if p.dim() == 2 else p)

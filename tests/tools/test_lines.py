@@ -94,8 +94,9 @@ def test_what_cannot_be_done_is_said(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_file_of_something_else_is_left_alone(texts, tmp_path, capsys):
+@pytest.mark.parametrize("text", ["my notes\n", "my notes"])
+def test_a_file_of_something_else_is_left_alone(texts, tmp_path, capsys, text):
     other = tmp_path / "notes.txt"
-    other.write_text("my notes\n")
+    other.write_text(text)
     assert cli.main([*SCORE, str(texts), "-o", str(other), "--resume"]) == 1
-    assert "no result of `score`" in capsys.readouterr().err and other.read_text() == "my notes\n"
+    assert "no result of `score`" in capsys.readouterr().err and other.read_text() == text
