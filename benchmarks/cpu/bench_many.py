@@ -113,4 +113,12 @@ def test_scores(benchmark, dtype):
     def more(runner: str, _: float) -> dict[str, Any]:
         return {"extra_mb": results[f"{PEER if runner == PEER else 'ours'}, bytes"] / 1e6}
 
-    keep(benchmark, f"125m, scores of {TEXTS} x {TOKENS} tokens", dtype, torch.get_num_threads(), TEXTS * (TOKENS - 1), peer, more)
+    keep(
+        benchmark,
+        f"125m, scores of {TEXTS} x {TOKENS} tokens",
+        dtype,
+        torch.get_num_threads(),
+        TEXTS * (TOKENS - 1),
+        peer,
+        more,
+    )

@@ -15,7 +15,15 @@ from torch import nn
 import gptneo_fast
 from gptneo_fast import Engine
 from gptneo_fast.engine import engine as engine_module, graphs, rows as rows_module, work
-from gptneo_fast.errors import BusyError, ConfigError, InputError, NonFiniteLogitsError, OutOfMemoryError, SetupError, UnknownOptionError
+from gptneo_fast.errors import (
+    BusyError,
+    ConfigError,
+    InputError,
+    NonFiniteLogitsError,
+    OutOfMemoryError,
+    SetupError,
+    UnknownOptionError,
+)
 from gptneo_fast.generation import captured
 from gptneo_fast.generation.captured import memory
 from tests.support.peers import SMALL
