@@ -136,10 +136,10 @@ def _step(model: Any, batch: int, tokens: int, past: int, op: Any) -> None:
         cache = StepCache(cache, torch.empty(batch, dtype=torch.int32, device=device))
     ids = torch.empty(batch, tokens, dtype=torch.int64, device=device)
     logits = model.step(ids, torch.arange(tokens, device=device)[None], None, cache).squeeze(1)
-    if not past:  # `forward`, which wants every position, norms them all
+    if not past:  # `forward` and `score`, which want every position, norm them all
         norm = model.transformer.ln_f
         hidden = torch.empty(batch, tokens, model.config.hidden_size, dtype=model.dtype, device=device)
-        op.layer_norm(hidden, norm.weight, norm.bias, norm.eps)
+        op.logprob(op.layer_norm(hidden, norm.weight, norm.bias, norm.eps)[0], model.lm_head.weight, ids[0])
     V = model.config.vocab_size
     rates, counts = torch.empty(4, device=device), torch.empty(3, dtype=torch.int32, device=device)
     seeds, flags = (torch.empty(n, dtype=kind, device=device) for n, kind in ((batch, torch.int64), (V, torch.uint8)))
