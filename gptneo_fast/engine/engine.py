@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import is_int, is_number
-from ..errors import InputError, short
+from ..errors import InputError, SetupError, short
 from ..generation.callbacks import check_functions
 from ..generation.captured.memory import check_memory, free_bytes, needed
 from ..generation.config import Options
@@ -131,7 +131,8 @@ class Engine:
         self._work.require_this_process()
         settled = self._settled(options)
         shared = [] if prefix is None else self._ids("prefix", prefix, settled, None)
-        ids = shared + ([] if prompt == "" and shared else self._ids("prompt", prompt, settled, truncate))
+        nothing = isinstance(prompt, str) and not prompt and bool(shared)
+        ids = shared + ([] if nothing else self._ids("prompt", prompt, settled, truncate))
         if settled.do_sample and settled.seed is None:
             settled.seed = int(torch.randint(2**63 - 1, ()))
         request = request_of(
@@ -241,6 +242,8 @@ class Engine:
             if "prompt" not in how:
                 raise InputError(f"{name} is a mapping without 'prompt'; give the text under that name")
             return self._submit(how.pop("prompt"), how, **special, copies=copies)
+        except SetupError:  # it would be that of every prompt
+            raise
         except Exception as error:
             failed: Future[Any] = Future()
             failed.set_exception(error)

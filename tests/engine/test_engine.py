@@ -263,6 +263,12 @@ class TestGenerateMany:
         with pytest.raises(InputError, match=f"is {V}"):
             next(found)
 
+    def test_a_closed_engine_is_said_once_and_not_of_every_prompt(self, model):
+        engine = Engine(model, 1)
+        engine.close()
+        with pytest.raises(SetupError, match="this engine is closed"):
+            next(engine.generate_many(([5] for _ in range(10**9)), errors="return"))
+
     def test_prefix_processors_and_the_seed_of_one_prompt(self, model):
         def ban(ids, scores):
             return scores.index_fill(1, torch.arange(30), -float("inf"))
