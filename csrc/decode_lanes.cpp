@@ -153,7 +153,16 @@ void statistics(const Piece* pieces, int64_t count, int64_t token, float* own, i
     for (; v < p->size; ++v) top = p->at[v] > top ? p->at[v] : top;
   }
   for (int l = 0; l < kLanes; ++l) top = best[l] > top ? best[l] : top;
-  double total = 0, first = 0, second = 0;  // of e^d, d e^d and d^2 e^d, d = logit - top
+  // Squares are summed about a number near the mean, that of the first few: about 0 little of their sum would be the variance.
+  float weight = 0, moment = 0;
+  for (int64_t v = 0; v < min(pieces->size, kSummed); v += kLanes) {
+    float part[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) part[l] = v + l < pieces->size ? pieces->at[v + l] - top : -INFINITY;
+    const Floats d = load<kLanes>(part), e = exponential(d);
+    weight += sum(e), moment += sum(choose(e > 0.0f, d * e, Floats{}));
+  }
+  const float centre = weight > 0 && moment > -INFINITY ? moment / weight : 0;
+  double total = 0, first = 0, second = 0;  // of e^d, g e^d and g^2 e^d, d = logit - top and g = d - centre
   int64_t above = 0;
   for (const Piece* p = pieces; p < pieces + count; ++p)
     for (int64_t begin = 0; begin < p->size; begin += kSummed) {
@@ -165,10 +174,10 @@ void statistics(const Piece* pieces, int64_t count, int64_t token, float* own, i
         float part[kLanes];
         for (int64_t l = 0; left < kLanes && l < kLanes; ++l) part[l] = l < left ? p->at[v + l] : -INFINITY;
         const Floats x = load<kLanes>(left < kLanes ? part : p->at + v), d = x - top, e = exponential(d);
-        const Floats de = choose(e > 0.0f, d * e, choose(e == e, Floats{}, e));  // -inf times 0 is nothing
+        const Floats g = d - centre, ge = choose(e > 0.0f, g * e, choose(e == e, Floats{}, e));  // -inf times 0 is nothing
         t += e;
-        f += de;
-        s += choose(e > 0.0f, d * de, de);
+        f += ge;
+        s += choose(e > 0.0f, g * ge, ge);
         a -= x > value;
       }
       total += sum(t), first += sum(f), second += sum(s);
@@ -176,11 +185,11 @@ void statistics(const Piece* pieces, int64_t count, int64_t token, float* own, i
     }
   for (int64_t i = 0; i <= home; ++i)
     for (int64_t v = 0; v < (i < home ? pieces[i].size : place); ++v) above += pieces[i].at[v] == value;
-  const double mean = first / total;
+  const double shift = first / total;
   *own = static_cast<float>(value - top - log(total));
   *rank = above;
-  *entropy = static_cast<float>(log(total) - mean);
-  *variance = static_cast<float>(second / total - mean * mean);
+  *entropy = static_cast<float>(log(total) - (centre + shift));
+  *variance = static_cast<float>(second / total - shift * shift);
 }
 
 template <typename T>

@@ -28,6 +28,12 @@ def _statistics(logits_ptr, stride, targets_ptr, logprob_ptr, rank_ptr, entropy_
         ids = i + lanes
         best = tl.maximum(best, tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf")).to(tl.float32))
     top = tl.max(best)
+    # squares are summed about a number near the mean, that of the first few: about 0 little of their sum would be the variance
+    few = lanes < V
+    d = tl.where(few, tl.load(logits_ptr + lanes, mask=few, other=0.0).to(tl.float32) - top, 0.0)
+    e = tl.where(few, tl.exp(d), 0.0)
+    weight = tl.sum(e)
+    centre = tl.where(weight > 0, tl.sum(e * d) / tl.maximum(weight, 1e-30), 0.0)
     total = tl.zeros((BLOCK,), tl.float32)
     first = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
@@ -38,16 +44,17 @@ def _statistics(logits_ptr, stride, targets_ptr, logprob_ptr, rank_ptr, entropy_
         x = tl.load(logits_ptr + ids, mask=inside, other=float("-inf")).to(tl.float32)
         d = tl.where(inside, x - top, 0.0)
         e = tl.where(inside, tl.exp(d), 0.0)
+        d -= centre
         total += e
         first += e * d
         second += e * d * d
         above += (inside & ((x > own) | ((x == own) & (ids < target)))).to(tl.int32)
     sum_of_e = tl.sum(total)
-    mean = tl.sum(first) / sum_of_e
+    shift = tl.sum(first) / sum_of_e
     tl.store(logprob_ptr + row, own - top - tl.log(sum_of_e))
     tl.store(rank_ptr + row, tl.sum(above).to(tl.int64))
-    tl.store(entropy_ptr + row, tl.log(sum_of_e) - mean)
-    tl.store(variance_ptr + row, tl.sum(second) / sum_of_e - mean * mean)
+    tl.store(entropy_ptr + row, tl.log(sum_of_e) - (centre + shift))
+    tl.store(variance_ptr + row, tl.sum(second) / sum_of_e - shift * shift)
 
 
 def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -206,7 +206,7 @@ def _lm_head() -> Iterator[Sample]:
 
 
 def _logprob() -> Iterator[Sample]:
-    for N, C, V in ((1, 16, 5), (3, 48, 97), (33, 64, 40), (5, 32, 3000)):
+    for N, C, V in ((9, 16, 5), (12, 48, 97), (33, 64, 40), (11, 32, 3000)):
         targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(N))
         yield Sample(f"{N} rows of {C} to {V}", (_random(N, C), _random(V, C, scale=2 * C**-0.5, seed=1), targets))
 
