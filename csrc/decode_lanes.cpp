@@ -138,6 +138,14 @@ int64_t likeliest(const float* logits, int64_t V) {
 
 constexpr int64_t kSummed = 1 << 10;  // numbers that are added in float32 before the sum goes on in float64
 
+// A piece's logits from v on, -inf behind its end.
+INLINE Floats some_of(const Piece& p, int64_t v) {
+  if (v + kLanes <= p.size) return load<kLanes>(p.at + v);
+  float part[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) part[l] = v + l < p.size ? p.at[v + l] : -INFINITY;
+  return load<kLanes>(part);
+}
+
 void statistics(const Piece* pieces, int64_t count, int64_t token, float* own, int64_t* rank, float* entropy, float* variance) {
   int64_t home = 0, place = token;  // of the token's logit: its piece, and where in it
   while (place >= pieces[home].size) place -= pieces[home++].size;
@@ -145,22 +153,20 @@ void statistics(const Piece* pieces, int64_t count, int64_t token, float* own, i
   Floats best = Floats{} - INFINITY;
   float top = -INFINITY;
   for (const Piece* p = pieces; p < pieces + count; ++p) {
-    int64_t v = 0;
-    for (; v + kLanes <= p->size; v += kLanes) {
-      const Floats x = load<kLanes>(p->at + v);
+    for (int64_t v = 0; v < p->size; v += kLanes) {
+      const Floats x = some_of(*p, v);
       best = choose(x > best, x, best);
     }
-    for (; v < p->size; ++v) top = p->at[v] > top ? p->at[v] : top;
   }
   for (int l = 0; l < kLanes; ++l) top = best[l] > top ? best[l] : top;
   // Squares are summed about a number near the mean, that of the first few: about 0 little of their sum would be the variance.
   float weight = 0, moment = 0;
-  for (int64_t v = 0; v < min(pieces->size, kSummed); v += kLanes) {
-    float part[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) part[l] = v + l < pieces->size ? pieces->at[v + l] - top : -INFINITY;
-    const Floats d = load<kLanes>(part), e = exponential(d);
-    weight += sum(e), moment += sum(choose(e > 0.0f, d * e, Floats{}));
-  }
+  int64_t few = kSummed;
+  for (const Piece* p = pieces; p < pieces + count && few > 0; few -= p++->size)
+    for (int64_t v = 0; v < min(p->size, few); v += kLanes) {
+      const Floats d = some_of(*p, v) - top, e = exponential(d);
+      weight += sum(e), moment += sum(choose(e > 0.0f, d * e, Floats{}));
+    }
   const float centre = weight > 0 && moment > -INFINITY ? moment / weight : 0;
   double total = 0, first = 0, second = 0;  // of e^d, g e^d and g^2 e^d, d = logit - top and g = d - centre
   int64_t above = 0;
@@ -170,10 +176,7 @@ void statistics(const Piece* pieces, int64_t count, int64_t token, float* own, i
       Floats t = {}, f = {}, s = {};
       Ints a = {};
       for (int64_t v = begin; v < end; v += kLanes) {
-        const int64_t left = min(kLanes, end - v);
-        float part[kLanes];
-        for (int64_t l = 0; left < kLanes && l < kLanes; ++l) part[l] = l < left ? p->at[v + l] : -INFINITY;
-        const Floats x = load<kLanes>(left < kLanes ? part : p->at + v), d = x - top, e = exponential(d);
+        const Floats x = some_of(*p, v), d = x - top, e = exponential(d);
         const Floats g = d - centre, ge = choose(e > 0.0f, g * e, choose(e == e, Floats{}, e));  // -inf times 0 is nothing
         t += e;
         f += ge;

@@ -15,7 +15,7 @@ REPO = ROOT.parent
 # From the ground up; a module may import from floors below its own, and from its own room.
 FLOORS = [
     ["errors", "demo"],
-    ["files", "device", "kernels"],
+    ["files", "device", "progress", "kernels"],
     ["config"],
     ["ops", "checkpoint", "tokenizer"],
     ["network"],

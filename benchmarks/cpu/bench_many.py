@@ -1,5 +1,6 @@
 """Many texts on the CPU beside transformers' loops over padded batches: continuations of ragged prompts, and scores.
 
+CTranslate2, where it is installed (`make peers` does), makes the same batches; its GPT-2 computes the same within the window.
 One round each, which is hundreds of steps or a hundred forward passes; what is compared is checked in the same round.
 """
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cpu.peers.as_gpt2 import CTranslate2
 from benchmarks.cpu.turns import keep, leaves, seconds_of
 from benchmarks.models import DTYPES, pair
 from benchmarks.tables import PEER
@@ -44,6 +46,16 @@ def batches(model: Any, requests: list[tuple[list[int], int]]) -> Iterator[list[
         yield from (row[:n] for row, (_, n) in zip(found.tolist(), group, strict=True))
 
 
+def batches_of_ctranslate2(runner: CTranslate2, requests: list[tuple[list[int], int]]) -> Iterator[list[int]]:
+    """As `batches`, by CTranslate2, which pads by itself."""
+    for i in range(0, len(requests), BATCH):
+        group = requests[i : i + BATCH]
+        new, prompts = max(n for _, n in group), [[str(token) for token in p] for p, _ in group]
+        how = {"max_length": new, "min_length": new, "sampling_topk": 1, "include_prompt_in_result": False}
+        found = runner.generator.generate_batch(prompts, **how)
+        yield from (row.sequences_ids[0][:n] for row, (_, n) in zip(found, group, strict=True))
+
+
 @pytest.mark.parametrize("dtype", ["fp32"])
 @torch.no_grad()
 def test_ragged_prompts(benchmark, dtype):
@@ -55,12 +67,19 @@ def test_ragged_prompts(benchmark, dtype):
             jobs = [engine.submit(p, max_new_tokens=n, min_new_tokens=n) for p, n in requests]
             found.extend(job.result() for job in jobs)
 
-    peer = {PEER: [seconds_of(lambda: expected.extend(batches(theirs, requests)))]}
+    others = {PEER: [seconds_of(lambda: expected.extend(batches(theirs, requests)))]}
     benchmark.pedantic(engine, rounds=1)
-    for (prompt, n), got, want in zip(requests, found, expected, strict=True):
-        leaves(ours, torch.tensor([prompt + got]), torch.tensor([prompt + want]), n)
+    results = [(found, ours.config.max_position_embeddings)]
+    if not CTranslate2.why_not(DTYPES[dtype]):
+        runner, beside = CTranslate2(theirs, torch.get_num_threads()), list[list[int]]()
+        others[CTranslate2.name] = [seconds_of(lambda: beside.extend(batches_of_ctranslate2(runner, requests)))]
+        results.append((beside, ours.config.window_size))
+    for rows, limit in results:
+        for (prompt, n), got, want in zip(requests, rows, expected, strict=True):
+            if len(prompt) + n <= limit:
+                leaves(ours, torch.tensor([prompt + got]), torch.tensor([prompt + want]), n)
     new = sum(n for _, n in requests)
-    keep(benchmark, f"125m, {PROMPTS} prompts of 16 to 400 + 16 to 128 tokens", dtype, torch.get_num_threads(), new, peer)
+    keep(benchmark, f"125m, {PROMPTS} prompts of 16 to 400 + 16 to 128 tokens", dtype, torch.get_num_threads(), new, others)
 
 
 class Peak:

@@ -21,6 +21,7 @@ from ..generation.generate import GenerationMixin, request_of, settle
 from ..generation.prompt import Prompt
 from ..generation.request import LanguageModel
 from ..network.inputs import check_ids
+from ..progress import shown
 from .job import Job
 from .work import Surroundings, Work
 
@@ -29,7 +30,7 @@ _ROWS_ELSEWHERE = 16
 _CHUNK = {"cuda": 2048}  # tokens of prompts between two steps
 _CHUNK_ELSEWHERE = 256
 _SEEDS = 2**64
-_SPECIAL = {"prefix": "prefix", "truncate": "truncate", "own": "logits_processor", "criteria": "stopping_criteria"}
+_BESIDE = ("prefix", "truncate", "logits_processor", "stopping_criteria")  # arguments of `submit` that are no options
 
 Given = str | Sequence[int] | Tensor
 
@@ -110,7 +111,13 @@ class Engine:
             BusyError: no place within `timeout`.
         """
         return self._submit(
-            prompt, options, prefix=prefix, timeout=timeout, truncate=truncate, own=logits_processor, criteria=stopping_criteria
+            prompt,
+            options,
+            prefix=prefix,
+            timeout=timeout,
+            truncate=truncate,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
         )
 
     def _submit(
@@ -121,8 +128,8 @@ class Engine:
         prefix: Given | None = None,
         timeout: float | None = None,
         truncate: Literal["left"] | None = None,
-        own: Sequence[Any] | None = None,
-        criteria: Sequence[Any] | None = None,
+        logits_processor: Sequence[Any] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
         copies: bool = False,
     ) -> Job:
         """copies: whether all but the last token is shared with others."""
@@ -139,8 +146,8 @@ class Engine:
             self.model,
             Prompt(torch.tensor([ids], device=self.model.device)),
             settled,
-            own=check_functions("logits_processor", own),
-            criteria=criteria,
+            own=check_functions("logits_processor", logits_processor),
+            criteria=stopping_criteria,
         )
         if request.total > self.max_tokens:
             raise InputError(
@@ -151,10 +158,10 @@ class Engine:
             self,
             request,
             ids,
-            prefix=len(ids) - 1 if copies else len(shared),
+            shared=len(ids) - 1 if copies else len(shared),
             seed=settled.seed if settled.do_sample else None,
             decode=self.model if isinstance(prompt, str) else None,
-            own=criteria or (),
+            own=stopping_criteria or (),
         )
         if request.total > len(ids):
             self._work.put(job, timeout)
@@ -169,7 +176,7 @@ class Engine:
         num_return_sequences: int = 1,
         seed: int | None = None,
         errors: Literal["raise", "return"] = "raise",
-        progress: bool | None = None,
+        progress: bool = False,
         **options: Any,
     ) -> Iterator[Any]:
         """The continuations of prompts, in their order, as they are found; prompts are asked for as there is room.
@@ -188,10 +195,10 @@ class Engine:
             raise InputError(f"errors={short(errors)} is unknown; use 'raise' or 'return'")
         if not isinstance(prompts, Iterable) or isinstance(prompts, (str, Mapping)):
             raise InputError(f"prompts is a {type(prompts).__name__}; give a list or another iterable of prompts")
-        plain = {name: value for name, value in options.items() if name not in _SPECIAL.values()}
+        plain = {name: value for name, value in options.items() if name not in _BESIDE}
         self._settled(plain if seed is None else plain | {"seed": seed})
         found = self._many(prompts, n, seed, errors == "return", options)
-        return _shown(found, prompts) if progress else found
+        return shown(found, "prompt", len(prompts) if isinstance(prompts, Sized) else None) if progress else found
 
     def close(self, cancel: bool = False) -> None:
         """Take no more requests, finish those that there are, or with `cancel` drop them, and end the thread."""
@@ -237,11 +244,11 @@ class Engine:
 
     def _answered(self, name: str, how: dict[str, Any], copies: bool) -> Future[Any]:
         """A job; of what cannot be submitted a future that has the error."""
-        special = {own: how.pop(theirs, None) for own, theirs in _SPECIAL.items()}
+        beside = {name: how.pop(name, None) for name in _BESIDE}
         try:
             if "prompt" not in how:
                 raise InputError(f"{name} is a mapping without 'prompt'; give the text under that name")
-            return self._submit(how.pop("prompt"), how, **special, copies=copies)
+            return self._submit(how.pop("prompt"), how, **beside, copies=copies)
         except SetupError:  # it would be that of every prompt
             raise
         except Exception as error:
@@ -321,14 +328,6 @@ def _answer(jobs: list[Future[Any]], returns: bool) -> Any:
         error = job.exception() if returns else None
         found.append(job.result() if error is None else error)
     return found[0] if len(found) == 1 else found
-
-
-def _shown(found: Iterator[Any], prompts: Iterable[Any]) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    total = len(prompts) if isinstance(prompts, Sized) else None
-    with tqdm(found, total=total, unit="prompt") as bar:
-        yield from bar
 
 
 def _number(name: str, value: Any, default: int, most: int | None = None) -> int:

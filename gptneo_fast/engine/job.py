@@ -32,7 +32,8 @@ class Job(Future[Any]):
     they come; then what went wrong, if something did. `cancel()` works until the end.
 
     ids: of the prompt, prefix included, and of what was found so far.
-    prompt: how many of them are the prompt's. prefix: how many of those are shared with other requests.
+    prompt: how many of them are the prompt's. shared: of those, the prefix that other requests have, too, as far as it is read
+        before the newest token.
     seed: of the random numbers, None where none are drawn: on the CPU `generate(ids, seed=seed)` gives the same.
     """
 
@@ -42,15 +43,15 @@ class Job(Future[Any]):
         request: Request,
         ids: list[int],
         *,
-        prefix: int,
+        shared: int,  # tokens of the prefix
         seed: int | None,
         decode: Any,
         own: Sequence[Any],  # the user's stopping criteria
     ) -> None:
         super().__init__()
         self.request, self.seed, self.ids = request, seed, ids
-        self.prompt, self.prefix = len(ids), prefix
-        self.shared = tuple(ids[: min(prefix, len(ids) - 1)])  # what of the prefix is read before the newest token
+        self.prompt = len(ids)
+        self.shared = tuple(ids[: min(shared, len(ids) - 1)])
         self.family = object()  # of requests that share one computation of their prefix
         self._engine: Engine | None = engine  # which lives for as long as somebody waits for it
         self._decode = decode  # the model, where the result is text

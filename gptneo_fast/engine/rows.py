@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..generation.request import LanguageModel
 from ..network.cache import KVCache
 from ..network.decoding import Greedy
 from ..ops import extension
 from .graphs import Graphs
 from .job import Job
+from .reading import require_read
 
 _STEPS, _SECONDS = 32, 0.05  # the most that runs in one call
 
@@ -181,16 +181,3 @@ class Rows:
         if self.cache.allocate(max(held) + steps) or self._view is None or self._view.get_seq_length() != max(held):
             self._view = self.cache.rows(len(held), held)
         return self._view
-
-
-def require_read(cache: KVCache, columns: int) -> None:
-    """Raise where the model's own forward has not appended what it was given.
-
-    Raises:
-        InputError: says how many columns there are.
-    """
-    if cache.get_seq_length() != columns:
-        raise InputError(
-            f"the model's forward left {cache.get_seq_length()} columns in past_key_values where {columns} belong; it must "
-            "take and fill the cache that it is given, and not train with gradient checkpointing"
-        )

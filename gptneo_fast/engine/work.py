@@ -19,12 +19,11 @@ from ..errors import BusyError, SetupError
 from ..generation.captured.capturing import current_stream, on_stream
 from ..generation.captured.pool import weights_of
 from ..generation.request import LanguageModel
-from ..network import masks, touch
+from ..network import touch
 from ..network.cache import KVCache
 from .job import Job
-from .rows import Rows, require_read
-
-_PREFIXES = 4  # that are kept
+from .reading import Reading, together
+from .rows import Rows
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Work:
         self._thread: int | None = None
         self._over = threading.Event()
         self._rows: Rows | None = None
-        self._filling: _Filling | None = None
+        self._reading: Reading | None = None
         self._named: dict[tuple[int, ...], Job] = {}  # the last request with that prefix
         self._prefixes: OrderedDict[object, KVCache] = OrderedDict()  # by their requests' family
         self._state: object = None  # of the model that the prefixes are of
@@ -181,7 +180,7 @@ class Work:
             return self._ending != "cancel" and self._has_work()
 
     def _has_work(self) -> bool:
-        return bool(self._waiting) or self._filling is not None or bool(self._rows and self._rows.jobs)
+        return bool(self._waiting) or self._reading is not None or bool(self._rows and self._rows.jobs)
 
     def _turn(self) -> None:
         """One chunk of prompts at most, then a step of all rows."""
@@ -214,12 +213,12 @@ class Work:
             return
         with self._news:
             self._named = {shared: job for shared, job in self._named.items() if not job.done()}
-            jobs = [*self._waiting, *(self._rows.jobs if self._rows else ()), *(self._filling.jobs if self._filling else ())]
+            jobs = [*self._waiting, *(self._rows.jobs if self._rows else ()), *(self._reading.jobs if self._reading else ())]
         named, state = {job.family for job in jobs}, _state_of(self.model)
         if state != self._state:
             named.clear()
-            if self._filling is not None:
-                self._filling.lasts = False
+            if self._reading is not None:
+                self._reading.lasts = False
         for key in [key for key in self._prefixes if key not in named]:
             del self._prefixes[key]
         self._state = state
@@ -228,7 +227,7 @@ class Work:
         """Read up to a chunk of prompts; those that are complete join the rows."""
         left = self.chunk
         while left > 0:
-            if self._filling is None:
+            if self._reading is None:
                 jobs = self._next(rows.most - len(rows.jobs), left) if rows.fit() else []
                 if not jobs:
                     return
@@ -236,25 +235,25 @@ class Work:
                     job.begin()
                 if not self._prefixes:
                     self._state = _state_of(self.model)
-                self._filling = _Filling(self.model, jobs, self._prefixes)
-            filling = self._filling
-            if all(job.cancelled() for job in filling.jobs):
-                self._filling = None
-                for job in filling.jobs:
+                self._reading = Reading(self.model, jobs, self._prefixes)
+            reading = self._reading
+            if all(job.cancelled() for job in reading.jobs):
+                self._reading = None
+                for job in reading.jobs:
                     job.let_go()
                 continue
             try:
-                left -= filling.run(left)
+                left -= reading.run(left)
             except Exception as error:
-                self._filling = None
-                for job in filling.jobs:
+                self._reading = None
+                for job in reading.jobs:
                     job.fail(error)
                 continue
-            if filling.is_complete:
-                self._filling = None
-                for row, job in enumerate(filling.jobs):
+            if reading.is_complete:
+                self._reading = None
+                for row, job in enumerate(reading.jobs):
                     try:
-                        rows.join(job, filling.cache, row)
+                        rows.join(job, reading.cache, row)
                     except Exception as error:  # the cache cannot grow
                         job.fail(error)
 
@@ -264,7 +263,7 @@ class Work:
         with self._news:
             while self._waiting and len(found) < most:
                 job = self._waiting[0]
-                if not job.cancelled() and found and not _read_together([*found, job], tokens):
+                if not job.cancelled() and found and not together([*found, job], tokens):
                     break
                 self._waiting.popleft()
                 self._news.notify_all()
@@ -284,9 +283,9 @@ class Work:
         jobs = [] if self._rows is None else list(self._rows.jobs)
         if self._rows is not None:
             self._rows.clear()
-        if self._filling is not None:
-            jobs += self._filling.jobs
-            self._filling = None
+        if self._reading is not None:
+            jobs += self._reading.jobs
+            self._reading = None
         with self._news:
             jobs += self._waiting
             self._waiting.clear()
@@ -295,84 +294,6 @@ class Work:
 
     def _is_thread(self) -> bool:
         return threading.get_ident() == self._thread
-
-
-_FULL = 0.75  # of a batch of prompts that are read together, what must be tokens
-
-
-def _read_together(jobs: list[Job], tokens: int) -> bool:
-    """Whether the prompts of several requests make one batch of up to so many tokens, with little padding."""
-    lengths = [len(job.ids) - 1 for job in jobs]
-    padded = len(jobs) * max(lengths)
-    return not any(job.prefix for job in jobs) and padded <= tokens and sum(lengths) >= _FULL * padded
-
-
-class _Filling:
-    """Requests whose prompts are being read: all but their last tokens, after the prefix that one shares with others.
-
-    jobs: one, or several that are read at once.
-    """
-
-    def __init__(self, model: LanguageModel, jobs: list[Job], prefixes: OrderedDict[object, KVCache]) -> None:
-        self.model, self.jobs, self.prefixes = model, jobs, prefixes
-        self.rows = [job.ids[:-1] for job in jobs]
-        self.target = max(map(len, self.rows))
-        self.shared = jobs[0].shared
-        self.own = False  # whether the cache is theirs alone
-        self.lasts = True  # whether the prefix is for others, too
-        self.cache: KVCache | None = None
-        self.family = jobs[0].family
-        if self.shared and (found := prefixes.get(self.family)) is not None:
-            prefixes.move_to_end(self.family)
-            self.cache = found
-
-    @property
-    def done(self) -> int:
-        """Columns that are read."""
-        return 0 if self.cache is None else self.cache.get_seq_length()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the requests can join the others."""
-        return self.done == self.target
-
-    def run(self, most: int) -> int:
-        """Read up to so many tokens, all of several requests; how many it were, padding included."""
-        begin = self.done
-        goal = len(self.shared) if begin < len(self.shared) else self.target
-        end = min(goal, begin + most)
-        if begin == end:
-            return 0
-        if self.cache is None:
-            self.cache = self.model.transformer.new_cache(len(self.rows), goal)
-        elif begin >= len(self.shared) and self.shared and not self.own:
-            self.cache = self.cache.fork()
-            self.cache.allocate(self.target, exact=True)
-        self.own = begin >= len(self.shared)
-        read(self.model, [row[begin:end] for row in self.rows], self.cache)
-        if end == len(self.shared) and not self.own and self.lasts:
-            self.prefixes[self.family] = self.cache
-            while len(self.prefixes) > _PREFIXES:
-                self.prefixes.popitem(last=False)
-        return len(self.rows) * (end - begin)
-
-
-def read(model: LanguageModel, texts: list[list[int]], cache: KVCache) -> None:
-    """Append tokens to a cache of as many rows; of several, which may be of any lengths, to an empty one."""
-    T, past, device = max(map(len, texts)), cache.get_seq_length(), model.device
-    starts = [T - len(text) for text in texts]
-    ids = torch.tensor([[0] * start + text for start, text in zip(starts, texts, strict=True)], device=device)
-    places = torch.arange(past, past + T, device=device)[None]
-    padding = torch.tensor(starts, device=device)[:, None] if any(starts) else None
-    places = places if padding is None else (places - padding).clamp(min=0)
-    if model.looked().forward:  # nobody asks for logits
-        rows = masks.Rows() if padding is None else masks.Rows(starts=padding[:, 0].int())
-        model.transformer.run(ids, places, rows=rows, cache=cache)
-        return
-    mask = None if padding is None else (torch.arange(T, device=device) >= padding).long()
-    how = {"attention_mask": mask, "position_ids": places, "use_cache": True, "logits_to_keep": 1, "return_dict": True}
-    model(ids, past_key_values=cache, **how)
-    require_read(cache, past + T)
 
 
 def _state_of(model: LanguageModel) -> object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, cast, overload
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteLogitsError, SetupError, short
+from ..progress import of_batches
 from .config import NEW_TOKENS, Options
 from .generate import complete, new_tokens, request_of, settle
 from .prompt import Prompt, prompt_of
@@ -63,7 +63,7 @@ class TextMixin:
         rows = [self._encode(text, resolved, truncate, allow_empty) for text in texts]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # neighbours of like length need little padding
         out, broken = [""] * len(rows), dict[int, int]()  # prompt -> tokens that it had
-        for batch in _bar([order[i : i + _BATCH] for i in range(0, len(order), _BATCH)], progress):
+        for batch in of_batches([order[i : i + _BATCH] for i in range(0, len(order), _BATCH)], "prompt", progress):
             longest = len(rows[batch[0]])
             pad = [longest - len(rows[i]) for i in batch]
             ids = torch.tensor([[resolved.pad_id or 0] * n + rows[i] for n, i in zip(pad, batch, strict=True)])
@@ -224,18 +224,3 @@ def _may_begin(text: str, stops: list[str]) -> int:
     """Characters at the end of the text that may be the beginning of a stop string."""
     longest = max(map(len, stops), default=0)
     return next((n for n in range(min(longest - 1, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
-
-
-def _bar(batches: list[list[int]], progress: bool | None) -> Iterator[list[int]]:
-    """The batches, with a bar of the prompts that are done."""
-    if progress is None:
-        progress = len(batches) > 1 and sys.stderr.isatty()
-    if not progress:
-        yield from batches
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=sum(map(len, batches)), unit="prompt") as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))

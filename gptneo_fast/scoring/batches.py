@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,19 +60,6 @@ def batches(lengths: Sequence[int], tokens: int, held: int = 0) -> list[list[int
 def budget_of(device: torch.device) -> int:
     """Tokens of a batch, padding included."""
     return _TOKENS.get(device.type, _TOKENS_ELSEWHERE)
-
-
-def shown(work: list[list[int]], progress: bool | None) -> Iterator[list[int]]:
-    """The batches, with a bar of the texts that are done; None for where standard error is a terminal."""
-    if not (len(work) > 1 and sys.stderr.isatty() if progress is None else progress):
-        yield from work
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=sum(map(len, work)), unit="text") as bar:
-        for batch in work:
-            yield batch
-            bar.update(len(batch))
 
 
 def texts_of(texts: Text | Iterable[Text]) -> tuple[list[Text], bool]:

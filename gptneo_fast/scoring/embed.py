@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, short
-from .batches import Text, batches, budget_of, ids_of, shown, texts_of
+from ..progress import of_batches
+from .batches import Text, batches, budget_of, ids_of, texts_of
 
 Pooling = Literal["mean", "weighted-mean", "last"]
 
@@ -47,7 +48,7 @@ class EmbeddingMixin:
                 raise InputError(f"text {i} has {len(row)} tokens; give from 1 to {limit}, the model's positions")
         trunk = model.base_model
         out = torch.empty(len(rows), trunk.config.hidden_size)
-        for batch in shown(batches([len(row) for row in rows], budget_of(model.device)), progress):
+        for batch in of_batches(batches([len(row) for row in rows], budget_of(model.device)), "text", progress):
             T = len(rows[batch[0]])
             ids = torch.tensor([rows[i] + [0] * (T - len(rows[i])) for i in batch], device=model.device)
             lengths = torch.tensor([len(rows[i]) for i in batch], device=model.device)

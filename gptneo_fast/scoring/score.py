@@ -13,7 +13,8 @@ from torch import Tensor
 from ..config import is_int
 from ..errors import InputError, NonFiniteLogitsError, short
 from ..network.cache import KVCache
-from .batches import Text, batches, budget_of, ids_of, shown, texts_of
+from ..progress import of_batches
+from .batches import Text, batches, budget_of, ids_of, texts_of
 
 WANT = ("logprob", "rank", "greedy", "entropy", "mean", "variance")
 
@@ -166,7 +167,8 @@ class ScoringMixin:
         nothing = torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0)
         found: list[tuple[Tensor, ...]] = [nothing] * len(rows)
         lengths = [max(0, len(row) - 1) for row in rows]
-        for batch in shown(batches(lengths, budget_of(model.device), 0 if past is None else past.get_seq_length()), progress):
+        held = 0 if past is None else past.get_seq_length()
+        for batch in of_batches(batches(lengths, budget_of(model.device), held), "text", progress):
             T = lengths[batch[0]]
             ids = torch.tensor([rows[i][:-1] + [0] * (T - lengths[i]) for i in batch], device=model.device)
             tokens = torch.tensor([[1] * lengths[i] + [0] * (T - lengths[i]) for i in batch], device=model.device)

@@ -18,6 +18,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import GPTNeoFastError, InputError, nearest
+from ..progress import shown
 
 _WANT = ("logprob", "rank", "greedy", "entropy", "mean", "variance")  # as scoring.score has it, which imports torch
 
@@ -218,7 +219,7 @@ def _score(args: argparse.Namespace) -> int:
         out = sys.stdout
         if args.output:
             out = stack.enter_context(open(args.output, "a" if args.resume else "w", encoding="utf-8"))
-        lines = itertools.islice(_shown(lines), first - 1, None)
+        lines = itertools.islice(shown(lines, "line") if sys.stderr.isatty() else lines, first - 1, None)
         failed = False
         try:
             for block in score_lines(model, lines, args.want, is_json=args.jsonl, first=first):
@@ -228,15 +229,6 @@ def _score(args: argparse.Namespace) -> int:
         except UnicodeDecodeError as error:
             raise InputError(f"{args.file} cannot be read as text: {error}") from error
     return 1 if failed else 0
-
-
-def _shown(lines: Any) -> Any:
-    """Lines with a bar on standard error, where that is a terminal."""
-    if not sys.stderr.isatty():
-        return lines
-    from tqdm import tqdm
-
-    return tqdm(lines, unit="line")
 
 
 def _bench(args: argparse.Namespace) -> int:

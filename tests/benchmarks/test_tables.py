@@ -101,6 +101,17 @@ def test_of_several_runs_the_last_counts_and_each_row_says_its_commit():
     assert got["commit"] == "a, bb"
 
 
+def test_works_of_one_round_and_other_runtimes_are_said():
+    row = {"work": "many", "dtype": "fp32", "threads": 2, "ms": 1.0}
+    rows = [
+        row | {"runner": tables.OURS, "tokens_per_second": 90.0, "rounds": 1},
+        row | {"runner": "other", "tokens_per_second": 30.0, "rounds": 1},
+        row | {"work": "short", "runner": tables.OURS, "tokens_per_second": 90.0, "rounds": 5},
+    ]
+    text = tables.cpu_table({**MACHINE, "rows": rows})
+    assert "Of one round, which is hundreds of calls: many." in text and "other, many, 2 threads: 30.0 tokens/s." in text
+
+
 def test_the_memory_of_scores_is_said():
     row = {"work": "scores", "dtype": "fp32", "threads": 2, "ms": 1.0, "tokens_per_second": 1.0}
     rows = [row | {"runner": tables.OURS, "extra_mb": 99.6}, row | {"runner": tables.PEER, "extra_mb": 2000.0}]

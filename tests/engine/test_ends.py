@@ -17,14 +17,9 @@ import torch
 from gptneo_fast import Engine
 from gptneo_fast.errors import NonFiniteLogitsError, SetupError
 from tests.support.peers import SMALL
-from tests.support.serial import Gate, lively, require_same, serial
+from tests.support.serial import Gate, require_same, serial
 
 V = SMALL["vocab_size"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return lively()
 
 
 def threads():
@@ -248,6 +243,6 @@ def test_a_storm_of_a_thousand_requests(model):
                 else:
                     assert got == storm.want(prompt, out, seed), (prompt, out, seed)
         work = engine._work
-        assert not work._rows.jobs and work._filling is None and not work._waiting
+        assert not work._rows.jobs and work._reading is None and not work._waiting
         assert work._rows.cache.nbytes == held and len(work._prefixes) <= 4
     assert sorted(map(id, finished)) == sorted(id(job) for job, *_ in open_jobs) and cancelled > 20

@@ -48,6 +48,19 @@ def test_a_chunk_attends_to_a_ring_that_has_wrapped_and_to_itself(dtype, monkeyp
     check("attention", args, dtype, monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_logits_of_scores_exist_in_chunks(dtype, monkeypatch):
+    """Three chunks of rows, the last one shorter; a vocabulary of two blocks and a rest."""
+    module = importlib.import_module("gptneo_fast.kernels.logprob")  # the package gives the function under that name
+    N, C, V = 21, 16, 150
+    monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(module, "CHUNK", 8 * (V + -V % 8) * dtype.itemsize)
+    launched, run = [], module.launch.run
+    monkeypatch.setattr(module.launch, "run", lambda kernel, rows, *a, **k: launched.append(rows) or run(kernel, rows, *a, **k))
+    check("logprob", (random(N, C), random(V, C, seed=1, scale=0.5), torch.arange(N) * 7), dtype, monkeypatch)
+    assert launched == [8, 8, 5]
+
+
 def test_scores_beyond_float16_stay_exact_and_a_score_of_one_key_wins(monkeypatch):
     q, k, v = (random(1, 2, 40, 64, seed=i, scale=scale) for i, scale in enumerate((80, 80, 1)))
     scores = q @ k.transpose(-1, -2)

@@ -29,6 +29,38 @@ def test_it_stays_within_the_error_budget(name, dtype, lanes):
         assert not over_budget(name, getattr(cpu, name), sample.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_of_scores_exist_in_chunks_of_rows_and_pieces_of_columns(dtype, lanes, monkeypatch):
+    """A token stands in any piece; the last chunk is of a few rows, the last piece of a few columns."""
+    N, C, V, rows = 100, 48, 97, 40
+    found, statistics = [], cpu.statistics
+    monkeypatch.setattr(cpu, "_CHUNK", 4 * V * rows)
+    monkeypatch.setattr(cpu, "_COLUMNS", 10)
+    monkeypatch.setattr(cpu, "statistics", lambda logits, targets: found.append(logits) or statistics(logits, targets))
+    targets = torch.arange(N) % V
+    sample = Sample("pieces", (random(N, C), random(V, C, seed=1) * 2 * C**-0.5, targets)).to(dtype)
+    assert not over_budget("logprob", cpu.logprob, sample)
+    assert [sum(piece.shape[1] for piece in logits) for logits in found] == [V] * 3
+    assert [len(logits[0]) for logits in found] == [rows, rows, N - 2 * rows]
+    assert [len(logits) for logits in found[:2]] == [10, 10] and found[0][-1].shape[1] == 7
+
+
+@pytest.mark.parametrize("V", [1, 5, 8, 1023, 1025])
+def test_statistics_do_not_depend_on_where_logits_are_cut(V, lanes):
+    """Tokens alike, likeliest or without any chance; pieces of one logit. Errors beside torch's, in the mean over rows."""
+    rows = 96
+    logits = random(rows, V, seed=V).float()
+    logits[0], logits[1, V // 2] = 1.5, -1e4
+    targets = torch.tensor([0, V // 2, V // 3, V - 1]).repeat(rows // 4)
+    exact, usual = reference.statistics(logits.double(), targets), reference.statistics(logits, targets)
+    for cuts in ([V], [1] * min(V, 3) + [V - 3] * (V > 3), [V // 2, V - V // 2] if V > 1 else [1]):
+        found = cpu.statistics(logits.split([n for n in cuts if n], 1), targets)
+        assert torch.equal(found[1], exact[1])
+        for got, plain, want in zip(found[::2] + found[3:], usual[::2] + usual[3:], exact[::2] + exact[3:], strict=True):
+            may = 2 * (plain - want).norm() + torch.finfo(torch.float32).eps * want.norm()
+            assert (got - want).norm() <= may
+
+
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -140,6 +140,17 @@ def test_a_context_without_cache_is_an_error_and_not_lost():
         model.score([[5]], [6, 7, 8])
 
 
+def test_batches_hold_neighbours_of_length_and_every_text_once():
+    lengths = [(i * 37) % 100 for i in range(200)]
+    found = batches(lengths, 300)
+    assert sorted(i for batch in found for i in batch) == [i for i, n in enumerate(lengths) if n]
+    in_order = [lengths[i] for batch in found for i in batch]
+    assert in_order == sorted(in_order, reverse=True)
+    for batch, after in zip(found, [*found[1:], [0]], strict=True):
+        assert len(batch) * lengths[batch[0]] <= 300 < (len(batch) + 1) * lengths[batch[0]] or after == [0]
+    assert batches([5, 900, 0], 300) == [[1], [0]]
+
+
 def test_a_context_counts_for_every_text_of_a_batch():
     assert [len(batch) for batch in batches([1] * 500, 2048, held=1000)] == [2] * 250
     assert [len(batch) for batch in batches([1] * 500, 2048)] == [500]

@@ -27,6 +27,24 @@ def serial(model, prompt, **options):
     return model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
 
+LENGTHS = [(5, 30), (1, 12), (150, 40), (3, 160), (40, 1), (2, 7), (300, 25), (17, 90)]  # tokens in and out
+
+
+def ids_of(n, seed=0):
+    return torch.randint(3, SMALL["vocab_size"], (n,), generator=torch.Generator().manual_seed(seed + n)).tolist()
+
+
+def own_forward(model):
+    plain = model.forward
+
+    def forward(*args, **keywords):
+        out = plain(*args, **keywords)
+        out.logits = out.logits.roll(1, -1)
+        return out
+
+    model.forward = forward
+
+
 @torch.no_grad()
 def require_same(model, prompt, got, want, error=1e-4):
     """Two greedy continuations are equal, or part where two tokens are as likely as rounding can tell."""
