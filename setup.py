@@ -40,12 +40,13 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 ARCHITECTURES = "8.0 8.6 8.9 9.0+PTX"
 CPU_SOURCES = ("binding.cpp", "decode_cpu.cpp", "decode_lanes.cpp", "kv_append_cpu.cpp", "layers_cpu.cpp")
 CUDA_SOURCES = ("kv_append.cu",)
-HEADERS = ("attention.h", "decode.h", "kv_append.h", "lanes.h", "products.h", "reading.h", "running.h", "slots.h")
+HEADERS = ("attention.h", "decode.h", "integers.h", "kv_append.h", "lanes.h", "products.h", "reading.h", "running.h", "slots.h")
 LANES = {  # floats of a vector -> the instruction set that has it; decode_lanes.cpp is compiled once for each
     "4": [],
     "8": ["-mavx2", "-mfma", "-mf16c"],
     "16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
+LANES["16.vnni"] = [*LANES["16"], "-mavx512vnni"]
 
 
 class CannotBuildError(Exception):
@@ -199,7 +200,7 @@ def plan_cpu(torch: Torch, compiler: list[str], why_not_cuda: str) -> Plan:
     flags += ["-isystem", str(torch.folder / "include")]
     objects = {name: [*compiler, *flags, f"csrc/{name}"] for name in CPU_SOURCES if name != "decode_lanes.cpp"}
     for lanes, sets in LANES.items() if platform.machine().lower() in ("x86_64", "amd64") else [("4", [])]:
-        command = [*compiler, *flags, *sets, f"-DGPTNEO_FAST_LANES={lanes}", "csrc/decode_lanes.cpp"]
+        command = [*compiler, *flags, *sets, f"-DGPTNEO_FAST_LANES={lanes.partition('.')[0]}", "csrc/decode_lanes.cpp"]
         objects[f"decode_lanes.cpp.{lanes}"] = command
     line = f"built for the CPU only: {why_not_cuda}"
     return Plan("cpu", line, objects, [*compiler, "-shared", *libraries(torch)], torch.version)

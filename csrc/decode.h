@@ -6,13 +6,17 @@
 
 namespace gptneo_fast {
 
-enum class Number : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class Number : int32_t { kFloat32, kBFloat16, kFloat16, kInt8, kInt4 };
 
 // Linear layers of one width that read the same rows: [parts * outputs, inputs], row-major.
 struct Product {
   const void* weight[3];  // of q, k and v there are three
   int64_t parts, outputs, inputs;
   const void* bias;  // [outputs], or null
+  Number number;     // in few bits, or as everything else
+  // In few bits: float32 [outputs, 1] or bfloat16 [outputs, groups]; numbers that share one; blocks of 64 that a row is.
+  const void* scales[3];
+  int64_t group, row_blocks;
 };
 
 struct Norm {
@@ -33,7 +37,8 @@ struct Step {
   int64_t B, T, H, D, V;
   const int64_t *ids, *types, *positions;  // [B, T], [B, T] or null, [B or 1, T]; null ids: x is given
   int64_t position_rows;
-  const void *wte, *wpe, *x;  // [V, C], [P, C]; hidden states [B, T, C]
+  Product wte;               // [V, C], looked up
+  const void *wpe, *x;       // [P, C]; hidden states [B, T, C]
   const Layer* layers;
   int64_t L;
   const int32_t *lengths, *starts;  // [B]; starts may be null
@@ -99,11 +104,13 @@ struct Lanes {
 
 extern const Lanes lanes_4;
 #if defined(__x86_64__)
-extern const Lanes lanes_8;   // AVX2
-extern const Lanes lanes_16;  // AVX-512
+extern const Lanes lanes_8;        // AVX2
+extern const Lanes lanes_16;       // AVX-512
+extern const Lanes lanes_16_vnni;  // AVX-512 with its products of small integers
 #endif
 
-constexpr int64_t kMaxRows = 32;  // M; a blocked GEMM reads weights seldom enough with more
+constexpr int64_t kMaxRows = 32;   // M; a blocked GEMM reads weights seldom enough with more
+constexpr int64_t kManyRows = 64;  // that weights in few bits are unpacked for at a time
 constexpr int64_t kMaxHeadDim = 512;
 constexpr int64_t kPad = 16;      // rows of the workspace begin at multiples of it and end with zeros
 
@@ -116,16 +123,33 @@ inline int64_t inner_width(const Step& s) {
   return width;
 }
 
-// Floats of a workspace: residual stream, normalised rows, what a product gives, inner rows, and scores of every head.
-inline int64_t workspace_floats(const Step& s) {
-  int64_t slots = 0;
-  for (int64_t i = 0; i < s.L; ++i) slots = s.layers[i].R > slots ? s.layers[i].R : slots;
-  return s.B * s.T * (3 * padded(s.C()) + padded(inner_width(s))) + s.B * s.H * padded(slots);
+// Floats that M rows take in 16 bits, with two scales and sums for each 64 numbers; none where weights are floats.
+inline int64_t rounded_floats(const Product& p, int64_t M) {
+  if (p.number != Number::kInt8 && p.number != Number::kInt4) return 0;
+  const int64_t blocks = (p.inputs + 63) / 64;
+  return M * (2 * padded(2 * blocks) + 32 * blocks);
 }
 
-// Of a linear layer: x, x normalised, what the product gives.
+// Floats of a workspace: residual stream, normalised rows, what a product gives, inner rows, scores of every head, and rows in
+// 16 bits.
+inline int64_t workspace_floats(const Step& s) {
+  int64_t slots = 0, rounded = 0;
+  const auto look = [&](const Product& p) {
+    const int64_t floats = rounded_floats(p, s.B * s.T);
+    rounded = floats > rounded ? floats : rounded;
+  };
+  for (int64_t i = 0; i < s.L; ++i) {
+    const Layer& l = s.layers[i];
+    slots = l.R > slots ? l.R : slots;
+    look(l.qkv), look(l.out_proj), look(l.c_fc), look(l.c_proj);
+  }
+  if (s.head) look(*s.head);
+  return s.B * s.T * (3 * padded(s.C()) + padded(inner_width(s))) + s.B * s.H * padded(slots) + rounded;
+}
+
+// Of a linear layer: x, x normalised, what the product gives, and rows in 16 bits.
 inline int64_t workspace_floats(const Linear& l) {
-  return l.M * (2 * padded(l.product.inputs) + padded(l.product.outputs));
+  return l.M * (2 * padded(l.product.inputs) + padded(l.product.outputs)) + rounded_floats(l.product, l.M);
 }
 
 }  // namespace gptneo_fast

@@ -27,9 +27,9 @@ namespace {
 constexpr int64_t kParameters = 13;  // of a block: ln_1 2, q, k, v, out_proj 2, ln_2 2, c_fc 2, c_proj 2
 
 // What a step reads: the parameters of `windows.size()` blocks; before them wte and wpe or nothing; after them ln_f's weight
-// and bias, and lm_head's weight, or nothing.
+// and bias, and lm_head's weight, or nothing. Of weights in few bits the scales, in that order.
 struct Plan {
-  std::vector<Tensor> embeddings, blocks, last;
+  std::vector<Tensor> embeddings, blocks, last, scales;
   std::vector<int64_t> windows;
   std::vector<double> eps;  // of ln_1 and ln_2 of each block, then of ln_f
 };
@@ -53,17 +53,21 @@ void read_cache(Layer& l, const Tensor& keys, const Tensor& values, ScalarType d
   l.R = keys.size(2);
 }
 
-void read_parameters(Layer& l, const Tensor* p, const Reader& read, int64_t C) {
+void read_parameters(Layer& l, const Tensor* p, const Reader& read, Scales& scales, int64_t C) {
   const int64_t F = read.rows_of(p[9], "c_fc.weight");
   l.ln_1.weight = read(p[0], 0, C, "ln_1.weight");
   l.ln_1.bias = read(p[1], 0, C, "ln_1.bias");
-  l.qkv = {{read(p[2], C, C, "q_proj.weight"), read(p[3], C, C, "k_proj.weight"), read(p[4], C, C, "v_proj.weight")},
-           3, C, C, nullptr};
-  l.out_proj = {{read(p[5], C, C, "out_proj.weight")}, 1, C, C, read(p[6], 0, C, "out_proj.bias")};
+  read_weight(read, l.qkv, 0, p[2], scales, C, C, "q_proj.weight");
+  read_weight(read, l.qkv, 1, p[3], scales, C, C, "k_proj.weight");
+  read_weight(read, l.qkv, 2, p[4], scales, C, C, "v_proj.weight");
+  read_weight(read, l.out_proj, 0, p[5], scales, C, C, "out_proj.weight");
+  l.out_proj.bias = read(p[6], 0, C, "out_proj.bias");
   l.ln_2.weight = read(p[7], 0, C, "ln_2.weight");
   l.ln_2.bias = read(p[8], 0, C, "ln_2.bias");
-  l.c_fc = {{read(p[9], F, C, "c_fc.weight")}, 1, F, C, read(p[10], 0, F, "c_fc.bias")};
-  l.c_proj = {{read(p[11], C, F, "c_proj.weight")}, 1, C, F, read(p[12], 0, C, "c_proj.bias")};
+  read_weight(read, l.c_fc, 0, p[9], scales, F, C, "c_fc.weight");
+  l.c_fc.bias = read(p[10], 0, F, "c_fc.bias");
+  read_weight(read, l.c_proj, 0, p[11], scales, C, F, "c_proj.weight");
+  l.c_proj.bias = read(p[12], 0, C, "c_proj.bias");
 }
 
 // Every token that a query sees has a slot of its own, `ahead` tokens later, too.
@@ -83,7 +87,7 @@ const int at_fork = pthread_atfork([] { plans_lock.lock(); }, [] { plans_lock.un
 #endif
 
 int64_t make_plan(std::vector<Tensor> embeddings, std::vector<Tensor> blocks, std::vector<Tensor> last,
-                  std::vector<int64_t> windows, std::vector<double> eps) {
+                  std::vector<Tensor> scales, std::vector<int64_t> windows, std::vector<double> eps) {
   const size_t L = windows.size();
   if (L == 0 || blocks.size() != kParameters * L || eps.size() != 2 * L + !last.empty())
     refuse(blocks.size(), " parameters, ", L, " windows and ", eps.size(), " epsilons are not those of a number of blocks");
@@ -92,7 +96,7 @@ int64_t make_plan(std::vector<Tensor> embeddings, std::vector<Tensor> blocks, st
   for (const int64_t window : windows)
     if (window < 0) refuse("a window is ", window, ", but must be 0 or more");
   auto plan = std::make_shared<const Plan>(
-      Plan{std::move(embeddings), std::move(blocks), std::move(last), std::move(windows), std::move(eps)});
+      Plan{std::move(embeddings), std::move(blocks), std::move(last), std::move(scales), std::move(windows), std::move(eps)});
   static int64_t made = 0;
   const std::lock_guard<std::mutex> guard(plans_lock);
   plans.emplace(++made, std::move(plan));
@@ -125,7 +129,8 @@ struct Prepared {
   std::vector<Tensor> keys, values;
 };
 
-void read_inputs(Prepared& p, const Tensor& x, const std::optional<Tensor>& positions, const std::optional<Tensor>& types) {
+void read_inputs(Prepared& p, const Tensor& x, const std::optional<Tensor>& positions, const std::optional<Tensor>& types,
+                 Scales& scales) {
   Step& s = p.s;
   const ScalarType dtype = p.plan->blocks[0].scalar_type();
   const Reader read{dtype, -1};
@@ -138,7 +143,7 @@ void read_inputs(Prepared& p, const Tensor& x, const std::optional<Tensor>& posi
   if (!positions) refuse("ids need positions");
   const Tensor &wte = p.plan->embeddings[0], &wpe = p.plan->embeddings[1];
   const int64_t V = read.rows_of(wte, "wte"), P = read.rows_of(wpe, "wpe");
-  s.wte = read(wte, V, C, "wte.weight");
+  read_weight(read, s.wte, 0, wte, scales, V, C, "wte.weight");
   s.wpe = read(wpe, P, C, "wpe.weight");
   s.ids = numbers(x, B, T, false, V, "ids");
   s.types = types ? numbers(*types, B, T, false, V, "token types") : nullptr;
@@ -146,7 +151,7 @@ void read_inputs(Prepared& p, const Tensor& x, const std::optional<Tensor>& posi
   s.position_rows = positions->size(0);
 }
 
-void read_last(Prepared& p) {
+void read_last(Prepared& p, Scales& scales) {
   const std::vector<Tensor>& last = p.plan->last;
   const Reader read{p.plan->blocks[0].scalar_type(), -1};
   const int64_t C = p.s.C();
@@ -155,7 +160,7 @@ void read_last(Prepared& p) {
   p.s.norm = &p.norm;
   if (last.size() < 3) return;
   p.s.V = read.rows_of(last[2], "lm_head.weight");
-  p.head = {{read(last[2], p.s.V, C, "lm_head.weight")}, 1, p.s.V, C, nullptr};
+  read_weight(read, p.head, 0, last[2], scales, p.s.V, C, "lm_head.weight");
   p.s.head = &p.head;
 }
 
@@ -178,13 +183,14 @@ void prepare(Prepared& p, int64_t number, const Tensor& x, const std::optional<T
   s.H = p.keys[0].size(1), s.D = p.keys[0].size(3);
   if (s.H < 1 || s.D < 1 || s.D > kMaxHeadDim)
     refuse("keys are ", shape(p.keys[0]), ", but a head must be from 1 to ", kMaxHeadDim, " wide");
-  read_inputs(p, x, positions, types);
+  Scales scales{p.plan->scales, 0};
+  read_inputs(p, x, positions, types, scales);
   s.lengths = counts(lengths, s.B, "lengths");
   s.starts = starts ? counts(*starts, s.B, "starts") : nullptr;
   p.layers.resize(s.L);
   for (int64_t i = 0; i < s.L; ++i) {
     Layer& layer = p.layers[i];
-    read_parameters(layer, &p.plan->blocks[kParameters * i], Reader{dtype, i}, s.C());
+    read_parameters(layer, &p.plan->blocks[kParameters * i], Reader{dtype, i}, scales, s.C());
     read_cache(layer, p.keys[i], p.values[i], dtype, s);
     layer.window = p.plan->windows[i];
     layer.ln_1.eps = static_cast<float>(p.plan->eps[2 * i]);
@@ -192,7 +198,7 @@ void prepare(Prepared& p, int64_t number, const Tensor& x, const std::optional<T
     check_slots(s, layer, ahead);
   }
   s.layers = p.layers.data();
-  read_last(p);
+  read_last(p, scales);
 }
 
 Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, std::optional<Tensor> types,
@@ -270,7 +276,7 @@ Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::v
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
-  m.def("plan(Tensor[] embeddings, Tensor[] blocks, Tensor[] last, int[] windows, float[] eps) -> int");
+  m.def("plan(Tensor[] embeddings, Tensor[] blocks, Tensor[] last, Tensor[] scales, int[] windows, float[] eps) -> int");
   m.def("forget_plan(int plan) -> ()");
   m.def(
       "decode(int plan, Tensor x, Tensor? positions, Tensor? types, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor lengths,"

@@ -1,5 +1,6 @@
 // A step of decoding, linear layers of a few rows, attention; compiled once for each instruction set (setup.py).
 #include "attention.h"
+#include "integers.h"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -95,20 +96,32 @@ void heads(const Step& s, const Layer& layer, const float* qkv, int64_t ld, floa
   }
 }
 
+// out[c] = row `id` of a token embedding.
 template <typename T>
-void embed(const Step& s, float* x, int64_t ld) {
+void token_row(const Product& wte, int64_t id, float* out) {
+  if (wte.number == Number::kInt8) return widen_row<Int8>(wte, id, out);
+  if (wte.number == Number::kInt4) return widen_row<Int4>(wte, id, out);
+  const T* row = row_of<T>(wte, id);
+  for (int64_t c = 0; c < wte.inputs; ++c) out[c] = widen(row[c]);
+}
+
+// `spare`: C floats.
+template <typename T>
+void embed(const Step& s, float* x, int64_t ld, float* spare) {
   const int64_t C = s.C();
-  const T *wte = static_cast<const T*>(s.wte), *wpe = static_cast<const T*>(s.wpe);
+  const T* wpe = static_cast<const T*>(s.wpe);
   for (int64_t m = 0; m < s.B * s.T; ++m, x += ld) {
     if (!s.ids) {
       const T* from = static_cast<const T*>(s.x) + m * C;
       for (int64_t c = 0; c < C; ++c) x[c] = widen(from[c]);
       continue;
     }
-    const T* token = wte + s.ids[m] * C;
     const T* place = wpe + s.positions[s.position_rows == 1 ? m % s.T : m] * C;
-    const T* type = s.types ? wte + s.types[m] * C : nullptr;
-    for (int64_t c = 0; c < C; ++c) x[c] = widen(token[c]) + widen(place[c]) + (type ? widen(type[c]) : 0.0f);
+    token_row<T>(s.wte, s.ids[m], x);
+    for (int64_t c = 0; c < C; ++c) x[c] += widen(place[c]);
+    if (!s.types) continue;
+    token_row<T>(s.wte, s.types[m], spare);
+    for (int64_t c = 0; c < C; ++c) x[c] += spare[c];
   }
 }
 
@@ -204,12 +217,15 @@ void decode(const Step& s, Parallel run, float* workspace) {
   float* z = y + M * ld;     // [M, ld] what it gives
   float* wide = z + M * ld;  // [M, ldi] q, k and v; the inner rows of the MLP
   float* scores = wide + M * ldi;
+  int64_t slots = 0;
+  for (int64_t i = 0; i < s.L; ++i) slots = max(slots, s.layers[i].R);
+  float* rounded = scores + s.B * s.H * padded(slots);
   for (int64_t m = 0; m < M; ++m)
     for (int64_t c = C; c < ld; ++c) x[m * ld + c] = y[m * ld + c] = 0;
   const auto each = [M](const auto& of_row) {
     for (int64_t m = 0; m < M; ++m) of_row(m);
   };
-  embed<T>(s, x, ld);
+  embed<T>(s, x, ld, z);
   for (int64_t i = 0; i < s.L; ++i) {
     const Layer& layer = s.layers[i];
     const auto add_to_x = [&](const Product& p) {
@@ -218,19 +234,19 @@ void decode(const Step& s, Parallel run, float* workspace) {
       };
     };
     layer_norm<T>(layer.ln_1, x, y, C, ld, M);
-    product<T>(run, layer.qkv, y, ld, M, wide, ldi, [](int64_t, int64_t) {});
+    any_product<T>(run, layer.qkv, y, ld, M, wide, ldi, rounded, [](int64_t, int64_t) {});
     const int64_t sight = layer.window ? min(layer.window, layer.R) : layer.R;
     parallel(run, s.B * s.H, max(1, kGrain / (2 * sight * s.D * s.T)), [&](int64_t begin, int64_t end) {
       heads<T>(s, layer, wide, ldi, y, ld, scores, begin, end);
     });
-    product<T>(run, layer.out_proj, y, ld, M, z, ld, add_to_x(layer.out_proj));
+    any_product<T>(run, layer.out_proj, y, ld, M, z, ld, rounded, add_to_x(layer.out_proj));
     layer_norm<T>(layer.ln_2, x, y, C, ld, M);
     const int64_t F = layer.c_fc.outputs;
-    product<T>(run, layer.c_fc, y, ld, M, wide, ldi, [&](int64_t begin, int64_t end) {
+    any_product<T>(run, layer.c_fc, y, ld, M, wide, ldi, rounded, [&](int64_t begin, int64_t end) {
       each([&](int64_t m) { activate<T>(wide + m * ldi, layer.c_fc.bias, begin, end); });
     });
     each([&](int64_t m) { memset(wide + m * ldi + F, 0, (padded(F) - F) * sizeof(float)); });
-    product<T>(run, layer.c_proj, wide, ldi, M, z, ld, add_to_x(layer.c_proj));
+    any_product<T>(run, layer.c_proj, wide, ldi, M, z, ld, rounded, add_to_x(layer.c_proj));
   }
   for (int64_t b = 0; b < s.B; ++b)  // the kept rows to the front, where they came from further behind
     for (int64_t t = 0; t < s.keep; ++t)
@@ -243,13 +259,13 @@ void decode(const Step& s, Parallel run, float* workspace) {
     return;
   }
   float* logits = static_cast<float*>(s.out);
-  product<T>(run, *s.head, last, ld, kept, logits, s.V, [](int64_t, int64_t) {});
+  any_product<T>(run, *s.head, last, ld, kept, logits, s.V, rounded, [](int64_t, int64_t) {});
 }
 
 template <typename T>
 void linear(const Linear& l, Parallel run, float* workspace) {
   const int64_t M = l.M, K = l.product.inputs, N = l.product.outputs, ld = padded(K), ldy = padded(N);
-  float *x = workspace, *normed = x + M * ld, *y = normed + M * ld;
+  float *x = workspace, *normed = x + M * ld, *y = normed + M * ld, *rounded = y + M * ldy;
   for (int64_t m = 0; m < M; ++m) {
     const T* from = static_cast<const T*>(l.x) + m * K;
     for (int64_t k = 0; k < K; ++k) x[m * ld + k] = widen(from[k]);
@@ -257,7 +273,7 @@ void linear(const Linear& l, Parallel run, float* workspace) {
   }
   if (l.norm) layer_norm<T>(*l.norm, x, normed, K, ld, M);
   const T *bias = static_cast<const T*>(l.product.bias), *residual = static_cast<const T*>(l.residual);
-  product<T>(run, l.product, l.norm ? normed : x, ld, M, y, ldy, [&](int64_t begin, int64_t end) {
+  any_product<T>(run, l.product, l.norm ? normed : x, ld, M, y, ldy, rounded, [&](int64_t begin, int64_t end) {
     for (int64_t m = 0; m < M; ++m) {
       float* row = y + m * ldy;
       if (l.gelu) activate<T>(row, bias, begin, end);
@@ -294,6 +310,7 @@ void typed(Number number, const Of& of) {
     case Number::kFloat32: return of(float{});
     case Number::kBFloat16: return of(BFloat16{});
     case Number::kFloat16: return of(Float16{});
+    default: return;  // no number that anything but weights has
   }
 }
 
@@ -315,6 +332,11 @@ void gelu_any(Number number, void* numbers, int64_t count, Parallel run) {
 
 }  // namespace
 
-const Lanes JOIN(lanes_, GPTNEO_FAST_LANES) = {decode_any, linear_any, attention_any, gelu_any, statistics, likeliest};
+#if defined(__AVX512VNNI__)
+#define NAME lanes_16_vnni
+#else
+#define NAME JOIN(lanes_, GPTNEO_FAST_LANES)
+#endif
+const Lanes NAME = {decode_any, linear_any, attention_any, gelu_any, statistics, likeliest};
 
 }  // namespace gptneo_fast

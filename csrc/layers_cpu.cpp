@@ -15,17 +15,19 @@ namespace gptneo_fast {
 namespace {
 
 Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-              std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool gelu, int64_t max_lanes) {
-  const Reader read{weight.scalar_type(), -1};
-  const int64_t N = read.rows_of(weight, "weight"), K = weight.size(1), rows = K ? x.numel() / K : 0;
-  if (x.dim() < 1 || x.size(-1) != K || rows < 1 || rows > kMaxRows || x.scalar_type() != weight.scalar_type() ||
-      !x.is_contiguous() || !x.is_cpu())
-    refuse("x is ", shape(x), ", but must be contiguous, of the weight's dtype, 1 to ", kMaxRows, " rows of ", K, " numbers");
+              std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool gelu,
+              std::optional<Tensor> scales, int64_t max_lanes) {
+  const Reader read{x.scalar_type(), -1};
   Linear l{};
-  l.number = number_of(weight.scalar_type());
-  l.x = x.const_data_ptr();
-  l.M = rows;
-  l.product = {{read(weight, N, K, "weight")}, 1, N, K, bias ? read(*bias, 0, N, "bias") : nullptr};
+  l.number = number_of(x.scalar_type());
+  const int64_t N = read.rows_of(weight, "weight"), K = scales && x.dim() > 0 ? x.size(-1) : weight.size(1);
+  const int64_t rows = K ? x.numel() / K : 0, most = scales ? rows : kMaxRows;
+  if (x.dim() < 1 || x.size(-1) != K || rows < 1 || rows > most || !x.is_contiguous() || !x.is_cpu())
+    refuse("x is ", shape(x), ", but must be contiguous, 1 to ", kMaxRows, " rows of ", K, " numbers");
+  const std::vector<Tensor> given = scales ? std::vector<Tensor>{*scales} : std::vector<Tensor>{};
+  Scales of_weight{given, 0};
+  read_weight(read, l.product, 0, weight, of_weight, N, K, "weight");
+  if (bias) l.product.bias = read(*bias, 0, N, "bias");
   l.gelu = gelu;
   if (gelu && !bias) refuse("gelu needs a bias");
   Norm norm{};
@@ -34,17 +36,22 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
     norm = {read(*norm_weight, 0, K, "norm_weight"), read(*norm_bias, 0, K, "norm_bias"), static_cast<float>(eps)};
     l.norm = &norm;
   }
-  if (residual) {
-    if (residual->numel() != rows * N || residual->scalar_type() != weight.scalar_type() || !residual->is_contiguous() ||
-        !residual->is_cpu())
-      refuse("the residual is ", shape(*residual), ", but must be contiguous, of the weight's dtype, ", rows, " x ", N);
-    l.residual = residual->const_data_ptr();
-  }
+  if (residual && (residual->numel() != rows * N || residual->scalar_type() != x.scalar_type() || !residual->is_contiguous() ||
+                   !residual->is_cpu()))
+    refuse("the residual is ", shape(*residual), ", but must be contiguous, of the weight's dtype, ", rows, " x ", N);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = N;
   Tensor out = torch::stable::new_empty(x, sizes);
-  l.out = out.mutable_data_ptr();
-  lanes_of(lanes(max_lanes)).linear(l, run_parallel, workspace(workspace_floats(l)));
+  const int64_t size = l.number == Number::kFloat32 ? 4 : 2;
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  const auto* beside = residual ? static_cast<const char*>(residual->const_data_ptr()) : nullptr;
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t first = 0; first < rows; first += kManyRows) {
+    l.M = std::min(kManyRows, rows - first);
+    l.x = from + first * K * size, l.out = to + first * N * size;
+    l.residual = beside ? beside + first * N * size : nullptr;
+    lanes_of(lanes(max_lanes)).linear(l, run_parallel, workspace(workspace_floats(l)));
+  }
   return out;
 }
 
@@ -168,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(std::vector<Tensor> logits
 STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps,"
-      " bool gelu, int max_lanes=0) -> Tensor");
+      " bool gelu, Tensor? scales=None, int max_lanes=0) -> Tensor");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, int window, Tensor? starts, Tensor? ends, Tensor? k_cache, Tensor? v_cache,"
       " Tensor? lengths, int max_lanes=0) -> Tensor");

@@ -24,6 +24,45 @@ inline Number number_of(ScalarType dtype) {
   refuse("weights are ", torch::headeronly::toString(dtype), ", but must be float32, bfloat16 or float16");
 }
 
+// The scales of weights in few bits, in the order in which those are read.
+struct Scales {
+  const std::vector<Tensor>& all;
+  size_t next;
+
+  const Tensor& take(const char* name) {
+    if (next == all.size()) refuse(name, " is in few bits, but has no scales");
+    return all[next++];
+  }
+};
+
+// Part `part` of the weights [rows, columns] of a product, floats or in few bits.
+inline void read_weight(const Reader& read, Product& p, int part, const Tensor& t, Scales& scales, int64_t rows, int64_t columns,
+                        const char* name) {
+  const bool bytes = t.scalar_type() == ScalarType::Char, nibbles = t.scalar_type() == ScalarType::Byte;
+  p.outputs = rows, p.inputs = columns, p.parts = part + 1;
+  if (!bytes && !nibbles) {
+    if (part > 0 && p.scales[0]) refuse(name, " is ", shape(t), ", but its neighbours are in few bits");
+    p.weight[part] = read(t, rows, columns, name);
+    return;
+  }
+  const Tensor& s = scales.take(name);
+  const Number number = bytes ? Number::kInt8 : Number::kInt4;
+  const int64_t packed = t.dim() == 2 ? t.size(1) * (nibbles ? 2 : 1) : 0, groups = s.dim() == 2 ? s.size(1) : 0;
+  const bool fits = t.dim() == 2 && t.size(0) == rows && packed >= columns && packed % 64 == 0 && t.is_contiguous() && t.is_cpu();
+  const bool scaled = groups > 0 && s.size(0) == rows && packed % groups == 0 && s.is_contiguous() && s.is_cpu() &&
+                      s.scalar_type() == (bytes ? ScalarType::Float : ScalarType::BFloat16);
+  const int64_t group = scaled ? packed / groups : 0;
+  const bool grouped = bytes ? groups == 1 : group == 32 || group % 64 == 0;
+  if (!fits || !scaled || !grouped)
+    refuse(name, " is ", shape(t), " with scales ", shape(s), ", but must be contiguous Char or Byte of ", rows, " rows of ",
+           columns, " numbers in blocks of 64 on the CPU, with a scale a row or a group");
+  if (part > 0 && (p.number != number || p.group != group || p.row_blocks != packed / 64 || !p.scales[0]))
+    refuse(name, " is in other bits than its neighbours");
+  p.number = number, p.group = group, p.row_blocks = packed / 64;
+  p.weight[part] = t.const_data_ptr(), p.scales[part] = s.const_data_ptr();
+  if (!p.weight[part] || !p.scales[part]) refuse(name, " is ", shape(t), ", without its memory");
+}
+
 inline void run_parallel(int64_t count, int64_t grain, void (*task)(int64_t, int64_t, void*), void* context) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, task, context));
 }
@@ -50,7 +89,8 @@ inline int64_t lanes(int64_t most) {
 
 inline const Lanes& lanes_of(int64_t lanes) {
 #if defined(__x86_64__)
-  if (lanes == 16) return lanes_16;
+  static const bool vnni = __builtin_cpu_supports("avx512vnni");
+  if (lanes == 16) return vnni ? lanes_16_vnni : lanes_16;
   if (lanes == 8) return lanes_8;
 #endif
   return lanes_4;

@@ -6,7 +6,7 @@ Everything is held against the configuration before the first weight is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, warn_once
+from ..network import quantized
+from ..network.quantized import QuantizedEmbedding
+from ..ops.quantized import Format, QuantizedWeight
 from .fill import Copier, copier_for
 from .shapes import check_shapes, layers_hint, some
 from .weight_file import Stored
@@ -60,6 +63,7 @@ def load_into(
     strict: bool = True,
     ignore_mismatched_sizes: bool = False,
     check_finite: bool = True,
+    quantize: Format | None = None,
 ) -> LoadReport:
     """Give every parameter of `model`, which may be on the meta device, its tensor.
 
@@ -72,26 +76,44 @@ def load_into(
         strict: refuse tensors that nothing takes, and an lm_head that is not the embedding it is tied to.
         ignore_mismatched_sizes: start parameters of another shape afresh.
         check_finite: refuse NaN, infinities and values that `dtype` cannot hold.
+        quantize: put linear layers and embedding into few bits, from what the file holds, one after the other.
 
     Raises:
         CheckpointError: tensors of another shape or kind, missing or too many; a value that is not finite.
     """
-    owners = _owners(model)
-    plan = _Plan(where, {key: tuple(model.get_parameter(_path(model, key)).shape) for key in owners}, _tied_head(owners))
+    held, owners = dict(_held(model)), _owners(model)
+    packed = {key: held[key].dtype for key in owners if not held[key].is_floating_point() or key.endswith(".weight.scales")}
+    plan = _Plan(where, {key: tuple(held[key].shape) for key in owners}, packed, _tied_head(owners))
     for tensor in tensors:
         plan.add(tensor)
     report = plan.check(strict, ignore_mismatched_sizes)
     copier = copier_for(device, check_finite)
-    dtype = dtype or next((tensor.dtype for tensor in plan.taken.values()), None)
-    new = {key: torch.empty(tensor.shape, dtype=dtype, device=device) for key, tensor in plan.taken.items()}
-    copier.fill_all((tensor, new[key]) for key, tensor in plan.taken.items())
-    if plan.head is not None and "wte.weight" in new:
-        _check_tied(copier, plan.head, new["wte.weight"], where, strict)
+    dtype = dtype or next((tensor.dtype for key, tensor in plan.taken.items() if key not in packed), None)
+    places = _places(model) if quantize else set()
+    small = [key for key in plan.taken if not places.isdisjoint(owners[key])]
+    new: dict[str, Tensor | QuantizedWeight] = {
+        key: torch.empty(tensor.shape, dtype=packed.get(key, dtype), device=device)
+        for key, tensor in plan.taken.items()
+        if key not in small
+    }
+    copier.fill_all((plan.taken[key], value) for key, value in new.items() if isinstance(value, Tensor))
+    for key in small:
+        assert quantize is not None
+        stored = plan.taken[key]
+        whole = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+        copier.fill_all([(stored, whole)])
+        if key == "wte.weight":
+            _check_tied(copier, plan.heads, {key: whole}, where, strict)
+        new[key] = QuantizedWeight.of(whole, quantize)
+    _check_tied(copier, plan.heads, new, where, strict)
     for key in report.missing_keys:
-        made = model.get_parameter(_path(model, key)).detach()
+        made = held[key].detach()
         new[key] = torch.empty_like(made, dtype=dtype, device=device) if made.is_meta else made.to(device, dtype)
     for key, value in new.items():
         _place(model, owners[key], value)
+    for module in model.modules():
+        if isinstance(module, QuantizedEmbedding):
+            module.dtype_of = torch.empty(0, dtype=dtype, device=device)
     report.missing_keys = [_path(model, key) for key in report.missing_keys]
     report.mismatched_keys = [(_path(model, key), has, wants) for key, has, wants in report.mismatched_keys]
     if report.mismatched_keys:
@@ -110,12 +132,14 @@ class _Plan:
 
     where: str
     shapes: dict[str, tuple[int, ...]]  # of the parameters
+    packed: dict[str, torch.dtype]  # of integers and scales, which are taken as they are
     tied_head: bool
     taken: dict[str, Stored] = field(default_factory=dict)
-    head: Stored | None = None  # lm_head.weight where it is tied
+    heads: dict[str, Stored] = field(default_factory=dict)  # lm_head where it is tied, by the key of what it is tied to
     surplus: list[str] = field(default_factory=list)
     other_heads: list[str] = field(default_factory=list)
     no_floats: list[Stored] = field(default_factory=list)
+    other_bits: list[tuple[Stored, torch.dtype]] = field(default_factory=list)
 
     def add(self, tensor: Stored) -> None:
         """Find the parameter of one tensor."""
@@ -124,13 +148,16 @@ class _Plan:
             return
         if key in self.taken:
             raise CheckpointError(f"{self.where}: {tensor.name!r} and {self.taken[key].name!r} are one parameter; keep one")
-        if key == "lm_head.weight" and self.tied_head:
-            self.head = tensor
+        if self.tied_head and (own := key.replace("lm_head.", "wte.", 1)) != key and own in self.shapes:
+            self.heads[own] = tensor
         elif key not in self.shapes:
             (self.other_heads if key.startswith(HEADS) else self.surplus).append(tensor.name)
         else:
             self.taken[key] = tensor
-            if tensor.dtype not in FLOATS:
+            if key in self.packed:
+                if tensor.dtype is not self.packed[key]:
+                    self.other_bits.append((tensor, self.packed[key]))
+            elif tensor.dtype not in FLOATS:
                 self.no_floats.append(tensor)
 
     def check(self, strict: bool, ignore_mismatched_sizes: bool) -> LoadReport:
@@ -148,50 +175,84 @@ class _Plan:
         if self.no_floats:
             kinds = ", ".join(f"{t.name[:200]!r} is {str(t.dtype).removeprefix('torch.')}" for t in self.no_floats[:4])
             faults.append(f"weights are float32, float16, bfloat16 or float64, but tensor {kinds}")
+        if self.other_bits:
+            stored, wanted = self.other_bits[0]
+            has, wants = (str(dtype).removeprefix("torch.") for dtype in (stored.dtype, wanted))
+            more = f"; so are {len(self.other_bits) - 1} more of another dtype" if len(self.other_bits) > 1 else ""
+            faults.append(
+                f"tensor {stored.name[:200]!r} is {has}, and quantization_config in config.json asks for {wants}{more}"
+            )
         if fault := check_shapes(self.taken, self.shapes):
             faults.append(fault)
-        if trunk := [key for key in missing if key.startswith(TRUNK) and key not in mismatched]:
+        if trunk := [k for k in missing if (k.startswith(TRUNK) or k in self.packed) and k not in mismatched]:
             faults.append(f"no tensor for {some(trunk)}{layers_hint(self.taken, self.surplus, self.shapes)}")
         if self.surplus and strict:
             faults.append(f"{some(self.surplus)} fit no parameter{layers_hint(self.taken, self.surplus, self.shapes)}")
+        bits = [name for name in self.surplus if name.endswith(".weight.scales")]
+        if bits and not self.packed:
+            faults.append("weights are in few bits, and config.json has no quantization_config that says so")
         if faults:
             raise CheckpointError(f"{self.where}: {'; '.join(faults)}; does config.json belong to these weights?")
         return LoadReport(missing, self.other_heads + self.surplus, others)
 
 
+def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Canonical name of each parameter, and of what weights in few bits hold; what is tied comes twice."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name.removeprefix("transformer."), parameter
+    for name, weight in quantized.weights(model).items():
+        for own, tensor in weight.named_buffers():
+            yield f"{name.removeprefix('transformer.')}.weight.{own}", tensor
+
+
 def _owners(model: nn.Module) -> dict[str, list[str]]:
-    """Canonical name of each parameter -> every canonical place it has in the model (two where it is tied)."""
+    """Canonical name of each of these tensors -> every canonical place it has in the model (two where it is tied)."""
     owners: dict[str, list[str]] = {}
     first: dict[int, str] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        key = name.removeprefix("transformer.")
-        owners.setdefault(first.setdefault(id(param), key), []).append(key)
+    for key, tensor in _held(model):
+        owners.setdefault(first.setdefault(id(tensor), key), []).append(key)
     return owners
 
 
+def _places(model: nn.Module) -> set[str]:
+    """Canonical names of the weights that are kept in few bits where a model is."""
+    return {f"{name.removeprefix('transformer.')}.weight" for name, _ in quantized.places(model)}
+
+
 def _tied_head(owners: dict[str, list[str]]) -> bool:
-    return any("lm_head.weight" in places and key != "lm_head.weight" for key, places in owners.items())
+    return any(place.startswith("lm_head.weight") and key != place for key, places in owners.items() for place in places)
 
 
-def _place(model: nn.Module, keys: list[str], tensor: Tensor) -> None:
-    """Make `tensor` the parameter at each of these places."""
-    param = nn.Parameter(tensor)
+def _place(model: nn.Module, keys: list[str], value: Tensor | QuantizedWeight) -> None:
+    """Make `value` the parameter at each of these places, or what is held there in few bits."""
+    param = nn.Parameter(value) if isinstance(value, Tensor) and value.is_floating_point() else None
     for key in keys:
-        module, _, name = _path(model, key).rpartition(".")
-        model.get_submodule(module)._parameters[name] = param
+        module_name, _, name = _path(model, key).rpartition(".")
+        module = model.get_submodule(module_name)
+        if isinstance(value, QuantizedWeight):
+            quantized.convert(module, value)
+        elif isinstance(module, QuantizedWeight):
+            module._buffers[name] = value
+        else:
+            module._parameters[name] = param
 
 
 def _path(model: nn.Module, key: str) -> str:
     return f"transformer.{key}" if hasattr(model, "transformer") and key.startswith(TRUNK) else key
 
 
-def _check_tied(copier: Copier, head: Stored, wte: Tensor, where: str, strict: bool) -> None:
-    if copier.equal(head, wte):
-        return
-    message = (
-        f"{where}: lm_head.weight {list(head.shape)} differs from wte.weight {list(wte.shape)} though "
-        "tie_word_embeddings is true; set it to false in config.json"
-    )
-    if strict:
-        raise CheckpointError(f"{message}, or pass strict=False to use wte.weight")
-    warn_once(f"{message}; wte.weight is used")
+def _check_tied(
+    copier: Copier, heads: dict[str, Stored], new: Mapping[str, Tensor | QuantizedWeight], where: str, strict: bool
+) -> None:
+    """Refuse a head that is not what it is tied to. heads: by the key in `new` of what that is."""
+    for key, head in heads.items():
+        own = new.get(key)
+        if not isinstance(own, Tensor) or copier.equal(head, own):
+            continue
+        message = (
+            f"{where}: {head.name} {list(head.shape)} differs from {key} {list(own.shape)} though tie_word_embeddings is true; "
+            "set it to false in config.json"
+        )
+        if strict:
+            raise CheckpointError(f"{message}, or pass strict=False to use {key}")
+        warn_once(f"{message}; {key} is used")

@@ -133,7 +133,7 @@ class CudaCopier(Copier):
             with torch.cuda.stream(self._stream):
                 there = block.to(self.device, non_blocking=True)
                 left.record(self._stream)
-                if self.check_finite:
+                if self.check_finite and target.is_floating_point():
                     self._bounds.append((stored, target.dtype, torch.stack(torch.aminmax(there))))
                 part.copy_(there)
 
@@ -190,7 +190,7 @@ def not_finite(stored: Stored, first: int | None, values: Tensor, dtype: torch.d
 
 def _check(stored: Stored, first: int, block: Tensor, dtype: torch.dtype) -> None:
     """Refuse a block in which a value is not finite, or would not be in `dtype`."""
-    if not block.numel():
+    if not block.numel() or not dtype.is_floating_point:
         return
     low, high = torch.aminmax(block)
     most = torch.finfo(dtype).max

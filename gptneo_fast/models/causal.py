@@ -15,7 +15,7 @@ from ..config import GPTNeoConfig, is_int, is_number
 from ..engine import ManyMixin
 from ..errors import InputError, short
 from ..generation import GenerationConfig, GenerationMixin, TextMixin
-from ..network import decoding, touch
+from ..network import decoding, quantized, touch
 from ..network.cache import KVCache
 from ..network.decoding import Greedy
 from ..network.fused import OURS
@@ -24,6 +24,7 @@ from ..network.masks import Rows
 from ..network.outputs import CausalLMOutputWithPast
 from ..ops import backends, cpu, reference
 from ..ops.constants import LOGITS_ALIGN
+from ..ops.quantized import QuantizedWeight
 from ..scoring import EmbeddingMixin, ScoringMixin
 from .model import GPTNeoModel
 from .pretrained import GPTNeoPreTrainedModel, returns_output
@@ -146,6 +147,9 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
             return logits
         if name == "cpu":
             return cpu.linear(hidden, head.weight)
+        if isinstance(head.weight, QuantizedWeight):
+            logits = head(hidden)
+            return logits
         V = head.weight.shape[0]
         logits = hidden.new_empty(*hidden.shape[:-1], V + -V % LOGITS_ALIGN)
         torch.mm(hidden.flatten(0, -2), head.weight.t(), out=logits.view(-1, logits.shape[-1])[:, :V])  # [M, C] x [C, V]
@@ -174,7 +178,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
             return reference.statistics(logits[picked], targets)
         hidden = self.transformer(**asked, return_dict=True).last_hidden_state[picked]  # [N, C]
         head: Any = self.lm_head
-        if _is_plain_head(head) and head.weight.dtype is hidden.dtype and not touch.observed(hidden.device):
+        if _is_plain_head(head) and _goes_with(head, hidden.dtype) and not touch.observed(hidden.device):
             return cast(
                 tuple[Tensor, Tensor, Tensor, Tensor], self.transformer.functions(ids).logprob(hidden, head.weight, targets)
             )
@@ -188,7 +192,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         trunk = self.transformer
         return replace(
             trunk.look(),
-            head=_is_plain_head(head) and head.weight.dtype is self.dtype and head.weight.shape[0] == self.config.vocab_size,
+            head=_is_plain_head(head) and _goes_with(head, self.dtype) and head.weight.shape[0] == self.config.vocab_size,
             forward=touch.own_forward(self, GPTNeoForCausalLM) and touch.own_forward(trunk, GPTNeoModel),
             prepare=touch.has_own(self, GPTNeoForCausalLM, "prepare_inputs_for_generation"),
         )
@@ -294,7 +298,12 @@ touch.ours(GPTNeoForCausalLM, methods=("forward", "prepare_inputs_for_generation
 
 def _is_plain_head(head: Any) -> bool:
     """Whether a head is a linear layer without bias that nobody touched."""
-    return touch.is_plain(head, nn.Linear) and head.bias is None
+    return quantized.is_plain_linear(head) and head.bias is None
+
+
+def _goes_with(head: Any, dtype: torch.dtype) -> bool:
+    """Whether the ops take a plain head for hidden states of a dtype."""
+    return isinstance(head.weight, QuantizedWeight) or head.weight.dtype is dtype
 
 
 def wide(logits: Tensor) -> Tensor:

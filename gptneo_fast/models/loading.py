@@ -34,7 +34,7 @@ def screen(others: dict[str, Any], attn_implementation: str | None, loader: Call
     """
     check_attention(attn_implementation)
     if asked := [k for k in _QUANTISED if others.get(k)]:
-        raise InputError(f"{asked[0]} is not offered; use dtype=torch.bfloat16 or torch.float16")
+        raise InputError(f"{asked[0]} is not offered; use quantize='int8' or 'int4', or dtype=torch.bfloat16")
     for harmless in (*_HARMLESS, *_QUANTISED):
         others.pop(harmless, None)
     if others.get("variant") is None:

@@ -21,7 +21,9 @@ from ..generation.config import GenerationConfig
 from ..network import decoding
 from ..network.cache import cache_bytes
 from ..ops import backends
-from . import loading, resizing, saving
+from ..ops.quantized import QuantizedWeight
+from . import loading, quantizing, resizing, saving
+from .quantizing import Quantizing
 from .training import Training
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def returns_output(forward: Forward) -> Forward:
     return cast(Forward, call)
 
 
-class GPTNeoPreTrainedModel(Training):
+class GPTNeoPreTrainedModel(Training, Quantizing):
     """Base of the five classes."""
 
     base_model_prefix: ClassVar[str] = "transformer"
@@ -127,11 +129,6 @@ class GPTNeoPreTrainedModel(Training):
         """
         return backends.choose(self.base_model.requested_backend, self.device, self.dtype)
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters, tied ones counted once."""
-        embeddings = {id(self.base_model.wte.weight), id(self.base_model.wpe.weight)} if exclude_embeddings else set()
-        return sum(p.numel() for p in self.parameters() if (p.requires_grad or not only_trainable) and id(p) not in embeddings)
-
     def cache_bytes(self, batch: int, length: int) -> int:
         """Bytes of the key-value cache for `batch` rows of `length` tokens."""
         return cache_bytes(self.config, batch, length, self.dtype)
@@ -140,11 +137,6 @@ class GPTNeoPreTrainedModel(Training):
     def can_generate(cls) -> bool:
         """Whether the class has `generate`."""
         return hasattr(cls, "generate")
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters, and of buffers."""
-        held = [*self.parameters(), *(self.buffers() if return_buffers else ())]
-        return sum(t.nelement() * t.element_size() for t in held)
 
     @property
     def name_or_path(self) -> str:
@@ -206,8 +198,9 @@ class GPTNeoPreTrainedModel(Training):
     def tie_weights(self, **how: Any) -> None:
         """Make the head share the embedding's weight where the configuration ties them."""
         head, wte = self.get_output_embeddings(), self.base_model.wte
-        if head is not None and self.config.tie_word_embeddings and isinstance(getattr(wte, "weight", None), nn.Parameter):
-            head.weight = wte.weight
+        weight = getattr(wte, "weight", None)
+        if head is not None and self.config.tie_word_embeddings and isinstance(weight, nn.Parameter | QuantizedWeight):
+            head.weight = weight  # type: ignore[assignment]
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -224,6 +217,8 @@ class GPTNeoPreTrainedModel(Training):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The initialisation of transformers: normal weights, zero biases, ones for norms."""
+        if isinstance(getattr(module, "weight", None), QuantizedWeight):
+            return
         if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -266,6 +261,7 @@ class GPTNeoPreTrainedModel(Training):
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         attn_implementation: str | None = None,
+        quantize: str | None = None,
         **others: Any,
     ) -> Any:
         """A model from a folder or hub id, in eval mode; behaves as in transformers.
@@ -284,6 +280,7 @@ class GPTNeoPreTrainedModel(Training):
             ignore_mismatched_sizes: start what has another size afresh, such as a head; a warning names it.
             output_loading_info: return (model, info) with sets of the keys missing, unexpected and mismatched, as transformers.
             attn_implementation: "eager" or None; other kernels are chosen by `backend`.
+            quantize: "int8" or "int4", see `quantize_`, each layer as soon as it is read; a checkpoint saved so needs no word.
             others: fields of the configuration to override (num_labels=3, pad_token_id=50256, ...).
 
         Raises:
@@ -304,7 +301,10 @@ class GPTNeoPreTrainedModel(Training):
         )
         wanted = dtype if dtype is not None else torch_dtype
         chosen = as_dtype("auto" if wanted is None else wanted) or as_dtype(config.dtype or "auto")
+        said, rounding = quantizing.asked(config, quantize)
         model = loading.built(cls, config, backend)
+        if said is not None:
+            quantizing.prepare(model, said)
         device = as_device(device_map)
         with loading.opened(source, state_dict, use_safetensors, allow_pickle, from_flax) as tensors:
             report = checkpoint.load_into(
@@ -316,7 +316,10 @@ class GPTNeoPreTrainedModel(Training):
                 strict=strict,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 check_finite=check_finite,
+                quantize=rounding,
             )
+        if rounding is not None:
+            config.quantization_config = quantizing.described(rounding)
         for key in report.missing_keys:
             model._init_weights(model.get_submodule(key.rpartition(".")[0]))
         config.dtype = str(model.dtype).removeprefix("torch.")

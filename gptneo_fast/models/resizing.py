@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from ..config import LIMITS, is_int
 from ..errors import InputError, short
+from ..ops.quantized import QuantizedWeight
 
 
 def resize(model: Any, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool) -> nn.Embedding:
     """As `resize_token_embeddings`."""
     old = model.base_model.wte.weight
+    if isinstance(old, QuantizedWeight):
+        raise InputError(f"the embedding is {old.how}, whose rows cannot change; resize first and quantise then")
     for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
         if value is not None and not (is_int(value) and 1 <= value <= LIMITS["vocab_size"]):
             raise InputError(f"{name} {short(value)} is not a positive integer of at most {LIMITS['vocab_size']}")

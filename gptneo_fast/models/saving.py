@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import checkpoint
 from ..errors import CheckpointError, InputError, SetupError, UnknownOptionError, warn_once
 from ..generation.config import GenerationConfig
+from ..network import quantized
+from . import quantizing
 
 
 def save(
@@ -35,14 +37,21 @@ def save(
     if not is_main_process:
         return
     tensors = dict(state_dict if state_dict is not None else model.state_dict())
-    head, wte = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
-    if head is not None and wte is not None and model.config.tie_word_embeddings and _is_same(head, wte):
-        tensors.pop("lm_head.weight")
+    heads = [name for name in tensors if name.startswith("lm_head.weight")]  # or of that its integers and scales
+    wte = [tensors.get(f"transformer.wte.{name.removeprefix('lm_head.')}") for name in heads]
+    tied = model.config.tie_word_embeddings
+    if tied and all(own is not None and _is_same(tensors[name], own) for name, own in zip(heads, wte, strict=True)):
+        for name in heads:
+            tensors.pop(name)
     config = model.config.replace(
         architectures=[type(model).__name__],
         dtype=str(model.dtype),
-        tie_word_embeddings=model.config.tie_word_embeddings and (head is None or "lm_head.weight" not in tensors),
+        tie_word_embeddings=tied and not any(name in tensors for name in heads),
     )
+    how = quantized.format_of(model)
+    vars(config).pop("quantization_config", None)
+    if how is not None:
+        config.quantization_config = quantizing.described(how)
     texts = {"config.json": config.to_json_string()}
     if isinstance(generation := getattr(model, "generation_config", None), GenerationConfig):
         texts["generation_config.json"] = generation.file_text()
@@ -57,6 +66,8 @@ def as_transformers(model: Any) -> Any:
         raise SetupError(f"to_transformers needs transformers ({error}); pip install transformers") from error
     if not type(model).__module__.startswith(f"{__package__}."):
         raise InputError(f"to_transformers knows our five classes and no {type(model).__name__}; save its weights instead")
+    if how := quantized.format_of(model):
+        raise InputError(f"the model is {how}, which transformers has no layers for; model.dequantize_() first")
     config = transformers.GPTNeoConfig.from_dict(model.config.to_dict())
     with torch.device("meta"):
         made = getattr(transformers, type(model).__name__)._from_config(config, attn_implementation="eager")

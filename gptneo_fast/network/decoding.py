@@ -53,6 +53,7 @@ class _Planned:
 
     call: cpu.Plan
     tensors: list[Tensor]
+    scales: list[Tensor]
     eps: list[float]
     windows: list[int]
 
@@ -77,9 +78,14 @@ def forget(trunk: nn.Module) -> None:
     _plans.pop(trunk, None)
 
 
-def _pair(module: nn.Module) -> tuple[Any, Any]:
-    own = module._parameters
-    return own["weight"], own["bias"]
+def _weight(module: nn.Module, scales: list[Any]) -> Any:
+    """A layer's weight; of one in few bits the integers, and then its scales go to the others."""
+    own = module._parameters.get("weight")
+    if own is not None:
+        return own
+    packed = module._modules["weight"]._buffers  # type: ignore[union-attr]
+    scales.append(packed["scales"])
+    return packed["values"]
 
 
 @dataclass(frozen=True)
@@ -124,45 +130,48 @@ class Few:
     def _planned(self, span: Span) -> tuple[_Planned, list[Tensor], list[Tensor]]:
         """The plan of a span, and its layers' keys and values."""
         known = _plans.setdefault(self.trunk, {})
-        planned, (tensors, eps, windows) = known.get(span), self._parameters(span)
+        planned, (tensors, scales, eps, windows) = known.get(span), self._parameters(span)
         if planned is None or not (
-            len(tensors) == len(planned.tensors)
+            (len(tensors), len(scales)) == (len(planned.tensors), len(planned.scales))
             and all(map(is_, tensors, planned.tensors))
+            and all(map(is_, scales, planned.scales))
             and (eps, windows) == (planned.eps, planned.windows)
         ):
             if planned is None and len(known) >= _PLANS:  # of heads and layers that are gone
                 known.clear()
             first = 2 if span.embeds else 0
             last = len(tensors) - (2 if span.norm else 0) - (span.head is not None)
-            call = cpu.Plan(tensors[:first], tensors[first:last], tensors[last:], windows, eps)
-            planned = known[span] = _Planned(call, tensors, eps, windows)
+            call = cpu.Plan(tensors[:first], tensors[first:last], tensors[last:], scales, windows, eps)
+            planned = known[span] = _Planned(call, tensors, scales, eps, windows)
         keys, values = self.cache.keys, self.cache.values
         if span.end - span.first != len(keys):
             keys, values = keys[span.first : span.end], values[span.first : span.end]
         return planned, keys, values
 
-    def _parameters(self, span: Span) -> tuple[list[Any], list[float], list[int]]:
-        """What stands in the modules now, in the order of `cpu.Plan`: parameters, epsilons, windows. It is asked at every
-        call, on cold caches: dictionaries, and no attributes of modules."""
+    def _parameters(self, span: Span) -> tuple[list[Any], list[Any], list[float], list[int]]:
+        """What stands in the modules now, in the order of `cpu.Plan`: parameters, scales, epsilons, windows. It is asked at
+        every call, on cold caches: dictionaries, and no attributes of modules."""
         trunk = self.trunk._modules
         tensors: list[Any] = []
+        scales: list[Any] = []
         eps: list[float] = []
         windows: list[int] = []
         if span.embeds:
-            tensors += [trunk["wte"]._parameters["weight"], trunk["wpe"]._parameters["weight"]]
+            tensors += [_weight(trunk["wte"], scales), trunk["wpe"]._parameters["weight"]]
         for block in list(trunk["h"]._modules.values())[span.first : span.end]:
             own = block._modules
             ln_1, ln_2, mlp = own["ln_1"], own["ln_2"], own["mlp"]._modules
             attention = own["attn"]._modules["attention"]._modules
-            tensors += _pair(ln_1)
-            tensors += [attention[name]._parameters["weight"] for name in ("q_proj", "k_proj", "v_proj")]
+            tensors += [ln_1._parameters["weight"], ln_1._parameters["bias"]]
+            tensors += [_weight(attention[name], scales) for name in ("q_proj", "k_proj", "v_proj")]
             for module in (attention["out_proj"], ln_2, mlp["c_fc"], mlp["c_proj"]):
-                tensors += _pair(module)
+                tensors += [_weight(module, scales), module._parameters["bias"]]
             eps += [ln_1.eps, ln_2.eps]
             windows.append(self.kinds.window(block))
         if span.norm:
-            tensors += _pair(trunk["ln_f"])
-            eps.append(trunk["ln_f"].eps)
+            norm = trunk["ln_f"]
+            tensors += [norm._parameters["weight"], norm._parameters["bias"]]
+            eps.append(norm.eps)
         if span.head is not None:
-            tensors.append(span.head._parameters["weight"])
-        return tensors, eps, windows
+            tensors.append(_weight(span.head, scales))
+        return tensors, scales, eps, windows

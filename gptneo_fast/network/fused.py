@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..ops.quantized import QuantizedWeight
 from .activations import NewGELU
 from .cache import STEP, KVCache
 from .masks import Rows
 from .modules import GPTNeoAttention, GPTNeoBlock, GPTNeoMLP, GPTNeoSelfAttention
+from .quantized import QuantizedLinear
 from .touch import PLAIN
 
 # Of GPTNeoSelfAttention: patched, or asked for, by those who change attention
@@ -59,8 +61,11 @@ def is_untouched(block: nn.Module, kinds: Kinds = OURS) -> bool:
         for norm in (ln_1, ln_2):
             if type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1:
                 return False
+        weighted = [ln_1, ln_2]
         for linear in (*plain, *biased):
-            if type(linear) is not nn.Linear:
+            if type(linear) is nn.Linear:
+                weighted.append(linear)
+            elif type(linear) is not QuantizedLinear or type(linear._modules["weight"]) is not QuantizedWeight:
                 return False
         for module in (*biased, ln_1, ln_2):
             bias = module._parameters["bias"]  # type: ignore[union-attr]
@@ -69,7 +74,7 @@ def is_untouched(block: nn.Module, kinds: Kinds = OURS) -> bool:
         for module in plain:
             if module._parameters["bias"] is not None:  # type: ignore[union-attr]
                 return False
-        for module in (*plain, *biased, ln_1, ln_2):
+        for module in weighted:
             weight = module._parameters["weight"]  # type: ignore[union-attr]
             if type(weight) not in PLAIN or weight.dtype is not dtype:  # type: ignore[union-attr]
                 return False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
 from ..errors import CacheError, InputError, UnknownOptionError, nearest, short
+from . import quantized
 from .cache import KVCache, kind
 from .dynamic_cache import DynamicCache
 from .touch import is_readable
@@ -129,7 +130,7 @@ def check_inputs(
     if ids is not None:
         x = check_ids("input_ids", ids, vocabulary, device)
     else:
-        x = check_embeds(embeds, config, wte.weight.dtype if isinstance(wte, nn.Embedding) else None)
+        x = check_embeds(embeds, config, quantized.dtype_of(wte))
     B, T = x.shape[:2]
     past = 0
     if cache is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import reference
-from . import decoding, fused, masks, touch
+from . import decoding, fused, masks, quantized, touch
 from .cache import KVCache
 from .decoding import Span
 from .masks import Rows
@@ -112,10 +112,10 @@ def _by_modules(block: Any, x: Tensor, mask: Tensor, past: Any, trace: Trace) ->
 def look(trunk: Any, kinds: fused.Kinds = fused.OURS) -> touch.Look:
     """Which parts of a trunk are untouched now."""
     wte, wpe, norm, config = trunk.wte, trunk.wpe, trunk.ln_f, trunk.config
-    dtype = wte.weight.dtype if isinstance(wte, nn.Embedding) else None
+    dtype = quantized.dtype_of(wte)
     return touch.Look(
         blocks=tuple([fused.is_untouched(block, kinds) for block in trunk.h]),
-        embeddings=touch.is_plain_embedding(wte)
+        embeddings=quantized.is_plain_embedding(wte)
         and touch.is_plain_embedding(wpe)
         and (wte.num_embeddings, wpe.num_embeddings) == (config.vocab_size, config.max_position_embeddings)
         and touch.is_idle_dropout(trunk.drop)

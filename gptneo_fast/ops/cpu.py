@@ -10,14 +10,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import extension, reference, widened
+from . import extension, quantized, reference, widened
 from .extension import kv_append
+from .quantized import QuantizedWeight, Weight
 from .reference import embed, layer_norm, sample
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,10 +45,11 @@ class Plan:
     """A run of blocks, named by its parameters for `gptneo_fast_csrc::decode`, which reads them where they stand at each call.
 
     Args:
-        embeddings: wte [V, C] and wpe [P, C], or nothing.
+        embeddings: wte [V, C] and wpe [P, C], or nothing. A weight in few bits stands here, and below, as its integers.
         blocks: of each block ln_1's weight and bias [C], wq, wk, wv [C, C], out_proj's weight [C, C] and bias [C], ln_2's
             weight and bias, c_fc's weight [F, C] and bias [F], c_proj's weight [C, F] and bias [C].
         last: ln_f's weight and bias, then the head's weight [V, C]; or the first two; or nothing.
+        scales: of weights in few bits, in the order of all these.
         windows: of each block, keys that a query sees; 0 for all.
         eps: of ln_1 and ln_2 of each block, then of ln_f.
     """
@@ -55,9 +57,15 @@ class Plan:
     max_lanes: ClassVar[int] = 0  # floats of the widest vectors that may compute, 4, 8 or 16; 0 for what the CPU has
 
     def __init__(
-        self, embeddings: list[Tensor], blocks: list[Tensor], last: list[Tensor], windows: list[int], eps: list[float]
+        self,
+        embeddings: list[Tensor],
+        blocks: list[Tensor],
+        last: list[Tensor],
+        scales: list[Tensor],
+        windows: list[int],
+        eps: list[float],
     ) -> None:
-        self._number = torch.ops.gptneo_fast_csrc.plan.default(embeddings, blocks, last, windows, eps)
+        self._number = torch.ops.gptneo_fast_csrc.plan.default(embeddings, blocks, last, scales, windows, eps)
         weakref.finalize(self, torch.ops.gptneo_fast_csrc.forget_plan.default, self._number).atexit = False
 
     def __call__(
@@ -135,44 +143,47 @@ def _is_ours(x: Tensor) -> bool:
     return x.dtype in DTYPES and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def _takes(x: Tensor, weight: Weight) -> bool:
     """Whether the extension computes this layer."""
+    if not x.is_contiguous() or not x.numel() or torch.jit.is_tracing():
+        return False
+    if isinstance(weight, QuantizedWeight):
+        return _is_ours(x)
     return (
         x.dtype is weight.dtype
         and x.dtype in DTYPES
-        and 0 < x.numel() <= ROWS[x.dtype] * weight.shape[1]
-        and x.is_contiguous()
+        and x.numel() <= ROWS[x.dtype] * weight.shape[1]
         and weight.is_contiguous()
-        and not torch.jit.is_tracing()
     )
 
 
-def _widens(x: Tensor, weight: Tensor) -> bool:
+def _widens(weight: Weight, x: Tensor) -> TypeGuard[Tensor]:
     """Whether this CPU multiplies a dtype so slowly that float32 copies are faster."""
-    return x.dtype in widened.DTYPES and weight.dtype is x.dtype
+    return x.dtype in widened.DTYPES and isinstance(weight, Tensor) and weight.dtype is x.dtype
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """x @ weight.T. x: [..., K]; weight: [N, K]; returns [..., N]."""
     if _takes(x, weight):
         return _linear(x, weight, None, None, None, None, 0.0, False)
-    return widened.linear(x, weight) if _widens(x, weight) else F.linear(x, weight)
+    return widened.linear(x, weight) if _widens(weight, x) else quantized.linear(x, weight)
 
 
-def _linear(x: Tensor, weight: Tensor, *others: Tensor | float | bool | None) -> Tensor:
-    return torch.ops.gptneo_fast_csrc.linear.default(x, weight, *others, Plan.max_lanes)
+def _linear(x: Tensor, weight: Weight, *others: Tensor | float | bool | None) -> Tensor:
+    own, scales = (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
+    return torch.ops.gptneo_fast_csrc.linear.default(x, own, *others, scales, Plan.max_lanes)
 
 
 def norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Weight, bias: Tensor, eps: float, gelu: bool
 ) -> Tensor:
     """As `reference.norm_linear`."""
     if _takes(x, weight):
         return _linear(x, weight, bias, None, norm_weight, norm_bias, eps, gelu)
     y = layer_norm(x, norm_weight, norm_bias, eps)
-    if _widens(x, weight):
+    if _widens(weight, x):
         return widened.linear(y, weight, bias, gelu=gelu)
-    y = F.linear(y, weight, bias)
+    y = quantized.linear(y, weight, bias)
     if gelu and _is_ours(y):
         torch.ops.gptneo_fast_csrc.gelu.default(y, Plan.max_lanes)
         return y
@@ -180,7 +191,7 @@ def norm_linear(
 
 
 def norm_qkv(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, wq: Weight, wk: Weight, wv: Weight, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.norm_qkv`."""
     if _takes(x, wq):
@@ -194,9 +205,9 @@ def norm_qkv_append(
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
+    wq: Weight,
+    wk: Weight,
+    wv: Weight,
     eps: float,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -236,20 +247,20 @@ def decode_attention(
     return reference.decode_attention(*args) if found is None else found
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+def linear_add(x: Tensor, weight: Weight, bias: Tensor, residual: Tensor) -> Tensor:
     """As `reference.linear_add`."""
     if _takes(x, weight) and residual.is_contiguous() and residual.dtype is x.dtype:
         return _linear(x, weight, bias, residual, None, None, 0.0, False)
-    if _widens(x, weight):
+    if _widens(weight, x):
         return widened.linear(x, weight, bias, residual=residual)
     return reference.linear_add(x, weight, bias, residual)
 
 
-def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float) -> Tensor:
+def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Weight, eps: float) -> Tensor:
     """As `reference.lm_head`, without its padding, which only kernels want."""
     if _takes(x, weight):
         return _linear(x, weight, None, None, norm_weight, norm_bias, eps, False).float()
-    if _widens(x, weight):
+    if _widens(weight, x):
         return widened.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, dtype=torch.float32)
     return reference.lm_head(x, norm_weight, norm_bias, weight, eps)
 
@@ -258,14 +269,17 @@ _CHUNK = 64 << 20  # bytes of logits that exist at one time
 _COLUMNS = 2048  # of them that one product makes: the library's products are slower where a row of the result is long
 
 
-def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def logprob(x: Tensor, weight: Weight, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.logprob`, without more than a chunk of the logits."""
     rows, found = max(1, _CHUNK // (4 * max(1, weight.shape[0]))), []
     for i in range(0, max(1, len(x)), rows):
         piece, own = x[i : i + rows], targets[i : i + rows]
-        few, wide = _takes(piece, weight), _widens(piece, weight)  # whatever the number of rows, logits are rounded alike
-        product = partial(widened.linear, dtype=torch.float32) if wide else linear
-        logits = [product(piece, some) for some in ([weight] if few else weight.split(_COLUMNS))]
+        # whatever the number of rows, logits are rounded alike
+        if _takes(piece, weight) or not isinstance(weight, Tensor):
+            logits = [linear(piece, weight)]
+        else:
+            product = partial(widened.linear, dtype=torch.float32) if _widens(weight, piece) else linear
+            logits = [product(piece, some) for some in weight.split(_COLUMNS)]
         found.append(statistics(logits, own))
     own, rank, entropy, variance = (torch.cat(parts) for parts in zip(*found, strict=True))
     return own, rank, entropy, variance

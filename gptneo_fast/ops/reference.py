@@ -1,7 +1,8 @@
 """What every op computes, in plain torch: the specification, the CPU path, and in float64 the oracle.
 
 One function per op, under the op's name. Arithmetic runs in float32 or in the input's dtype where that is wider, and the
-result has the input's dtype. The shape letters used throughout the project:
+result has the input's dtype. A weight in few bits (see `quantized`) counts as what it stands for in that dtype. The shape
+letters used throughout the project:
 
     B batch, T new tokens, S keys, H heads, D head dim, C width (H * D), F ffn width, L layers, V vocabulary, R slots of a cache
 
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .constants import LOGITS_ALIGN
+from .quantized import Weight, linear
 from .sampling import sample as sample
 
 _QUERY_BLOCK = 256  # queries whose scores exist at one time: [B, H, 256, S] and never [B, H, T, S]
 
 
-def embed(ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+def embed(ids: Tensor, position_ids: Tensor, wte: Weight, wpe: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
     """Token + position (+ token type) embeddings; token types index `wte`, as in GPT-2.
 
     Args:
@@ -32,10 +34,14 @@ def embed(ids: Tensor, position_ids: Tensor, wte: Tensor, wpe: Tensor, token_typ
         token_type_ids: [B, T] int64 or None.
 
     Returns:
-        [B, T, C] in the dtype of `wte`.
+        [B, T, C] in the dtype of `wpe`.
     """
-    x = F.embedding(ids, wte) + F.embedding(position_ids, wpe)
-    return x if token_type_ids is None else x + F.embedding(token_type_ids, wte)
+    x = _rows(ids, wte, wpe.dtype) + F.embedding(position_ids, wpe)
+    return x if token_type_ids is None else x + _rows(token_type_ids, wte, wpe.dtype)
+
+
+def _rows(ids: Tensor, wte: Weight, dtype: torch.dtype) -> Tensor:
+    return F.embedding(ids, wte) if isinstance(wte, Tensor) else wte.rows(ids, dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -44,7 +50,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Weight, bias: Tensor, eps: float, gelu: bool
 ) -> Tensor:
     """LayerNorm, linear, and with `gelu` the tanh form of GELU (`gelu_new`): the first half of the MLP.
 
@@ -57,21 +63,21 @@ def norm_linear(
     Returns:
         [..., F]
     """
-    y = F.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
+    y = linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def norm_qkv(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, wq: Weight, wk: Weight, wv: Weight, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm and the three projections, which have no bias. x: [B, T, C]; wq, wk, wv: [C, C]; returns three [B, T, C]."""
     y = layer_norm(x, norm_weight, norm_bias, eps)
-    return F.linear(y, wq), F.linear(y, wk), F.linear(y, wv)
+    return linear(y, wq), linear(y, wk), linear(y, wv)
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+def linear_add(x: Tensor, weight: Weight, bias: Tensor, residual: Tensor) -> Tensor:
     """residual + x @ weight.T + bias: out_proj and c_proj. x: [..., K]; weight: [C, K]; bias: [C]; residual: [..., C]."""
-    return residual + F.linear(x, weight, bias)
+    return residual + linear(x, weight, bias)
 
 
 def attention(
@@ -189,9 +195,9 @@ def norm_qkv_append(
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
+    wq: Weight,
+    wk: Weight,
+    wv: Weight,
     eps: float,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -215,7 +221,7 @@ def norm_qkv_append(
     return q
 
 
-def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float) -> Tensor:
+def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Weight, eps: float) -> Tensor:
     """The final norm and the head, in the dtype that sampling works in.
 
     Args:
@@ -226,12 +232,12 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, e
         Logits [..., V], float32 or wider. In memory a row takes V rounded up to a multiple of 8 (`LOGITS_ALIGN`), so
         that rows begin on 16 bytes whatever V is; what stands after column V - 1 means nothing.
     """
-    logits = F.linear(layer_norm(x, norm_weight, norm_bias, eps), weight)
+    logits = linear(layer_norm(x, norm_weight, norm_bias, eps), weight)
     logits = logits.to(torch.promote_types(x.dtype, torch.float32))
     return F.pad(logits, (0, -weight.shape[0] % LOGITS_ALIGN))[..., : weight.shape[0]]
 
 
-def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def logprob(x: Tensor, weight: Weight, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the head's distribution over the vocabulary says of one token of each row.
 
     Args:
@@ -241,7 +247,7 @@ def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor,
     Returns:
         As `statistics` of the logits.
     """
-    return statistics(F.linear(x, weight), targets)
+    return statistics(linear(x, weight), targets)
 
 
 def statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

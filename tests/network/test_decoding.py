@@ -249,7 +249,7 @@ def arguments(model, cache):
         blocks += [b.ln_1.weight, b.ln_1.bias, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.out_proj.weight]
         blocks += [a.out_proj.bias, b.ln_2.weight, b.ln_2.bias, m.c_fc.weight, m.c_fc.bias, m.c_proj.weight, m.c_proj.bias]
     last = [trunk.ln_f.weight, trunk.ln_f.bias, model.lm_head.weight]
-    plan = ([trunk.wte.weight, trunk.wpe.weight], blocks, last, list(cache.windows), [1e-5] * (2 * len(trunk.h) + 1))
+    plan = ([trunk.wte.weight, trunk.wpe.weight], blocks, last, [], list(cache.windows), [1e-5] * (2 * len(trunk.h) + 1))
     token = torch.tensor([[5]])
     return plan, [token, torch.tensor([[2]]), None, cache.keys, cache.values, cache.lengths, None, 1]
 
@@ -283,8 +283,8 @@ REFUSED = {
     ),
     "an inner width": (lambda p, a: p[1].__setitem__(11, torch.ones(32, 31)), "block 0's c_proj.weight is Float .32, 31."),
     "a head": (lambda p, a: p[2].__setitem__(2, torch.ones(97, 31)), "lm_head.weight is Float .97, 31."),
-    "a window": (lambda p, a: p[3].__setitem__(1, -1), "a window is -1"),
-    "epsilons": (lambda p, a: p[4].pop(), "6 epsilons are not those of a number of blocks"),
+    "a window": (lambda p, a: p[4].__setitem__(1, -1), "a window is -1"),
+    "epsilons": (lambda p, a: p[5].pop(), "6 epsilons are not those of a number of blocks"),
     "embeddings": (lambda p, a: p[0].pop(), "1 tensors before the blocks"),
 }
 

@@ -152,7 +152,7 @@ def test_a_tensor_that_does_not_fit_is_refused():
         ((torch.ones(1, 7), w), "x is Float .1, 7., but must be"),
         ((torch.ones(33, 8), w), "1 to 32 rows of 8 numbers"),
         ((x.double(), w.double()), "weights are Double"),
-        ((x, w.bfloat16()), "of the weight's dtype"),
+        ((x, w.bfloat16()), "weight is BFloat16 .4, 8., but must be contiguous Float .4, 8."),
         ((x, torch.ones(8, 4).T), "weight is Float .4, 8., but must be contiguous"),
     ):
         with pytest.raises(RuntimeError, match=f"gptneo_fast_csrc: .*{message}"):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...network.modules import walk
+from ...ops.quantized import QuantizedWeight
 from ..request import LanguageModel, Request
 from .memory import check_memory
 from .runner import BUCKETS, Runner
@@ -87,6 +88,8 @@ def weights_of(model: LanguageModel) -> Weights:
     found: list[tuple[int, torch.Size, torch.dtype] | float] = []
     for module in walk(cast(nn.Module, model)):
         found += [(p.data_ptr(), p.shape, p.dtype) for p in module._parameters.values() if p is not None]
+        if isinstance(module, QuantizedWeight):
+            found += [(t.data_ptr(), t.shape, t.dtype) for t in module._buffers.values() if t is not None]
         if "eps" in vars(module):
             found.append(vars(module)["eps"])
     return tuple(found)

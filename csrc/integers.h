@@ -1,0 +1,310 @@
+// Products with weights in 8 and 4 bits (gptneo_fast/ops/quantized.py says how they lie). A part of decode_lanes.cpp.
+//
+// The rows of x are rounded to 16 bits first, each 64 numbers with a scale of their own: an error of 2^-16 of the largest of
+// them, where bfloat16 would err by 2^-9 of each. Then 64 products are one exact sum of integers, and a row costs a few
+// instructions for 16 weights on any of these CPUs; in floats it costs twice as many as memory has time for. What is summed in
+// float32, block after block, knows nothing of how many rows there are or which thread has them.
+#pragma once
+
+#include "products.h"
+
+namespace gptneo_fast {
+namespace {
+
+constexpr int64_t kBlock = 64;     // numbers of x with one scale; of weights in 4 bits, 32 bytes
+constexpr int64_t kBlocks = 16;    // that many rows of x go over while they are in the first-level cache
+constexpr int kVectors = kBlock / (2 * kLanes);  // of 16-bit numbers in a block
+
+typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Nibbles __attribute__((vector_size(4 * kLanes)));
+
+inline int64_t blocks_of(int64_t K) { return (K + kBlock - 1) / kBlock; }
+
+// acc += the sums of neighbours' products.
+INLINE Ints add_products(Ints acc, Shorts a, Shorts b) {
+#if defined(__AVX512VNNI__)
+  return same_bits<Ints>(_mm512_dpwssd_epi32(same_bits<__m512i>(acc), same_bits<__m512i>(a), same_bits<__m512i>(b)));
+#elif defined(__AVX512BW__)
+  return acc + same_bits<Ints>(_mm512_madd_epi16(same_bits<__m512i>(a), same_bits<__m512i>(b)));
+#elif defined(__AVX2__)
+  return acc + same_bits<Ints>(_mm256_madd_epi16(same_bits<__m256i>(a), same_bits<__m256i>(b)));
+#elif defined(__SSE2__)
+  return acc + same_bits<Ints>(_mm_madd_epi16(same_bits<__m128i>(a), same_bits<__m128i>(b)));
+#else
+  UNROLL for (int l = 0; l < kLanes; ++l) acc[l] += int32_t{a[2 * l]} * b[2 * l] + int32_t{a[2 * l + 1]} * b[2 * l + 1];
+  return acc;
+#endif
+}
+
+// Weights of a block as 16-bit numbers, in their order: vector i of them.
+struct Int8 {
+  static constexpr int64_t kBytes = kBlock;
+  static constexpr bool kShifted = false;
+  INLINE static Shorts unpack(const uint8_t* p, int i) {
+    p += i * 2 * kLanes;
+#if defined(__AVX512BW__)
+    return same_bits<Shorts>(_mm512_cvtepi8_epi16(read<__m256i>(p)));
+#elif defined(__AVX2__)
+    return same_bits<Shorts>(_mm256_cvtepi8_epi16(read<__m128i>(p)));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(2 * kLanes)));
+    return __builtin_convertvector(read<Bytes>(p), Shorts);
+#endif
+  }
+  INLINE static float value(const uint8_t* row, int64_t k) { return static_cast<int8_t>(row[k]); }
+};
+
+// 16 words of 4 numbers: word j has numbers j, 16 + j, 32 + j and 48 + j, from its lowest bits up, each 8 too large.
+struct Int4 {
+  static constexpr int64_t kBytes = kBlock / 2;
+  static constexpr bool kShifted = true;
+  INLINE static Shorts unpack(const uint8_t* p, int i) {
+#if GPTNEO_FAST_LANES == 16
+    typedef uint16_t Words16 __attribute__((vector_size(32)));
+    const Words16 half = read<Words16>(p);
+    const struct {
+      Words16 low, high;
+    } twice = {half, half >> 4};
+    const Nibbles words = same_bits<Nibbles>(twice);
+    return same_bits<Shorts>(i == 0 ? words & 15 : (words >> 8) & 15);
+#else
+    constexpr int kParts = 8 / kLanes;  // vectors that the 16 words are
+    const Nibbles words = read<Nibbles>(p + i % kParts * 4 * kLanes);
+    const int nibble = i / kParts;
+    return same_bits<Shorts>(nibble == 3 ? words >> 12 : (words >> (4 * nibble)) & 15);
+#endif
+  }
+  INLINE static float value(const uint8_t* row, int64_t k) {
+    const int64_t j = k % kBlock, nibble = j / 16, byte = k / kBlock * kBytes + 2 * (j % 16) + nibble / 2;
+    return static_cast<float>((row[byte] >> (nibble % 2 * 4)) & 15) - 8.0f;
+  }
+};
+
+// Rows of x in 16 bits. Units are the numbers that share a scale of x and of the weights: blocks, or halves of them.
+struct Rounded {
+  int16_t* numbers;  // [M, blocks * 64]
+  float* scales;     // [M, units]
+  float* sums;       // [M, units]: -8 times the sum of a unit's numbers, which weights that are 8 too large ask for
+  int64_t K, units;
+
+  Rounded(float* space, int64_t M, int64_t inputs, bool halves)
+      : scales(space), K(inputs), units(blocks_of(inputs) * (halves ? 2 : 1)) {
+    sums = scales + M * padded(units);
+    numbers = reinterpret_cast<int16_t*>(sums + M * padded(units));
+  }
+  int64_t ld() const { return blocks_of(K) * kBlock; }
+
+  void round(int64_t m, const float* x) const {
+    const int64_t halves = units / blocks_of(K);
+    for (int64_t b = 0; b < blocks_of(K); ++b) {
+      float part[kBlock] = {};
+      const float* from = x + b * kBlock;
+      if (const int64_t left = K - b * kBlock; left < kBlock) {
+        memcpy(part, from, left * sizeof(float));
+        from = part;
+      }
+      Floats most = {}, zeros = {};
+      for (int64_t k = 0; k < kBlock; k += kLanes) {
+        const Floats value = load<kLanes>(from + k), size = same_bits<Floats>(same_bits<Ints>(value) & 0x7fffffff);
+        most = choose(size > most, size, most);
+        zeros += value * 0.0f;  // NaN where one is not finite
+      }
+      float largest = 0;
+      for (int l = 0; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
+      const float nothing = sum(zeros);
+      const bool some = nothing == 0.0f && largest > 1e-30f;
+      const float inverse = some ? 32767.0f / largest : 0.0f;
+      const float scale = nothing == 0.0f ? (some ? largest / 32767.0f : 0.0f) : nothing;
+      int16_t* to = numbers + m * ld() + b * kBlock;
+      for (int64_t half = 0; half < halves; ++half) {
+        Floats total = {};
+        for (int64_t k = half * kBlock / halves; k < (half + 1) * kBlock / halves; k += kLanes) {
+          const Floats value = some ? load<kLanes>(from + k) * inverse : Floats{};
+          const Floats shifted = value + 12582912.0f;  // 1.5 * 2^23: the integer nearest to it in the lowest bits
+          total += shifted - 12582912.0f;
+          typedef int16_t Some __attribute__((vector_size(2 * kLanes)));
+          const Some narrow = __builtin_convertvector(same_bits<Ints>(shifted) - 0x4b400000, Some);
+          memcpy(to + k, &narrow, sizeof(narrow));
+        }
+        const int64_t u = m * padded(units) + b * halves + half;
+        scales[u] = scale;
+        sums[u] = -8.0f * sum(total);
+      }
+    }
+    for (int64_t u = units; u < padded(units); ++u) scales[m * padded(units) + u] = sums[m * padded(units) + u] = 0;
+  }
+};
+
+constexpr int64_t kUnits = 2 * kBlocks;  // at most, of which a product goes over so many blocks
+
+// Scales of weights of the units [first, first + count) of a row, whose scales go on to `end` with those of later rows; what
+// stands behind them is finite.
+INLINE void widen_scales(const BFloat16* row, const BFloat16* end, int64_t group, int64_t first, int64_t count, float* out) {
+  if (group > kBlock) {
+    for (int64_t u = 0; u < kUnits; ++u) out[u] = u < count ? widen(row[(first + u) * kBlock / group]) : 0.0f;
+    return;
+  }
+  row += first;
+  BFloat16 part[kUnits];
+  if (end - row < kUnits) {
+    memset(part, 0, sizeof(part));
+    memcpy(part, row, count * sizeof(BFloat16));
+    row = part;
+  }
+  for (int64_t u = 0; u < count; u += kLanes) write(out + u, load<kLanes>(row + u));
+}
+
+// acc[r][n] += the products of `count` blocks of N rows of weights, of which `block(n, b, i)` is a vector, and R rows of x.
+template <typename W, int N, int R, bool kHalves, typename Block>
+INLINE void gather_blocks(const Block& block, const Rounded& x, int64_t m, int64_t first, int64_t count,
+                          const float (*scales)[kUnits], Floats (*acc)[N]) {
+  constexpr int kParts = kHalves ? 2 : 1, kSummed = kVectors / kParts;
+  const int16_t* numbers = x.numbers + m * x.ld() + first * kBlock;
+  const float *own = x.scales + m * padded(x.units) + first * kParts, *sums = x.sums + m * padded(x.units) + first * kParts;
+  Floats sum[R][N];
+  UNROLL for (int i = 0; i < R * N; ++i) sum[i / N][i % N] = acc[i / N][i % N];
+  float factor[R][N][kUnits];  // in 8 bits the scale of a row is its sum's
+  if (W::kShifted)
+    for (int64_t u = 0; u < count * kParts; u += kLanes)
+      UNROLL for (int r = 0; r < R; ++r) {
+        const Floats scale = load<kLanes>(own + r * padded(x.units) + u), shift = load<kLanes>(sums + r * padded(x.units) + u);
+        UNROLL for (int n = 0; n < N; ++n) {
+          const Floats product = scale * load<kLanes>(scales[n] + u);
+          write(factor[r][n] + u, product);
+          sum[r][n] += product * shift;
+        }
+      }
+  for (int64_t b = 0; b < count; ++b) {
+    UNROLL for (int u = 0; u < kParts; ++u) {
+      Shorts value[R][kSummed];
+      UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int i = 0; i < kSummed; ++i)
+          value[r][i] = read<Shorts>(numbers + r * x.ld() + b * kBlock + (u * kSummed + i) * 2 * kLanes);
+      UNROLL for (int n = 0; n < N; ++n) {
+        Ints total[R];
+        UNROLL for (int r = 0; r < R; ++r) total[r] = Ints{};
+        UNROLL for (int i = 0; i < kSummed; ++i) {
+          const Shorts weight = block(n, b, u * kSummed + i);
+          UNROLL for (int r = 0; r < R; ++r) total[r] = add_products(total[r], weight, value[r][i]);
+        }
+        UNROLL for (int r = 0; r < R; ++r)
+          sum[r][n] += __builtin_convertvector(total[r], Floats) *
+                       (W::kShifted ? factor[r][n][b * kParts + u] : own[r * padded(x.units) + b]);
+      }
+    }
+  }
+  UNROLL for (int i = 0; i < R * N; ++i) acc[i / N][i % N] = sum[i / N][i % N];
+}
+
+// Outputs of N rows of weights for all M rows of x: out[m * N + n].
+template <typename W, int N, bool kHalves>
+INLINE void integer_dots(const Product& p, const uint8_t* const* w, const void* const* scales,
+                         const void* const* ends, const Rounded& x, int64_t M, float* out) {
+  const int64_t blocks = blocks_of(x.K);
+  Floats acc[kManyRows][N];
+  memset(acc, 0, M * sizeof(acc[0]));
+  for (int64_t first = 0; first < blocks; first += kBlocks) {
+    const int64_t count = min(kBlocks, blocks - first);
+    float wide_scales[N][kUnits];
+    if (W::kShifted)
+      for (int n = 0; n < N; ++n)
+        widen_scales(static_cast<const BFloat16*>(scales[n]), static_cast<const BFloat16*>(ends[n]), p.group,
+                     first * (kHalves ? 2 : 1), count * (kHalves ? 2 : 1), wide_scales[n]);
+    if (M == 1) {
+      const auto block = [&](int n, int64_t b, int i) INLINE_LAMBDA { return W::unpack(w[n] + (first + b) * W::kBytes, i); };
+      gather_blocks<W, N, 1, kHalves>(block, x, 0, first, count, wide_scales, acc);
+      continue;
+    }
+    int16_t wide[N][kBlocks * kBlock];  // unpacked once, and not for each row of x
+    for (int n = 0; n < N; ++n)
+      for (int64_t b = 0; b < count; ++b)
+        UNROLL for (int i = 0; i < kVectors; ++i) {
+          const Shorts weight = W::unpack(w[n] + (first + b) * W::kBytes, i);
+          memcpy(wide[n] + b * kBlock + i * 2 * kLanes, &weight, sizeof(weight));
+        }
+    const auto block = [&](int n, int64_t b, int i) INLINE_LAMBDA { return read<Shorts>(wide[n] + b * kBlock + i * 2 * kLanes); };
+    int64_t m = 0;
+    for (; m + 2 <= M; m += 2) gather_blocks<W, N, 2, kHalves>(block, x, m, first, count, wide_scales, acc + m);
+    for (; m < M; ++m) gather_blocks<W, N, 1, kHalves>(block, x, m, first, count, wide_scales, acc + m);
+  }
+  for (int64_t m = 0; m < M; ++m) {
+    store_sums<N>(acc[m], out + m * N);
+    if (!W::kShifted)
+      for (int n = 0; n < N; ++n) out[m * N + n] *= *static_cast<const float*>(scales[n]);
+  }
+}
+
+// As `streams`, for weights in few bits.
+template <typename W, int N, bool kHalves>
+INLINE void integer_streams(const Product& p, const Rounded& x, int64_t M, int64_t begin, int64_t end, float* y, int64_t ldy) {
+  const int64_t far = (end - begin) / N, bytes = p.row_blocks * W::kBytes;
+  const int64_t scale_bytes = W::kShifted ? p.row_blocks * kBlock / p.group * 2 : 4;
+  for (int64_t i = begin; i < begin + far; ++i) {
+    const uint8_t* w[N];
+    const void *scales[N], *ends[N];
+    float out[kManyRows * N];
+    for (int n = 0; n < N; ++n) {
+      const int64_t row = i + n * far, part = p.parts == 1 ? 0 : row / p.outputs, at = row - part * p.outputs;
+      w[n] = static_cast<const uint8_t*>(p.weight[part]) + at * bytes;
+      scales[n] = static_cast<const char*>(p.scales[part]) + at * scale_bytes;
+      ends[n] = static_cast<const char*>(p.scales[part]) + p.outputs * scale_bytes;
+    }
+    integer_dots<W, N, kHalves>(p, w, scales, ends, x, M, out);
+    for (int64_t m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) y[m * ldy + i + n * far] = out[m * N + n];
+  }
+  if constexpr (N > 1) integer_streams<W, 1, kHalves>(p, x, M, begin + far * N, end, y, ldy);
+}
+
+// One function for all products: compiled once, and not for each of them.
+template <typename W, bool kHalves>
+__attribute__((noinline)) void integer_outputs(const Product& p, const Rounded& x, int64_t M, int64_t begin, int64_t end, float* y,
+                                               int64_t ldy) {
+  integer_streams<W, 4, kHalves>(p, x, M, begin, end, y, ldy);
+}
+
+// As `product`, for weights in few bits; `space` is for the rows of x in 16 bits.
+template <typename W, bool kHalves, typename Finish>
+void integer_product(Parallel run, const Product& p, const float* x, int64_t ldx, int64_t M, float* y, int64_t ldy, float* space,
+                     const Finish& finish) {
+  const Rounded rows(space, M, p.inputs, kHalves);
+  parallel(run, M, max(1, kGrain / p.inputs), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) rows.round(m, x + m * ldx);
+  });
+  const int64_t N = p.parts * p.outputs, pieces = (N + kColumns - 1) / kColumns;
+  parallel(run, pieces, max(1, kGrain / (kColumns * p.inputs)), [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kColumns, end = min(N, last * kColumns);
+    integer_outputs<W, kHalves>(p, rows, M, begin, end, y, ldy);
+    finish(begin, end);
+  });
+}
+
+// One product with weights of any kind.
+template <typename T, typename Finish>
+void any_product(Parallel run, const Product& p, const float* x, int64_t ldx, int64_t M, float* y, int64_t ldy, float* space,
+                 const Finish& finish) {
+  if (p.number == Number::kInt8) {
+    integer_product<Int8, false>(run, p, x, ldx, M, y, ldy, space, finish);
+  } else if (p.number == Number::kInt4 && p.group < kBlock) {
+    integer_product<Int4, true>(run, p, x, ldx, M, y, ldy, space, finish);
+  } else if (p.number == Number::kInt4) {
+    integer_product<Int4, false>(run, p, x, ldx, M, y, ldy, space, finish);
+  } else {
+    product<T>(run, p, x, ldx, M, y, ldy, finish);
+  }
+}
+
+// out[c] = number c of a row of weights in few bits.
+template <typename W>
+void widen_row(const Product& p, int64_t row, float* out) {
+  const uint8_t* numbers = static_cast<const uint8_t*>(p.weight[0]) + row * p.row_blocks * W::kBytes;
+  const int64_t groups = p.row_blocks * kBlock / p.group;
+  for (int64_t c = 0; c < p.inputs; ++c) {
+    const float scale = W::kShifted ? widen(static_cast<const BFloat16*>(p.scales[0])[row * groups + c / p.group])
+                                    : static_cast<const float*>(p.scales[0])[row];
+    out[c] = scale * W::value(numbers, c);
+  }
+}
+
+}  // namespace
+}  // namespace gptneo_fast

@@ -1,0 +1,326 @@
+"""Models in 8 and 4 bits: the same models, saved and loaded bit for bit, true modules, and no change that is lost."""
+
+import copy
+import gc
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import gptneo_fast
+from gptneo_fast.demo import FOLDER
+from gptneo_fast.errors import CheckpointError, ConfigError, InputError, UnknownOptionError
+from gptneo_fast.models.load import TASKS
+from gptneo_fast.network.quantized import QuantizedEmbedding, QuantizedLinear
+from gptneo_fast.ops.quantized import QuantizedWeight
+from tests.support.peers import SMALL
+from tests.support.serial import ids_of, lively, require_same, serial
+
+NAMES = ["int8", "int4"]
+IDS = torch.tensor([ids_of(20), ids_of(20, 1)])
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.dtype is b[name].dtype and torch.equal(tensor, b[name]), name
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_class_computes_what_its_weights_stand_for(task, name):
+    model = TASKS[task](gptneo_fast.GPTNeoConfig(**SMALL, pad_token_id=0)).eval().quantize_(name)
+    plain = copy.deepcopy(model).dequantize_()
+    assert model.is_quantized and not plain.is_quantized and "quantization_config" not in vars(plain.config)
+    assert {type(m) for m in plain.modules()}.isdisjoint({QuantizedLinear, QuantizedEmbedding, QuantizedWeight})
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            got, want = model(IDS)[0], plain(IDS)[0]
+            assert got.requires_grad is grad
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert model.num_parameters() == plain.num_parameters()
+    assert model.get_memory_footprint() < plain.get_memory_footprint()
+
+
+def test_tokens_are_those_of_what_the_weights_stand_for(name):
+    model = lively().quantize_(name)
+    plain = copy.deepcopy(model).dequantize_()
+    for n in (1, 7, 300):
+        prompt = ids_of(n)
+        require_same(plain, prompt, serial(model, prompt, max_new_tokens=40), serial(plain, prompt, max_new_tokens=40), 1e-2)
+
+
+def test_loading_rounds_as_the_model_does(name, tmp_path):
+    whole = gptneo_fast.load(FOLDER)
+    model = gptneo_fast.load(FOLDER, quantize=name)
+    same(model, whole.quantize_(name))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.config.quantization_config == whole.config.quantization_config
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight.values" not in load_file(tmp_path / "model.safetensors")
+    again = gptneo_fast.load(tmp_path, dtype="bfloat16")
+    same(model.to(torch.bfloat16), again)
+    assert again.lm_head.weight is again.transformer.wte.weight and again.dtype is torch.bfloat16
+    again.save_pretrained(tmp_path / "again")
+    same(again, gptneo_fast.load(tmp_path / "again"))
+
+
+def test_an_untied_head_is_kept_for_itself(name, tmp_path):
+    model = lively().quantize_(name)
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    model.save_pretrained(tmp_path)
+    same(model, gptneo_fast.load(tmp_path))
+
+
+def test_no_more_than_one_tensor_of_floats_is_held_while_loading(monkeypatch):
+    gc.collect()
+    before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+    held, known = [], QuantizedWeight.of
+
+    def of(weight, how):
+        mine = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and id(t) not in before and not t.is_meta]
+        held.append(sum(t.numel() for t in mine if t.dim() == 2 and t.is_floating_point() and t.dtype is weight.dtype))
+        return known(weight, how)
+
+    monkeypatch.setattr(QuantizedWeight, "of", of)
+    model = gptneo_fast.load(FOLDER, quantize="int4")
+    largest, positions = model.transformer.wte.weight.shape.numel(), model.transformer.wpe.weight.numel()
+    assert len(held) == 1 + 6 * len(model.transformer.h)
+    assert max(held) <= largest + positions
+
+
+def spoilt(folder, **changes):
+    tensors = load_file(folder / "model.safetensors")
+    for name, change in changes.items():
+        key = next(k for k in tensors if k.endswith(name.replace("__", ".")))
+        tensors[key] = change(tensors[key])
+    tensors = {k: t for k, t in tensors.items() if t is not None}
+    save_file(tensors, folder / "model.safetensors")
+
+
+DAMAGED = {
+    "no scales": ({"c_fc__weight__scales": lambda t: None}, "no tensor for .*c_fc.weight.scales"),
+    "no values": ({"wte__weight__values": lambda t: None}, "no tensor for .*wte.weight.values"),
+    "another dtype": (
+        {"c_fc__weight__scales": lambda t: t.half()},
+        "c_fc.weight.scales' is float16, and quantization_config .*asks for bfloat16",
+    ),
+    "another width": ({"c_fc__weight__values": lambda t: t[:, :-32].contiguous()}, "c_fc.weight.values' is"),
+    "not finite": ({"c_fc__weight__scales": lambda t: t * float("nan")}, "c_fc.weight.scales' holds nan"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_weights_are_refused(case, tmp_path):
+    lively().quantize_("int4").save_pretrained(tmp_path)
+    changes, message = DAMAGED[case]
+    spoilt(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        gptneo_fast.load(tmp_path)
+
+
+FOREIGN = {
+    "of another library": ({"quant_method": "bitsandbytes", "bits": 4}, "is of 'bitsandbytes', whose weights"),
+    "no block": (4, "is of 4, whose weights"),
+    "of a later version": ({"quant_method": "gptneo_fast", "version": 2, "bits": 8, "group_size": None}, "version 2, and this"),
+    "of other bits": ({"quant_method": "gptneo_fast", "version": 1, "bits": 3, "group_size": 64}, "bits 3 and group_size 64"),
+    "of other groups": ({"quant_method": "gptneo_fast", "version": 1, "bits": 4, "group_size": 7}, "bits 4 and group_size 7"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_others_or_later_versions_wrote_is_refused(case, tmp_path):
+    lively().quantize_("int4").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "gptneo_fast", "version": 1, "bits": 4, "group_size": 64}
+    block, message = FOREIGN[case]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
+    with pytest.raises(ConfigError, match=message):
+        gptneo_fast.load(tmp_path)
+
+
+def test_a_configuration_that_forgot_says_so(tmp_path):
+    lively().quantize_("int8").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"in few bits, and config\.json has no quantization_config"):
+        gptneo_fast.load(tmp_path)
+
+
+def test_what_cannot_be_is_said(tmp_path):
+    model = lively()
+    with pytest.raises(InputError, match="quantize='int2' is unknown"):
+        model.quantize_("int2")
+    with pytest.raises(InputError, match="load_in_4bit is not offered; use quantize"):
+        gptneo_fast.load(FOLDER, load_in_4bit=True)
+    with pytest.raises((InputError, UnknownOptionError), match="quantize"):
+        gptneo_fast.load(FOLDER, quantise="int8")
+    with pytest.raises(InputError, match="calibrate holds no texts"):
+        model.quantize_("int4", calibrate=[])
+    assert not model.is_quantized
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[3, 2] = float("inf")
+    with pytest.raises(InputError, match=r"transformer.h.1.mlp.c_fc.weight has NaN or infinite"):
+        model.quantize_("int4")
+    assert not model.is_quantized
+    model = lively()
+    model.transformer.h[0].mlp.c_fc = torch.nn.Sequential(model.transformer.h[0].mlp.c_fc)
+    with pytest.raises(InputError, match=r"h.0.mlp.c_fc is a Sequential and no plain Linear; quantise first"):
+        model.quantize_("int8")
+    model = lively().quantize_("int8")
+    with pytest.raises(InputError, match="is int8 already"):
+        model.quantize_("int4")
+    with pytest.raises(InputError, match="whose rows cannot change; resize first"):
+        model.resize_token_embeddings(7)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is int8 already"):
+        gptneo_fast.load(tmp_path, quantize="int4")
+
+
+def test_to_transformers_wants_floats():
+    pytest.importorskip("transformers")
+    model = lively().quantize_("int8")
+    with pytest.raises(InputError, match=r"dequantize_\(\) first"):
+        model.to_transformers()
+    made = model.dequantize_().to_transformers()
+    torch.testing.assert_close(made(IDS).logits, model(IDS).logits)
+
+
+def test_nothing_that_changes_a_weight_is_lost_without_a_word(name):
+    layer = lively().quantize_(name).transformer.h[0].mlp.c_fc
+    for change in (
+        lambda: layer.weight.data.add_(1),
+        lambda: layer.weight.add_(1),
+        lambda: torch.nn.init.normal_(layer.weight),
+        lambda: torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Identity()),
+    ):
+        with pytest.raises((AttributeError, TypeError, KeyError, ValueError, RuntimeError)):
+            change()
+
+
+def test_a_weight_of_floats_in_its_place_counts(name):
+    model, prompt = lively().quantize_(name), ids_of(5)
+    layer = model.transformer.h[0].mlp.c_fc
+    want = copy.deepcopy(model)
+    want.transformer.h[0].mlp.c_fc = torch.nn.Linear(layer.in_features, layer.out_features)
+    weight = torch.nn.Parameter(layer.weight.dequantize().flip(0))
+    layer.weight = want.transformer.h[0].mlp.c_fc.weight = weight
+    want.transformer.h[0].mlp.c_fc.bias = layer.bias
+    assert serial(model, prompt, max_new_tokens=8) == serial(want, prompt, max_new_tokens=8)
+
+
+def test_copies_devices_and_dtypes_keep_every_bit(name):
+    model = lively().quantize_(name)
+    model.lm_head.weight = model.transformer.wte.weight
+    before = copy.deepcopy(model.state_dict())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.half().to(torch.bfloat16).float()):
+        assert other.lm_head.weight is other.transformer.wte.weight
+        for key, tensor in other.state_dict().items():
+            if key.endswith((".values", ".scales")):
+                assert tensor.dtype is before[key].dtype and torch.equal(tensor, before[key])
+    with torch.device("meta"):
+        assert model.to("meta").transformer.wte.weight.values.is_meta
+
+
+def test_loading_a_state_dict_is_seen_by_the_next_step(name):
+    model, other = lively().quantize_(name), lively(num_layers=SMALL["num_layers"])
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(p.flip(0))
+    other.quantize_(name)
+    prompt = ids_of(9)
+    before = serial(model, prompt, max_new_tokens=8)
+    model.load_state_dict(other.state_dict())
+    assert serial(model, prompt, max_new_tokens=8) == serial(other, prompt, max_new_tokens=8) != before
+
+
+def test_hooks_stay_where_they_are_and_count(name):
+    model, seen = lively(), []
+    layer = model.transformer.h[1].mlp.c_fc
+    handle = layer.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)) or out * 0)
+    model.quantize_(name)
+    assert model.transformer.h[1].mlp.c_fc is layer and isinstance(layer, QuantizedLinear)
+    prompt = ids_of(5)
+    hooked = serial(model, prompt, max_new_tokens=6)
+    assert len(seen) == 6
+    handle.remove()
+    assert serial(model, prompt, max_new_tokens=6) != hooked and len(seen) == 6
+
+
+def test_one_layer_of_floats_among_the_others_counts(name):
+    model = lively().quantize_(name)
+    prompt = ids_of(5)
+    before = serial(model, prompt, max_new_tokens=8)
+    with torch.no_grad():
+        model.transformer.h[0].attn.attention.k_proj = torch.nn.Linear(SMALL["hidden_size"], SMALL["hidden_size"], bias=False)
+    got = serial(model, prompt, max_new_tokens=8)
+    plain = copy.deepcopy(model).dequantize_()
+    require_same(plain, prompt, got, serial(plain, prompt, max_new_tokens=8), 1e-2)
+    assert got != before
+
+
+def test_gradients_reach_what_stands_on_top_and_what_stands_before(name):
+    model = lively().quantize_(name)
+    plain = copy.deepcopy(model).dequantize_()
+    found = []
+    for m in (model, plain):
+        adapter = torch.full((SMALL["hidden_size"],), 0.5, requires_grad=True)
+        m.transformer.h[0].attn.register_forward_hook(lambda module, args, out, adapter=adapter: (out[0] + adapter, *out[1:]))
+        m(IDS, labels=IDS).loss.backward()
+        found.append((adapter.grad, m.transformer.wpe.weight.grad, m.transformer.h[0].mlp.c_fc.bias.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_training_with_autocast_follows_that_of_floats(name):
+    model = lively().quantize_(name)
+    plain = copy.deepcopy(model).dequantize_()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [m(IDS, labels=IDS).loss for m in (model, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
+
+
+def test_engine_scores_and_drafts_take_it(name):
+    model = lively().quantize_(name)
+    prompts = [ids_of(n) for n in (3, 30, 9)]
+    with gptneo_fast.Engine(model, max_rows=2) as engine:
+        jobs = [engine.submit(prompt, max_new_tokens=12) for prompt in prompts]
+        assert [job.result() for job in jobs] == [serial(model, p, max_new_tokens=12) for p in prompts]
+    plain = copy.deepcopy(model).dequantize_()
+    for got, want in zip(model.score(prompts), plain.score(prompts), strict=True):
+        torch.testing.assert_close(torch.tensor(got.total), torch.tensor(want.total), rtol=1e-3, atol=1e-2)
+    draft = serial(model, prompts[1], max_new_tokens=20, prompt_lookup_num_tokens=3)
+    assert draft == serial(model, prompts[1], max_new_tokens=20)
+
+
+@pytest.mark.parametrize("shape", ["embedded", "random"])
+def test_calibration_lowers_the_loss(shape):
+    """On texts that it has not seen, in the mean over them; random weights on random tokens, by the error of the logits."""
+    if shape == "embedded":
+        whole = gptneo_fast.load(FOLDER, dtype="float32")
+        texts = [whole.generate_text("Once upon a time", max_new_tokens=150, seed=i, do_sample=True) for i in range(24)]
+        texts = [whole.tokenizer.encode("Once upon a time" + text) for text in texts]
+    else:
+        whole, texts = lively(hidden_size=128, num_heads=4), [ids_of(120, seed) for seed in range(24)]
+    models = [copy.deepcopy(whole).quantize_("int4", calibrate=how) for how in (None, texts[:12])]
+
+    @torch.no_grad()
+    def loss(model):
+        divergence = torch.nn.functional.kl_div
+        total = 0
+        for text in texts[12:]:
+            ids = torch.tensor([text])
+            logits, exact = (m(ids).logits[0].log_softmax(-1) for m in (model, whole))
+            total += divergence(logits, exact, log_target=True, reduction="batchmean").item()
+        return total
+
+    plain, calibrated = map(loss, models)
+    assert calibrated < plain

@@ -1,0 +1,204 @@
+"""Weights in 8 and 4 bits: their layout is the documented one, rounding is the best there is of it, products are exact."""
+
+import pytest
+import torch
+
+from gptneo_fast.errors import InputError
+from gptneo_fast.ops import cpu, extension, quantized, reference
+from gptneo_fast.ops.quantized import GROUPS, Format, QuantizedWeight
+from gptneo_fast.ops.testing import EPS
+from tests.ops.test_cpu import LANES, lanes, random  # noqa: F401 (a fixture)
+
+FORMATS = [Format(8), *(Format(4, group) for group in GROUPS)]
+STEP = 2.0**-15  # of the largest of 64 numbers of x, of which a product rounds them to multiples
+compiled = pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
+
+
+def integer(values, scales, n, k, how):
+    """One number of a weight, by the words of the module's first lines."""
+    if how.bits == 8:
+        return int(values[n, k]) * float(scales[n, 0])
+    block, place = divmod(k, 64)
+    nibble, word = divmod(place, 16)
+    low, high = (int(values[n, 32 * block + 2 * word + i]) for i in (0, 1))
+    bits = (low + 256 * high) >> (4 * nibble) & 15
+    return (bits - 8) * float(scales[n, k // how.group])
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+@pytest.mark.parametrize(("N", "K"), [(3, 64), (2, 200), (5, 33), (1, 1)])
+def test_numbers_lie_where_the_words_say(how, N, K):
+    weight = QuantizedWeight.of(random(N, K), how)
+    wanted = torch.tensor([[integer(weight.values, weight.scales, n, k, how) for k in range(K)] for n in range(N)])
+    assert torch.equal(weight.dequantize(torch.float32), wanted)
+    assert (tuple(weight.values.shape), tuple(weight.scales.shape)) == how.shapes(N, K)
+    ids = torch.tensor([[0, N - 1], [N // 2, 0]])
+    assert torch.equal(weight.rows(ids, torch.float32), wanted[ids])
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_rounding_in_four_bits_errs_less_than_by_the_largest_number_alone(how):
+    x = random(40, 256).float()
+    error = (QuantizedWeight.of(x, how).dequantize() - x).square().mean()
+    parts = quantized.grouped(x, how)
+    scale = (parts.abs().amax(-1, keepdim=True) / how.range[1]).to(how.dtypes[1]).float()
+    plain = ((parts / scale).round().clamp(*how.range) * scale - parts).square().mean()
+    assert error <= (1 if how.bits == 8 else 0.9) * plain
+    levels = QuantizedWeight.of(x, how).dequantize().div(x.abs().amax()).unique()
+    assert len(levels) > 2**how.bits  # every group has its own
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_what_needs_no_rounding_is_kept(how):
+    low, high = how.range
+    x = torch.arange(low, high + 1).repeat(64).view(64, -1).float()
+    x = torch.cat([x / 4, torch.zeros(1, x.shape[1])])
+    x[:, 0] = low / 4
+    assert torch.equal(QuantizedWeight.of(x, how).dequantize(), x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(value):
+    x = torch.ones(3, 70)
+    x[1, 69] = value
+    with pytest.raises(InputError, match="NaN or infinite"):
+        QuantizedWeight.of(x, Format(4, 64))
+
+
+def test_formats_are_asked_for_by_name():
+    assert Format.of("int8", 12) == Format(8) and Format.of("int4") == Format(4, 64)
+    assert Format.of("int4", 32) == Format(4, 32)
+    for name, group, message in (
+        ("int3", 64, "'int8' or 'int4'"),
+        (8, 64, "quantize=8"),
+        ("int4", 48, "group=48.*32, 64, 128"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Format.of(name, group)
+
+
+def allowed(x, weight, exact):
+    """Of a product: rows of x rounded to 16 bits, block by block, then float32."""
+    blocks = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64)).amax(-1)
+    steps = blocks.repeat_interleave(64, -1)[..., : x.shape[-1]] * STEP / 2
+    size = (steps + x.double().abs() * 2e-7) @ weight.abs().T
+    return size + torch.finfo(x.dtype).eps * exact.abs()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+@pytest.mark.parametrize(("K", "N"), [(1, 7), (48, 65), (64, 33), (200, 18), (768, 40), (1100, 21), (2560, 9)])
+def test_products_are_those_of_what_the_weight_stands_for(K, N, how, dtype, lanes):  # noqa: F811
+    weight = QuantizedWeight.of(random(N, K, seed=1) * K**-0.5, how)
+    exact_weight = weight.dequantize(torch.float64)
+    x = random(67, K, seed=2).to(dtype)
+    x[1] *= 100
+    x[2, K // 2] = 60  # beside which the others of its block are small
+    x[3] = 0
+    exact = x.double() @ exact_weight.T
+    got = cpu.linear(x, weight)
+    assert got.dtype is dtype and ((got.double() - exact).abs() <= allowed(x, exact_weight, exact)).all()
+    for rows in (1, 2, 3, 64):  # a row's bits do not depend on its company
+        assert torch.equal(cpu.linear(x[3 : 3 + rows].contiguous(), weight), got[3 : 3 + rows])
+        assert torch.equal(cpu.linear(x[:rows].contiguous(), weight), got[:rows])
+
+
+@compiled
+@pytest.mark.parametrize("how", [Format(8), Format(4, 32)], ids=str)
+def test_threads_change_no_bit(how):
+    weight = QuantizedWeight.of(random(3001, 320), how)
+    x, before = random(5, 320, seed=1).float(), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(cpu.linear(x, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@compiled
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+@pytest.mark.parametrize("rows", [1, 6, 70])
+def test_layers_around_a_product_are_those_of_the_reference(rows, how, lanes):  # noqa: F811
+    C, F = 96, 200
+    weight, square = QuantizedWeight.of(random(F, C) * C**-0.5, how), QuantizedWeight.of(random(C, C, seed=1) * C**-0.5, how)
+    x, bias, other = random(1, rows, C, seed=2).float(), random(F, seed=3).float(), random(C, seed=4).float()
+    norm = (1 + 0.1 * random(C, seed=5).float(), 0.1 * random(C, seed=6).float())
+    for name, args in (
+        ("norm_linear", (x, *norm, weight, bias, EPS, True)),
+        ("norm_linear", (x, *norm, weight, bias, EPS, False)),
+        ("norm_qkv", (x, *norm, square, square, square, EPS)),
+        ("linear_add", (x, square, other, x.flip(-1).contiguous())),
+        ("lm_head", (x, *norm, weight, EPS)),
+        ("logprob", (x[0], weight, torch.arange(rows) % F)),
+    ):
+        got, want = getattr(cpu, name)(*args), getattr(reference, name)(*args)
+        for g, w in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, want)), strict=True):
+            if g.dtype == torch.int64:  # a rank: neighbours may change places
+                assert ((g - w).abs() <= 1).all()
+                continue
+            assert (g - w).double().norm() <= 1e-4 * w.double().norm(), name
+
+
+@compiled
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_in_x_is_seen_and_stays_in_its_row(value, how, lanes):  # noqa: F811
+    weight, x = QuantizedWeight.of(random(9, 130), how), random(3, 130, seed=1).float()
+    x[1, 129] = value
+    got = cpu.linear(x, weight)
+    assert got.isfinite()[[0, 2]].all() and not got.isfinite()[1].any()
+
+
+@compiled
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_scales_at_the_end_of_memory_are_read_no_further(how):
+    """The last row's scales stand at the end of a page, behind which nothing may be read."""
+    import ctypes
+    import mmap
+
+    K, N = 96, 2
+    weight = QuantizedWeight.of(random(N, K), how)
+    page = mmap.PAGESIZE
+    room = mmap.mmap(-1, 2 * page)
+    size = weight.scales.nbytes
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + page), page, 0) == 0
+    there = torch.frombuffer(room, dtype=weight.scales.dtype, offset=page - size, count=weight.scales.numel())
+    there.copy_(weight.scales.flatten())
+    moved = QuantizedWeight(weight.values, there.view_as(weight.scales), K, how)
+    x = random(3, K).float()
+    assert torch.equal(cpu.linear(x, moved), cpu.linear(x, weight))
+
+
+@compiled
+def test_tensors_that_do_not_fit_are_refused():
+    linear, x = torch.ops.gptneo_fast_csrc.linear.default, torch.ones(1, 70)
+    weight = QuantizedWeight.of(torch.ones(4, 70), Format(4, 64))
+    for values, scales, message in (
+        (weight.values, None, "must be contiguous"),
+        (weight.values[:, :32].contiguous(), weight.scales, "4 rows of 70 numbers in blocks of 64"),
+        (weight.values, weight.scales.float(), "with a scale a row or a group"),
+        (weight.values, weight.scales[:3].contiguous(), "with a scale a row or a group"),
+        (weight.values, torch.ones(4, 1).bfloat16().expand(4, 5).contiguous(), "with a scale a row or a group"),
+        (weight.values.view(torch.int8), weight.scales, "Char"),
+        (weight.values[:, ::2], weight.scales, "must be contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=f"gptneo_fast_csrc: .*{message}"):
+            linear(x, values, None, None, None, None, EPS, False, scales)
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_gradients_are_those_of_what_the_weight_stands_for(how):
+    weight, bias = QuantizedWeight.of(random(5, 70), how), random(5, seed=1).requires_grad_()
+    x = random(3, 70, seed=2).requires_grad_()
+    got = torch.autograd.grad(quantized.linear(x, weight, bias).square().sum(), (x, bias))
+    plain = torch.nn.functional.linear(x, weight.dequantize(torch.float64), bias)
+    assert all(map(torch.equal, got, torch.autograd.grad(plain.square().sum(), (x, bias))))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        quantized.linear(x.float(), weight)
+    assert set(kept) <= {torch.int8, torch.uint8, torch.bfloat16, torch.float32} and len(kept) == 2
