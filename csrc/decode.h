@@ -123,7 +123,7 @@ inline int64_t inner_width(const Step& s) {
   return width;
 }
 
-// Floats that M rows take in 16 bits, with two scales and sums for each 64 numbers; none where weights are floats.
+// Floats that M rows take in 16 bits, with scales and sums of up to two units a block; none where weights are floats.
 inline int64_t rounded_floats(const Product& p, int64_t M) {
   if (p.number != Number::kInt8 && p.number != Number::kInt4) return 0;
   const int64_t blocks = (p.inputs + 63) / 64;

@@ -2,8 +2,9 @@
 //
 // The rows of x are rounded to 16 bits first, each 64 numbers with a scale of their own: an error of 2^-16 of the largest of
 // them, where bfloat16 would err by 2^-9 of each. Then 64 products are one exact sum of integers, and a row costs a few
-// instructions for 16 weights on any of these CPUs; in floats it costs twice as many as memory has time for. What is summed in
-// float32, block after block, knows nothing of how many rows there are or which thread has them.
+// instructions for 16 weights on any of these CPUs; in floats it costs twice as many as memory has time for. With x in 8 bits
+// one in three would go, and tokens would be others than those of the weights. What is summed in float32, block after block,
+// knows nothing of how many rows there are or which thread has them.
 #pragma once
 
 #include "products.h"
@@ -11,12 +12,13 @@
 namespace gptneo_fast {
 namespace {
 
-constexpr int64_t kBlock = 64;     // numbers of x with one scale; of weights in 4 bits, 32 bytes
-constexpr int64_t kBlocks = 16;    // that many rows of x go over while they are in the first-level cache
+constexpr int64_t kBlock = 64;           // numbers of x with one scale; of weights in 4 bits, 32 bytes
+constexpr int64_t kBlocks = 16;          // that many rows of x go over while they are in the first-level cache
+constexpr int64_t kUnits = 2 * kBlocks;  // of them at most: numbers that share scales of x and of weights are blocks, or halves
 constexpr int kVectors = kBlock / (2 * kLanes);  // of 16-bit numbers in a block
 
 typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Nibbles __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t UShorts __attribute__((vector_size(4 * kLanes)));
 
 inline int64_t blocks_of(int64_t K) { return (K + kBlock - 1) / kBlock; }
 
@@ -39,7 +41,8 @@ INLINE Ints add_products(Ints acc, Shorts a, Shorts b) {
 // Weights of a block as 16-bit numbers, in their order: vector i of them.
 struct Int8 {
   static constexpr int64_t kBytes = kBlock;
-  static constexpr bool kShifted = false;
+  static constexpr bool kGrouped = false;  // a row has one scale, which its sum is multiplied by
+
   INLINE static Shorts unpack(const uint8_t* p, int i) {
     p += i * 2 * kLanes;
 #if defined(__AVX512BW__)
@@ -57,7 +60,8 @@ struct Int8 {
 // 16 words of 4 numbers: word j has numbers j, 16 + j, 32 + j and 48 + j, from its lowest bits up, each 8 too large.
 struct Int4 {
   static constexpr int64_t kBytes = kBlock / 2;
-  static constexpr bool kShifted = true;
+  static constexpr bool kGrouped = true;
+
   INLINE static Shorts unpack(const uint8_t* p, int i) {
 #if GPTNEO_FAST_LANES == 16
     typedef uint16_t Words16 __attribute__((vector_size(32)));
@@ -65,11 +69,11 @@ struct Int4 {
     const struct {
       Words16 low, high;
     } twice = {half, half >> 4};
-    const Nibbles words = same_bits<Nibbles>(twice);
+    const UShorts words = same_bits<UShorts>(twice);
     return same_bits<Shorts>(i == 0 ? words & 15 : (words >> 8) & 15);
 #else
     constexpr int kParts = 8 / kLanes;  // vectors that the 16 words are
-    const Nibbles words = read<Nibbles>(p + i % kParts * 4 * kLanes);
+    const UShorts words = read<UShorts>(p + i % kParts * 4 * kLanes);
     const int nibble = i / kParts;
     return same_bits<Shorts>(nibble == 3 ? words >> 12 : (words >> (4 * nibble)) & 15);
 #endif
@@ -80,28 +84,30 @@ struct Int4 {
   }
 };
 
-// Rows of x in 16 bits. Units are the numbers that share a scale of x and of the weights: blocks, or halves of them.
+// Rows of x in 16 bits; a block is one unit or two.
 struct Rounded {
-  int16_t* numbers;  // [M, blocks * 64]
   float* scales;     // [M, units]
   float* sums;       // [M, units]: -8 times the sum of a unit's numbers, which weights that are 8 too large ask for
+  int16_t* numbers;  // [M, blocks * 64]
   int64_t K, units;
 
-  Rounded(float* space, int64_t M, int64_t inputs, bool halves)
-      : scales(space), K(inputs), units(blocks_of(inputs) * (halves ? 2 : 1)) {
+  Rounded(float* space, int64_t M, int64_t inputs, int64_t parts)
+      : scales(space), K(inputs), units(blocks_of(inputs) * parts) {
     sums = scales + M * padded(units);
     numbers = reinterpret_cast<int16_t*>(sums + M * padded(units));
   }
-  int64_t ld() const { return blocks_of(K) * kBlock; }
+
+  const int16_t* block(int64_t m, int64_t b) const { return numbers + (m * blocks_of(K) + b) * kBlock; }
 
   void round(int64_t m, const float* x) const {
-    const int64_t halves = units / blocks_of(K);
-    for (int64_t b = 0; b < blocks_of(K); ++b) {
-      float part[kBlock] = {};
+    const int64_t blocks = blocks_of(K), parts = units / blocks;
+    float *scale_of = scales + m * padded(units), *sum_of = sums + m * padded(units);
+    for (int64_t b = 0; b < blocks; ++b) {
+      float spare[kBlock] = {};
       const float* from = x + b * kBlock;
       if (const int64_t left = K - b * kBlock; left < kBlock) {
-        memcpy(part, from, left * sizeof(float));
-        from = part;
+        memcpy(spare, from, left * sizeof(float));
+        from = spare;
       }
       Floats most = {}, zeros = {};
       for (int64_t k = 0; k < kBlock; k += kLanes) {
@@ -113,12 +119,12 @@ struct Rounded {
       for (int l = 0; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
       const float nothing = sum(zeros);
       const bool some = nothing == 0.0f && largest > 1e-30f;
+      const float scale = nothing != 0.0f ? nothing : some ? largest / 32767.0f : 0.0f;
       const float inverse = some ? 32767.0f / largest : 0.0f;
-      const float scale = nothing == 0.0f ? (some ? largest / 32767.0f : 0.0f) : nothing;
-      int16_t* to = numbers + m * ld() + b * kBlock;
-      for (int64_t half = 0; half < halves; ++half) {
+      int16_t* to = numbers + (m * blocks + b) * kBlock;
+      for (int64_t part = 0; part < parts; ++part) {
         Floats total = {};
-        for (int64_t k = half * kBlock / halves; k < (half + 1) * kBlock / halves; k += kLanes) {
+        for (int64_t k = part * kBlock / parts; k < (part + 1) * kBlock / parts; k += kLanes) {
           const Floats value = some ? load<kLanes>(from + k) * inverse : Floats{};
           const Floats shifted = value + 12582912.0f;  // 1.5 * 2^23: the integer nearest to it in the lowest bits
           total += shifted - 12582912.0f;
@@ -126,22 +132,44 @@ struct Rounded {
           const Some narrow = __builtin_convertvector(same_bits<Ints>(shifted) - 0x4b400000, Some);
           memcpy(to + k, &narrow, sizeof(narrow));
         }
-        const int64_t u = m * padded(units) + b * halves + half;
-        scales[u] = scale;
-        sums[u] = -8.0f * sum(total);
+        scale_of[b * parts + part] = scale;
+        sum_of[b * parts + part] = -8.0f * sum(total);
       }
     }
-    for (int64_t u = units; u < padded(units); ++u) scales[m * padded(units) + u] = sums[m * padded(units) + u] = 0;
+    for (int64_t u = units; u < padded(units); ++u) scale_of[u] = sum_of[u] = 0;
   }
 };
 
-constexpr int64_t kUnits = 2 * kBlocks;  // at most, of which a product goes over so many blocks
+// sum[r][n] += of a block the products of N rows of weights, whose vectors `weight(n, i)` gives, and of R rows of x.
+template <int N, int R, int kParts, typename Weight, typename Factor>
+INLINE void add_block(const Weight& weight, const int16_t* const* x, const Factor& factor, Floats (*sum)[N]) {
+  constexpr int kSummed = kVectors / kParts;
+  UNROLL for (int u = 0; u < kParts; ++u) {
+    Shorts value[R][kSummed];
+    UNROLL for (int i = 0; i < R * kSummed; ++i)
+      value[i / kSummed][i % kSummed] = read<Shorts>(x[i / kSummed] + (u * kSummed + i % kSummed) * 2 * kLanes);
+    UNROLL for (int n = 0; n < N; ++n) {
+      Ints total[R];
+      UNROLL for (int r = 0; r < R; ++r) total[r] = Ints{};
+      UNROLL for (int i = 0; i < kSummed; ++i) {
+        const Shorts w = weight(n, u * kSummed + i);
+        UNROLL for (int r = 0; r < R; ++r) total[r] = add_products(total[r], w, value[r][i]);
+      }
+      UNROLL for (int r = 0; r < R; ++r) sum[r][n] += __builtin_convertvector(total[r], Floats) * factor(r, n, u);
+    }
+  }
+}
 
 // Scales of weights of the units [first, first + count) of a row, whose scales go on to `end` with those of later rows; what
 // stands behind them is finite.
 INLINE void widen_scales(const BFloat16* row, const BFloat16* end, int64_t group, int64_t first, int64_t count, float* out) {
   if (group > kBlock) {
-    for (int64_t u = 0; u < kUnits; ++u) out[u] = u < count ? widen(row[(first + u) * kBlock / group]) : 0.0f;
+    const int64_t each = group / kBlock;  // units, of which `first` is a multiple
+    row += first / each;
+    for (int64_t u = 0; u < kUnits; u += each, ++row) {
+      const float scale = u < count ? widen(*row) : 0.0f;
+      for (int64_t i = 0; i < each; ++i) out[u + i] = scale;
+    }
     return;
   }
   row += first;
@@ -155,126 +183,157 @@ INLINE void widen_scales(const BFloat16* row, const BFloat16* end, int64_t group
 }
 
 // acc[r][n] += the products of `count` blocks of N rows of weights, of which `block(n, b, i)` is a vector, and R rows of x.
-template <typename W, int N, int R, bool kHalves, typename Block>
+// `scales(n, u)` are those of weights from unit u of the count on; finite numbers may follow.
+template <typename W, int N, int R, int kParts, typename Block, typename Scales>
 INLINE void gather_blocks(const Block& block, const Rounded& x, int64_t m, int64_t first, int64_t count,
-                          const float (*scales)[kUnits], Floats (*acc)[N]) {
-  constexpr int kParts = kHalves ? 2 : 1, kSummed = kVectors / kParts;
-  const int16_t* numbers = x.numbers + m * x.ld() + first * kBlock;
-  const float *own = x.scales + m * padded(x.units) + first * kParts, *sums = x.sums + m * padded(x.units) + first * kParts;
+                          const Scales& scales, Floats (*acc)[N]) {
+  const int64_t ld = padded(x.units);
+  const float* own = x.scales + m * ld + first * kParts;
   Floats sum[R][N];
   UNROLL for (int i = 0; i < R * N; ++i) sum[i / N][i % N] = acc[i / N][i % N];
-  float factor[R][N][kUnits];  // in 8 bits the scale of a row is its sum's
-  if (W::kShifted)
+  float factors[R][N][kUnits];
+  if constexpr (W::kGrouped)
     for (int64_t u = 0; u < count * kParts; u += kLanes)
       UNROLL for (int r = 0; r < R; ++r) {
-        const Floats scale = load<kLanes>(own + r * padded(x.units) + u), shift = load<kLanes>(sums + r * padded(x.units) + u);
+        const Floats scale = load<kLanes>(own + r * ld + u), shift = load<kLanes>(x.sums + (m + r) * ld + first * kParts + u);
         UNROLL for (int n = 0; n < N; ++n) {
-          const Floats product = scale * load<kLanes>(scales[n] + u);
-          write(factor[r][n] + u, product);
+          const Floats product = scale * scales(n, u);
+          write(factors[r][n] + u, product);
           sum[r][n] += product * shift;
         }
       }
   for (int64_t b = 0; b < count; ++b) {
-    UNROLL for (int u = 0; u < kParts; ++u) {
-      Shorts value[R][kSummed];
-      UNROLL for (int r = 0; r < R; ++r)
-        UNROLL for (int i = 0; i < kSummed; ++i)
-          value[r][i] = read<Shorts>(numbers + r * x.ld() + b * kBlock + (u * kSummed + i) * 2 * kLanes);
-      UNROLL for (int n = 0; n < N; ++n) {
-        Ints total[R];
-        UNROLL for (int r = 0; r < R; ++r) total[r] = Ints{};
-        UNROLL for (int i = 0; i < kSummed; ++i) {
-          const Shorts weight = block(n, b, u * kSummed + i);
-          UNROLL for (int r = 0; r < R; ++r) total[r] = add_products(total[r], weight, value[r][i]);
-        }
-        UNROLL for (int r = 0; r < R; ++r)
-          sum[r][n] += __builtin_convertvector(total[r], Floats) *
-                       (W::kShifted ? factor[r][n][b * kParts + u] : own[r * padded(x.units) + b]);
-      }
-    }
+    const int16_t* at[R];
+    UNROLL for (int r = 0; r < R; ++r) at[r] = x.block(m + r, first + b);
+    add_block<N, R, kParts>(
+        [&](int n, int i) INLINE_LAMBDA { return block(n, b, i); }, at,
+        [&](int r, int n, int u) INLINE_LAMBDA { return W::kGrouped ? factors[r][n][b * kParts + u] : own[r * ld + b]; }, sum);
   }
   UNROLL for (int i = 0; i < R * N; ++i) acc[i / N][i % N] = sum[i / N][i % N];
 }
 
-// Outputs of N rows of weights for all M rows of x: out[m * N + n].
-template <typename W, int N, bool kHalves>
-INLINE void integer_dots(const Product& p, const uint8_t* const* w, const void* const* scales,
-                         const void* const* ends, const Rounded& x, int64_t M, float* out) {
+// N rows of weights: their integers, their scales, and where the scales of the last row end.
+template <int N>
+struct Packed {
+  const uint8_t* numbers[N];
+  const void *scales[N], *ends[N];
+
+  INLINE const BFloat16* group(int n) const { return static_cast<const BFloat16*>(scales[n]); }
+};
+
+template <typename W, int N, int kParts>
+INLINE void widen_all_scales(const Product& p, const Packed<N>& w, int64_t first, int64_t count, float (*out)[kUnits]) {
+  for (int n = 0; n < N; ++n)
+    widen_scales(w.group(n), static_cast<const BFloat16*>(w.ends[n]), p.group, first * kParts, count * kParts, out[n]);
+}
+
+// Sums of lanes to out[n], times the scales of rows where those have one.
+template <typename W, int N>
+INLINE void finish_sums(const Floats* sum, const Packed<N>& w, float* out) {
+  store_sums<N>(sum, out);
+  if (!W::kGrouped)
+    UNROLL for (int n = 0; n < N; ++n) out[n] *= *static_cast<const float*>(w.scales[n]);
+}
+
+// Outputs of N rows of weights for one row of x.
+template <typename W, int N, int kParts>
+INLINE void integer_dots(const Product& p, const Packed<N>& w, const Rounded& x, float* out) {
+  const int64_t blocks = blocks_of(x.K);
+  Floats acc[1][N];
+  UNROLL for (int n = 0; n < N; ++n) acc[0][n] = Floats{};
+  for (int64_t first = 0; first < blocks; first += kBlocks) {
+    const int64_t count = min(kBlocks, blocks - first);
+    const auto packed = [&](int n, int64_t b, int i) INLINE_LAMBDA { return W::unpack(w.numbers[n] + (first + b) * W::kBytes, i); };
+    if constexpr (!W::kGrouped) {
+      gather_blocks<W, N, 1, kParts>(packed, x, 0, first, count, [](int, int64_t) INLINE_LAMBDA { return Floats{}; }, acc);
+    } else {
+      if (p.group > kBlock || w.group(N - 1) + (first + kBlocks) * kParts > w.ends[N - 1]) {
+        float scales[N][kUnits];
+        widen_all_scales<W, N, kParts>(p, w, first, count, scales);
+        gather_blocks<W, N, 1, kParts>(packed, x, 0, first, count,
+                                       [&](int n, int64_t u) INLINE_LAMBDA { return load<kLanes>(scales[n] + u); }, acc);
+      } else {
+        gather_blocks<W, N, 1, kParts>(
+            packed, x, 0, first, count,
+            [&](int n, int64_t u) INLINE_LAMBDA { return load<kLanes>(w.group(n) + first * kParts + u); }, acc);
+      }
+    }
+  }
+  finish_sums<W, N>(acc[0], w, out);
+}
+
+// The same for M rows of x: out[m * N + n].
+template <typename W, int N, int kParts>
+INLINE void many_integer_dots(const Product& p, const Packed<N>& w, const Rounded& x, int64_t M, float* out) {
   const int64_t blocks = blocks_of(x.K);
   Floats acc[kManyRows][N];
   memset(acc, 0, M * sizeof(acc[0]));
   for (int64_t first = 0; first < blocks; first += kBlocks) {
     const int64_t count = min(kBlocks, blocks - first);
-    float wide_scales[N][kUnits];
-    if (W::kShifted)
-      for (int n = 0; n < N; ++n)
-        widen_scales(static_cast<const BFloat16*>(scales[n]), static_cast<const BFloat16*>(ends[n]), p.group,
-                     first * (kHalves ? 2 : 1), count * (kHalves ? 2 : 1), wide_scales[n]);
-    if (M == 1) {
-      const auto block = [&](int n, int64_t b, int i) INLINE_LAMBDA { return W::unpack(w[n] + (first + b) * W::kBytes, i); };
-      gather_blocks<W, N, 1, kHalves>(block, x, 0, first, count, wide_scales, acc);
-      continue;
-    }
-    int16_t wide[N][kBlocks * kBlock];  // unpacked once, and not for each row of x
+    alignas(64) int16_t wide[N][kBlocks * kBlock];  // unpacked once, and not for each row of x
     for (int n = 0; n < N; ++n)
       for (int64_t b = 0; b < count; ++b)
         UNROLL for (int i = 0; i < kVectors; ++i) {
-          const Shorts weight = W::unpack(w[n] + (first + b) * W::kBytes, i);
+          const Shorts weight = W::unpack(w.numbers[n] + (first + b) * W::kBytes, i);
           memcpy(wide[n] + b * kBlock + i * 2 * kLanes, &weight, sizeof(weight));
         }
     const auto block = [&](int n, int64_t b, int i) INLINE_LAMBDA { return read<Shorts>(wide[n] + b * kBlock + i * 2 * kLanes); };
+    float wide_scales[N][kUnits];
+    const auto scales = [&](int n, int64_t u) INLINE_LAMBDA { return load<kLanes>(wide_scales[n] + u); };
+    if constexpr (W::kGrouped) widen_all_scales<W, N, kParts>(p, w, first, count, wide_scales);
     int64_t m = 0;
-    for (; m + 2 <= M; m += 2) gather_blocks<W, N, 2, kHalves>(block, x, m, first, count, wide_scales, acc + m);
-    for (; m < M; ++m) gather_blocks<W, N, 1, kHalves>(block, x, m, first, count, wide_scales, acc + m);
+    for (; m + 2 <= M; m += 2) gather_blocks<W, N, 2, kParts>(block, x, m, first, count, scales, acc + m);
+    for (; m < M; ++m) gather_blocks<W, N, 1, kParts>(block, x, m, first, count, scales, acc + m);
   }
-  for (int64_t m = 0; m < M; ++m) {
-    store_sums<N>(acc[m], out + m * N);
-    if (!W::kShifted)
-      for (int n = 0; n < N; ++n) out[m * N + n] *= *static_cast<const float*>(scales[n]);
-  }
+  for (int64_t m = 0; m < M; ++m) finish_sums<W, N>(acc[m], w, out + m * N);
 }
 
 // As `streams`, for weights in few bits.
-template <typename W, int N, bool kHalves>
+template <typename W, int N, int kParts>
 INLINE void integer_streams(const Product& p, const Rounded& x, int64_t M, int64_t begin, int64_t end, float* y, int64_t ldy) {
   const int64_t far = (end - begin) / N, bytes = p.row_blocks * W::kBytes;
-  const int64_t scale_bytes = W::kShifted ? p.row_blocks * kBlock / p.group * 2 : 4;
+  const int64_t scale_bytes = W::kGrouped ? p.row_blocks * kBlock / p.group * 2 : 4;
   for (int64_t i = begin; i < begin + far; ++i) {
-    const uint8_t* w[N];
-    const void *scales[N], *ends[N];
-    float out[kManyRows * N];
-    for (int n = 0; n < N; ++n) {
+    Packed<N> w;
+    UNROLL for (int n = 0; n < N; ++n) {
       const int64_t row = i + n * far, part = p.parts == 1 ? 0 : row / p.outputs, at = row - part * p.outputs;
-      w[n] = static_cast<const uint8_t*>(p.weight[part]) + at * bytes;
-      scales[n] = static_cast<const char*>(p.scales[part]) + at * scale_bytes;
-      ends[n] = static_cast<const char*>(p.scales[part]) + p.outputs * scale_bytes;
+      w.numbers[n] = static_cast<const uint8_t*>(p.weight[part]) + at * bytes;
+      w.scales[n] = static_cast<const char*>(p.scales[part]) + at * scale_bytes;
+      w.ends[n] = static_cast<const char*>(p.scales[part]) + p.outputs * scale_bytes;
     }
-    integer_dots<W, N, kHalves>(p, w, scales, ends, x, M, out);
-    for (int64_t m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) y[m * ldy + i + n * far] = out[m * N + n];
+    if (M == 1) {
+      float out[N];
+      integer_dots<W, N, kParts>(p, w, x, out);
+      UNROLL for (int n = 0; n < N; ++n) y[i + n * far] = out[n];
+    } else {
+      float out[kManyRows * N];
+      many_integer_dots<W, N, kParts>(p, w, x, M, out);
+      for (int64_t m = 0; m < M; ++m)
+        UNROLL for (int n = 0; n < N; ++n) y[m * ldy + i + n * far] = out[m * N + n];
+    }
   }
-  if constexpr (N > 1) integer_streams<W, 1, kHalves>(p, x, M, begin + far * N, end, y, ldy);
+  if constexpr (N > 1) integer_streams<W, 1, kParts>(p, x, M, begin + far * N, end, y, ldy);
 }
 
 // One function for all products: compiled once, and not for each of them.
-template <typename W, bool kHalves>
+template <typename W, int kParts>
 __attribute__((noinline)) void integer_outputs(const Product& p, const Rounded& x, int64_t M, int64_t begin, int64_t end, float* y,
                                                int64_t ldy) {
-  integer_streams<W, 4, kHalves>(p, x, M, begin, end, y, ldy);
+  integer_streams<W, 4, kParts>(p, x, M, begin, end, y, ldy);
 }
 
 // As `product`, for weights in few bits; `space` is for the rows of x in 16 bits.
-template <typename W, bool kHalves, typename Finish>
+template <typename W, int kParts, typename Finish>
 void integer_product(Parallel run, const Product& p, const float* x, int64_t ldx, int64_t M, float* y, int64_t ldy, float* space,
                      const Finish& finish) {
-  const Rounded rows(space, M, p.inputs, kHalves);
+  const Rounded rows(space, M, p.inputs, kParts);
   parallel(run, M, max(1, kGrain / p.inputs), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) rows.round(m, x + m * ldx);
   });
   const int64_t N = p.parts * p.outputs, pieces = (N + kColumns - 1) / kColumns;
   parallel(run, pieces, max(1, kGrain / (kColumns * p.inputs)), [&](int64_t first, int64_t last) {
     const int64_t begin = first * kColumns, end = min(N, last * kColumns);
-    integer_outputs<W, kHalves>(p, rows, M, begin, end, y, ldy);
+    integer_outputs<W, kParts>(p, rows, M, begin, end, y, ldy);
     finish(begin, end);
   });
 }
@@ -284,11 +343,11 @@ template <typename T, typename Finish>
 void any_product(Parallel run, const Product& p, const float* x, int64_t ldx, int64_t M, float* y, int64_t ldy, float* space,
                  const Finish& finish) {
   if (p.number == Number::kInt8) {
-    integer_product<Int8, false>(run, p, x, ldx, M, y, ldy, space, finish);
+    integer_product<Int8, 1>(run, p, x, ldx, M, y, ldy, space, finish);
   } else if (p.number == Number::kInt4 && p.group < kBlock) {
-    integer_product<Int4, true>(run, p, x, ldx, M, y, ldy, space, finish);
+    integer_product<Int4, 2>(run, p, x, ldx, M, y, ldy, space, finish);
   } else if (p.number == Number::kInt4) {
-    integer_product<Int4, false>(run, p, x, ldx, M, y, ldy, space, finish);
+    integer_product<Int4, 1>(run, p, x, ldx, M, y, ldy, space, finish);
   } else {
     product<T>(run, p, x, ldx, M, y, ldy, finish);
   }
@@ -300,7 +359,7 @@ void widen_row(const Product& p, int64_t row, float* out) {
   const uint8_t* numbers = static_cast<const uint8_t*>(p.weight[0]) + row * p.row_blocks * W::kBytes;
   const int64_t groups = p.row_blocks * kBlock / p.group;
   for (int64_t c = 0; c < p.inputs; ++c) {
-    const float scale = W::kShifted ? widen(static_cast<const BFloat16*>(p.scales[0])[row * groups + c / p.group])
+    const float scale = W::kGrouped ? widen(static_cast<const BFloat16*>(p.scales[0])[row * groups + c / p.group])
                                     : static_cast<const float*>(p.scales[0])[row];
     out[c] = scale * W::value(numbers, c);
   }

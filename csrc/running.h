@@ -52,7 +52,7 @@ inline void read_weight(const Reader& read, Product& p, int part, const Tensor& 
   const bool scaled = groups > 0 && s.size(0) == rows && packed % groups == 0 && s.is_contiguous() && s.is_cpu() &&
                       s.scalar_type() == (bytes ? ScalarType::Float : ScalarType::BFloat16);
   const int64_t group = scaled ? packed / groups : 0;
-  const bool grouped = bytes ? groups == 1 : group == 32 || group % 64 == 0;
+  const bool grouped = bytes ? groups == 1 : group == 32 || group == 64 || group == 128;
   if (!fits || !scaled || !grouped)
     refuse(name, " is ", shape(t), " with scales ", shape(s), ", but must be contiguous Char or Byte of ", rows, " rows of ",
            columns, " numbers in blocks of 64 on the CPU, with a scale a row or a group");

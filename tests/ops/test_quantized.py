@@ -10,7 +10,6 @@ from gptneo_fast.ops.testing import EPS
 from tests.ops.test_cpu import LANES, lanes, random  # noqa: F401 (a fixture)
 
 FORMATS = [Format(8), *(Format(4, group) for group in GROUPS)]
-STEP = 2.0**-15  # of the largest of 64 numbers of x, of which a product rounds them to multiples
 compiled = pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
 
 
@@ -79,9 +78,9 @@ def test_formats_are_asked_for_by_name():
 
 def allowed(x, weight, exact):
     """Of a product: rows of x rounded to 16 bits, block by block, then float32."""
-    blocks = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64)).amax(-1)
-    steps = blocks.repeat_interleave(64, -1)[..., : x.shape[-1]] * STEP / 2
-    size = (steps + x.double().abs() * 2e-7) @ weight.abs().T
+    largest = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64)).amax(-1)
+    steps = (largest / 32767).repeat_interleave(64, -1)[..., : x.shape[-1]]
+    size = (steps * 0.501 + x.double().abs() * 2e-7) @ weight.abs().T
     return size + torch.finfo(x.dtype).eps * exact.abs()
 
 
@@ -95,6 +94,7 @@ def test_products_are_those_of_what_the_weight_stands_for(K, N, how, dtype, lane
     x = random(67, K, seed=2).to(dtype)
     x[1] *= 100
     x[2, K // 2] = 60  # beside which the others of its block are small
+    x[4, ::50] *= 30  # several such blocks
     x[3] = 0
     exact = x.double() @ exact_weight.T
     got = cpu.linear(x, weight)
