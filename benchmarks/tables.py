@@ -166,6 +166,36 @@ def peers_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *(["Not measured: " + " ".join(whys)] if whys else []), said])
 
 
+def few_bits_table(results: dict[str, Any]) -> str:
+    """Weights in 8 and 4 bits: quality, then speed, in Markdown."""
+    errors = {row["way"]: row["error"] for row in results["errors"]}
+    lines = [
+        f"Weights in 8 and 4 bits (CPU with {results['cpu']}, torch {results['torch']}; commit {results['commit']}, "
+        f"{results['when']}): perplexity of the embedded model on stories that its training held out, and the error of logits "
+        "of random weights of the shape of 125m as a share of their spread.",
+        "",
+        "| weights | perplexity | above float32 | error of random weights |",
+        "|---|---|---|---|",
+    ]
+    for row in results["quality"]:
+        error = f"{errors[row['way']]:.1%}" if row["way"] in errors else "-"
+        lines.append(f"| {row['way']} | {row['perplexity']:.4f} | {row['share']:+.3%} | {error} |")
+    lines += [
+        "",
+        f"Greedy steps after a prompt of 128, and the prompt, on one thread, models otherwise in bfloat16; medians of "
+        f"{results['rounds']} rounds in turn, logits held first to those of what the weights stand for:",
+        "",
+        "| shape | weights | MB | steps/s | of bfloat16's | prompt, ms | of bfloat16's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["speed"]:
+        lines.append(
+            f"| {row['shape']} | {row['way']} | {row['mb']:.0f} | {row['steps_per_second']:.1f} | {row['ratio']:.2f} x | "
+            f"{row['prompt_ms']:.0f} | {row['prompt_ratio']:.2f} x |"
+        )
+    return "\n".join(lines)
+
+
 def cpu_plot(results: dict[str, Any], path: Path) -> None:
     """Bars of ours and transformers' tokens per second, each work as a share of transformers'."""
     timed = [r for r in results["rows"] if "tokens_per_second" in r]
@@ -192,6 +222,7 @@ def measured() -> str:
         parts += [cpu_table(json.loads(path.read_text())), f"![CPU speeds](benchmarks/results/{path.stem}.svg)"]
     if not parts:
         parts.append("Speed on the CPU: not measured.")
+    parts += [few_bits_table(json.loads(path.read_text())) for path in of_kinds("few_bits")]
     parts += [peers_table(json.loads(path.read_text())) for path in of_kinds("peers")]
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     gpu = [run for run in runs if isinstance(run, dict) and "stages" in run and not run["dry_run"]]  # of `make gpu`

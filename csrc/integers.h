@@ -219,6 +219,13 @@ struct Packed {
   const void *scales[N], *ends[N];
 
   INLINE const BFloat16* group(int n) const { return static_cast<const BFloat16*>(scales[n]); }
+
+  // Whether each row's scales, and behind them those of later rows, go on for as many as `units`.
+  INLINE bool go_on(int64_t units) const {
+    bool all = true;
+    UNROLL for (int n = 0; n < N; ++n) all = all && group(n) + units <= static_cast<const BFloat16*>(ends[n]);
+    return all;
+  }
 };
 
 template <typename W, int N, int kParts>
@@ -247,7 +254,7 @@ INLINE void integer_dots(const Product& p, const Packed<N>& w, const Rounded& x,
     if constexpr (!W::kGrouped) {
       gather_blocks<W, N, 1, kParts>(packed, x, 0, first, count, [](int, int64_t) INLINE_LAMBDA { return Floats{}; }, acc);
     } else {
-      if (p.group > kBlock || w.group(N - 1) + (first + kBlocks) * kParts > w.ends[N - 1]) {
+      if (p.group > kBlock || !w.go_on((first + kBlocks) * kParts)) {
         float scales[N][kUnits];
         widen_all_scales<W, N, kParts>(p, w, first, count, scales);
         gather_blocks<W, N, 1, kParts>(packed, x, 0, first, count,

@@ -21,7 +21,8 @@ def run(block, names):
     return names
 
 
-def test_each_block_for_torch_runs_after_the_first():
+def test_each_block_for_torch_runs_after_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     first, *others = [block for block in BLOCKS if block not in OF_JAX]
     names = run(first, {})
     assert len(others) >= 4

@@ -1,4 +1,4 @@
-"""The command line: `gptneo-fast generate | score | info | bench`. torch is imported only once a command runs.
+"""The command line: `gptneo-fast generate | score | quantize | info | bench`. torch is imported only once a command runs.
 
 Exit codes: 0 done, 1 the request failed (the reason is on stderr), 2 the command line is wrong, 130 interrupted.
 """
@@ -112,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--resume", action="store_true", help="go on behind the last whole line of OUT")
     score.add_argument("--from-line", type=int, default=1, metavar="N", help="leave out the lines before this one; default 1")
 
+    _quantize_parser(commands)
+
     info = commands.add_parser("info", help="this machine, and a model", description="This machine, and a model's size.")
     info.set_defaults(run=_info)
     info.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id")
@@ -130,6 +132,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _quantize_parser(commands: Any) -> None:
+    quantize = commands.add_parser(
+        "quantize",
+        help="a model in 8 or 4 bits, to a folder",
+        description="Write a model with its layers in 8 or 4 bits, and its tokenizer, to a folder.",
+        epilog="Loaded from there it needs no word of it. 4 bits are a quarter of the bytes of float16.",
+    )
+    quantize.set_defaults(run=_quantize)
+    quantize.add_argument("model", metavar="MODEL", help="folder or hub id")
+    quantize.add_argument("out", metavar="OUT", help="folder to write")
+    quantize.add_argument("--to", default="int4", metavar="FORMAT", help="int8 or int4; default int4")
+    quantize.add_argument(
+        "--group", type=int, default=64, metavar="N", help="numbers a scale, in int4: 32, 64 or 128; default 64"
+    )
+    quantize.add_argument("--calibrate", metavar="FILE", help="texts, one a line, on which errors are made to cancel (GPTQ)")
+    _model_options(quantize, positional_model=True)
+
+
 def _model_options(parser: argparse.ArgumentParser, positional_model: bool = False) -> None:
     if not positional_model:
         parser.add_argument("-m", "--model", metavar="MODEL", help="folder or hub id; default: the embedded story model")
@@ -137,6 +157,7 @@ def _model_options(parser: argparse.ArgumentParser, positional_model: bool = Fal
         "--dtype", default="auto", help="float32, float16, bfloat16; default: bfloat16 on CUDA, else the file's own"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: CUDA where there is a device")
+    parser.add_argument("--quantize", metavar="FORMAT", help="int8 or int4: round the layers while they are loaded")
     parser.add_argument("--backend", default="auto", help="auto, triton or reference")
     parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
     parser.add_argument("--offline", action="store_true", help="use downloaded files only")
@@ -153,7 +174,30 @@ def _load(args: argparse.Namespace) -> Any:
         revision=args.revision,
         local_files_only=args.offline,
         backend=args.backend,
+        quantize=args.quantize,
     )
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    if args.quantize:
+        raise InputError("--quantize is for commands that run a model; say --to int8 or --to int4")
+    texts = None
+    if args.calibrate:
+        try:
+            texts = [line for line in Path(args.calibrate).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{args.calibrate} cannot be read as text: {error}") from error
+    args.quantize = args.to if texts is None and args.group == 64 else None  # then no more than a layer of floats is held
+    model = _load(args)
+    if args.quantize is None:
+        model.quantize_(args.to, group=args.group, calibrate=texts)
+    model.save_pretrained(args.out)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(args.out)
+    print(f"{args.out}: {model.config.name_or_path} in {args.to}, {model.get_memory_footprint():,} bytes")
+    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -303,12 +347,14 @@ def _machine() -> dict[str, Any]:
 
 def _model_facts(model: Any) -> dict[str, Any]:
     """Size of a loaded model and of its cache."""
+    from ..network import quantized
     from ..network.cache import cache_bytes
 
+    packed = {id(weight): weight for weight in quantized.weights(model).values()}.values()
     bytes_of: dict[str, int] = {}
-    for p in {id(p): p for p in model.parameters()}.values():
-        name = str(p.dtype).removeprefix("torch.")
-        bytes_of[name] = bytes_of.get(name, 0) + p.numel() * p.element_size()
+    for p in {id(p): p for p in (*model.parameters(), *packed)}.values():
+        name = str(getattr(p, "how", p.dtype)).removeprefix("torch.")
+        bytes_of[name] = bytes_of.get(name, 0) + p.nbytes
     config, longest = model.config, model.config.max_position_embeddings
     full = 2 * config.num_layers * longest * config.hidden_size * model.dtype.itemsize
     bounded = cache_bytes(config, 1, longest, model.dtype)

@@ -57,6 +57,24 @@ def test_tokens_are_those_of_what_the_weights_stand_for(name):
         require_same(plain, prompt, serial(model, prompt, max_new_tokens=40), serial(plain, prompt, max_new_tokens=40), 1e-2)
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_stands_behind_a_tensor_in_memory_does_not_matter(group, rows):
+    """Of q and k, too, whose last rows are multiplied beside the first of v."""
+    model = lively(hidden_size=96, num_heads=4).quantize_("int4", group)
+    ids = torch.tensor([ids_of(1, seed) for seed in range(rows)])
+    cache = model.transformer.new_cache(rows)
+    with torch.no_grad():
+        want = model(ids, past_key_values=cache).logits
+        for weight in {id(m): m for m in model.modules() if isinstance(m, QuantizedWeight)}.values():
+            for name, tensor in weight.named_buffers():
+                behind = torch.full((256,), float("nan")) if tensor.is_floating_point() else torch.full((256,), 255)
+                room = torch.cat([tensor.flatten(), behind.to(tensor.dtype)])
+                weight._buffers[name] = room[: tensor.numel()].view_as(tensor)
+        cache = model.transformer.new_cache(rows)
+        assert torch.equal(model(ids, past_key_values=cache).logits, want)
+
+
 def test_loading_rounds_as_the_model_does(name, tmp_path):
     whole = gptneo_fast.load(FOLDER)
     model = gptneo_fast.load(FOLDER, quantize=name)

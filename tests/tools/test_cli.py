@@ -180,3 +180,38 @@ def test_an_input_that_is_no_text_is_one_line_and_exit_code_1(shell, words, tmp_
         PYTHONIOENCODING="utf-8:strict",
     )
     assert done.returncode == 1 and words in done.stderr.decode() and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "how"), [([], ("int4", 64)), (["--to", "int8"], ("int8", 64)), (["--group", "32"], ("int4", 32))]
+)
+def test_quantize_writes_a_model_that_loads_as_it_was_made(options, how, tmp_path, capsys):
+    import torch
+
+    import gptneo_fast
+
+    out = tmp_path / "small"
+    assert cli.main(["quantize", str(FOLDER), str(out), "--device", "cpu", *options]) == 0
+    assert f"{how[0]}, " in capsys.readouterr().out
+    made, want = gptneo_fast.load(out, device="cpu"), gptneo_fast.load(FOLDER, device="cpu").quantize_(*how)
+    assert all(map(torch.equal, made.state_dict().values(), want.state_dict().values()))
+    assert made.tokenizer.encode("Once upon") == want.tokenizer.encode("Once upon")
+    assert cli.main(["info", str(out), "--device", "cpu"]) == 0
+    assert "bytes in int" in capsys.readouterr().out
+
+
+def test_quantize_says_what_it_cannot_do(tmp_path, capsys):
+    out, texts = str(tmp_path / "small"), tmp_path / "texts"
+    texts.write_text("Once upon a time there was a fox.\n" * 3)
+    for options, words in (
+        (["--to", "int3"], "quantize='int3' is unknown"),
+        (["--group", "48"], "group=48 is not offered"),
+        (["--calibrate", "no/such/file"], "no/such/file cannot be read as text"),
+        (["--quantize", "int8"], "say --to int8"),
+    ):
+        assert cli.main(["quantize", str(FOLDER), out, "--device", "cpu", *options]) == 1
+        assert words in capsys.readouterr().err
+    assert cli.main(["quantize", str(FOLDER), out, "--device", "cpu", "--calibrate", str(texts)]) == 0
+    assert cli.main([*GENERATE, "-m", out, "-n", "3"]) == 0
+    assert cli.main([*GENERATE, "-m", out, "-n", "3", "--quantize", "int8"]) == 1
+    assert "in groups of 64 already" in capsys.readouterr().err
