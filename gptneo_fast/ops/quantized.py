@@ -101,6 +101,16 @@ class QuantizedWeight(nn.Module):
         """The weight [N, K] rounded, see `quantize`."""
         return QuantizedWeight(*quantize(weight, how), weight.shape[1], how)
 
+    def __getattr__(self, name: str) -> Any:
+        """As torch's, with the way out: libraries ask a weight for `data` to change it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"a weight in 8 or 4 bits has no {name!r}, since nothing can change it; weight.dequantize() is it as a tensor, and "
+                "model.dequantize_() makes plain layers"
+            ) from error
+
     @property
     def device(self) -> torch.device:
         """Where it is."""

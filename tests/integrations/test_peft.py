@@ -307,3 +307,41 @@ def test_gradients_reach_an_adapter_through_checkpointed_frozen_blocks():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.train()
         same_training(theirs, ours, input_ids=IDS, labels=IDS, use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_lora_trains_on_top_of_weights_in_few_bits(name, tmp_path):
+    """As on top of what they stand for; a merge, which they could not hold, is refused and changes nothing."""
+    from tests.support.serial import lively, serial
+
+    quantized = lively().quantize_(name)
+    plain = copy.deepcopy(quantized).dequantize_()
+    models, losses = [], []
+    for base in (quantized, plain):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(base, lora(task_type="CAUSAL_LM"))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        losses.append([])
+        for _ in range(5):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+        models.append(model.eval())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0][-1] < losses[0][0]
+    other = dict(models[1].named_parameters())
+    for key, got in models[0].named_parameters():
+        if "lora_" in key:
+            torch.testing.assert_close(got, other[key], rtol=1e-2, atol=1e-4)
+    before = models[0](input_ids=IDS).logits
+    with pytest.raises(AttributeError, match="has no 'data', since nothing can change it; .*dequantize_"):
+        models[0].merge_and_unload()
+    assert torch.equal(models[0](input_ids=IDS).logits, before)
+    prompt = IDS[0].tolist()
+    adapted = serial(models[0], prompt, max_new_tokens=6)
+    with models[0].disable_adapter():
+        assert serial(models[0], prompt, max_new_tokens=6) != adapted
+    models[0].save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(lively().quantize_(name), tmp_path).eval()
+    assert serial(again, prompt, max_new_tokens=6) == adapted
