@@ -107,8 +107,8 @@ class QuantizedWeight(nn.Module):
             return super().__getattr__(name)
         except AttributeError as error:
             raise AttributeError(
-                f"a weight in 8 or 4 bits has no {name!r}, since nothing can change it; weight.dequantize() is it as a tensor, and "
-                "model.dequantize_() makes plain layers"
+                f"a weight in 8 or 4 bits has no {name!r}, since nothing can change it; weight.dequantize() is it as a tensor, "
+                "and model.dequantize_() makes plain layers"
             ) from error
 
     @property

@@ -335,7 +335,7 @@ def test_lora_trains_on_top_of_weights_in_few_bits(name, tmp_path):
         if "lora_" in key:
             torch.testing.assert_close(got, other[key], rtol=1e-2, atol=1e-4)
     before = models[0](input_ids=IDS).logits
-    with pytest.raises(AttributeError, match="has no 'data', since nothing can change it; .*dequantize_"):
+    with pytest.raises(AttributeError, match=r"has no 'data', since nothing can change it; .*dequantize_"):
         models[0].merge_and_unload()
     assert torch.equal(models[0](input_ids=IDS).logits, before)
     prompt = IDS[0].tolist()
