@@ -11,7 +11,18 @@ from .embedding import embed
 from .linear import linear_add, lm_head, norm_linear, norm_qkv, norm_qkv_append
 from .logprob import logprob
 from .norms import layer_norm
+from .packed import Packed
 from .sampling import sample
 
-__all__ = ["attention", "decode_attention", "embed", "kv_append", "layer_norm", "linear_add", "lm_head", "norm_linear"]
+__all__ = [
+    "Packed",
+    "attention",
+    "decode_attention",
+    "embed",
+    "kv_append",
+    "layer_norm",
+    "linear_add",
+    "lm_head",
+    "norm_linear",
+]
 __all__ += ["logprob", "norm_qkv", "norm_qkv_append", "sample"]

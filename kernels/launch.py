@@ -67,13 +67,14 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     return like.new_empty(shape, dtype=dtype)
 
 
-def check(op: str, like: Tensor, **tensors: Tensor | None) -> None:
+def check(op: str, like: Tensor, **tensors: object) -> None:
     """Refuse what the kernels of an op cannot read; alignment needs no check: triton compiles for what it meets.
 
     Args:
         op: its name, for the message.
         like: decides dtype and device.
-        tensors: by argument name; each needs that dtype and device and neighbours in memory along its last axis.
+        tensors: by argument name; each needs that dtype and device and neighbours in memory along its last axis. What is
+            no tensor is passed over: None, and weights in few bits, see `packed.of`.
 
     Raises:
         InputError: another dtype, device or stride.
@@ -89,15 +90,15 @@ def check(op: str, like: Tensor, **tensors: Tensor | None) -> None:
             "TRITON_INTERPRET=1 before Python starts"
         )
     for name, x in tensors.items():
-        if x is None:
-            continue
+        if not isinstance(x, Tensor):
+            continue  # none, or a weight in few bits, which `packed.of` has looked at
         if x.dtype != like.dtype or x.device != like.device:
             raise InputError(f"{op}: {name} is {x.dtype} on {x.device}, expected {like.dtype} on {like.device}")
         if x.stride(-1) != 1 and x.shape[-1] != 1:
             raise InputError(f"{op}: the last axis of {name} has stride {x.stride(-1)}, expected 1; call .contiguous()")
 
 
-def expect(op: str, *, like: Tensor, **tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def expect(op: str, *, like: Tensor, **tensors: tuple[Any, tuple[int, ...]]) -> None:
     """Refuse shapes that a kernel would read past, and integers per row that it could not read.
 
     Args:
@@ -112,7 +113,7 @@ def expect(op: str, *, like: Tensor, **tensors: tuple[Tensor | None, tuple[int, 
             continue
         if tuple(x.shape) != shape:
             raise InputError(f"{op}: {name} has shape {list(x.shape)}, expected {list(shape)}")
-        if not x.dtype.is_floating_point and (x.device != like.device or not x.is_contiguous()):
+        if isinstance(x, Tensor) and not x.dtype.is_floating_point and (x.device != like.device or not x.is_contiguous()):
             raise InputError(f"{op}: {name} must be contiguous on {like.device}; it is on {x.device}, strides {x.stride()}")
 
 

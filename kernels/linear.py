@@ -6,7 +6,8 @@
     17-64    `skinny`   `layer_norm` before   2, without a norm 1
     more     `gemm`     `layer_norm` before   2, without a norm 1
 
-More rows in 16 bits of `norm_linear` go to cuBLASLt on a GPU; of `lm_head`, all but one go to `skinny`.
+More rows in 16 bits of `norm_linear` go to cuBLASLt on a GPU; of `lm_head`, all but one go to `skinny`. Weights in few bits
+(`packed`) have their own `gemv`, are a variant of `skinny`, and for more rows are unpacked before, which is a launch more.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from gptneo_fast.ops.constants import LOGITS_ALIGN
 
-from . import append, gemm, gemv, launch, norms, skinny
+from . import append, gemm, gemv, launch, norms, packed, skinny
+from .packed import Weight
 
 
 def norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Weight, bias: Tensor, eps: float, gelu: bool
 ) -> Tensor:
     """LayerNorm, linear, and with `gelu` gelu_new (Hendrycks and Gimpel 2016, section 2).
 
@@ -40,6 +42,7 @@ def norm_linear(
     Raises:
         InputError, SetupError: see `launch.check`.
     """
+    weight = packed.of("norm_linear", "weight", weight, x)
     launch.check("norm_linear", x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
     C, F = x.shape[-1], weight.shape[0]
     launch.expect("norm_linear", like=x, norm_weight=(norm_weight, (C,)), norm_bias=(norm_bias, (C,)))
@@ -51,15 +54,16 @@ def norm_linear(
         _few_rows("norm_linear", rows, (weight,), y.view(-1, F), norm=norm, bias=bias, gelu=gelu)
         return y
     rows = norms.layer_norm(rows, norm_weight, norm_bias, eps)
+    weight = packed.unpacked(weight, x)
     if launch.INTERPRETED or rows.dtype == torch.float32:
-        gemm.run(rows, (weight.contiguous(),), (y,), bias=bias, gelu=gelu)
+        gemm.run(rows, (weight,), (y,), bias=bias, gelu=gelu)
     else:
         by_library(rows, weight, bias, gelu, y.view(-1, F))
     return y
 
 
 def norm_qkv(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, eps: float
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, wq: Weight, wk: Weight, wv: Weight, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm and the three projections, which have no bias, in two launches.
 
@@ -74,13 +78,14 @@ def norm_qkv(
     Raises:
         InputError, SetupError: see `launch.check`.
     """
+    wq, wk, wv = _three("norm_qkv", x, wq, wk, wv)
     launch.check("norm_qkv", x, norm_weight=norm_weight, norm_bias=norm_bias, wq=wq, wk=wk, wv=wv)
     C = x.shape[-1]
     launch.expect("norm_qkv", like=x, norm_weight=(norm_weight, (C,)), norm_bias=(norm_bias, (C,)))
     launch.expect("norm_qkv", like=x, **{name: (w, (wq.shape[0], C)) for name, w in (("wq", wq), ("wk", wk), ("wv", wv))})
     rows = launch.as_rows(x)
     q, k, v = (launch.empty((*x.shape[:-1], wq.shape[0]), x) for _ in range(3))
-    weights = (wq.contiguous(), wk.contiguous(), wv.contiguous())
+    weights = tuple(packed.unpacked(w, x) for w in (wq, wk, wv))
     gemm.run(norms.layer_norm(rows, norm_weight, norm_bias, eps), weights, (q, k, v))
     return q, k, v
 
@@ -89,9 +94,9 @@ def norm_qkv_append(
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
+    wq: Weight,
+    wk: Weight,
+    wv: Weight,
     eps: float,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -113,6 +118,7 @@ def norm_qkv_append(
     Raises:
         InputError, SetupError: see `launch.check`.
     """
+    wq, wk, wv = _three("norm_qkv_append", x, wq, wk, wv)
     launch.check(
         "norm_qkv_append", x, norm_weight=norm_weight, norm_bias=norm_bias, wq=wq, wk=wk, wv=wv, k_cache=k_cache,
         v_cache=v_cache,
@@ -130,7 +136,7 @@ def norm_qkv_append(
     return q
 
 
-def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+def linear_add(x: Tensor, weight: Weight, bias: Tensor, residual: Tensor) -> Tensor:
     """residual + x @ weight.T + bias in one kernel, summed in float32.
 
     Args:
@@ -143,6 +149,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Ten
     Raises:
         InputError, SetupError: see `launch.check`.
     """
+    weight = packed.of("linear_add", "weight", weight, x)
     launch.check("linear_add", x, weight=weight, bias=bias, residual=residual)
     C, shape = weight.shape[0], (*x.shape[:-1], weight.shape[0])
     launch.expect("linear_add", like=x, weight=(weight, (C, x.shape[-1])), bias=(bias, (C,)), residual=(residual, shape))
@@ -151,11 +158,11 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Ten
     if rows.shape[0] <= skinny.MOST_ROWS:
         _few_rows("linear_add", rows, (weight,), y.view(-1, C), bias=bias, residual=residual)
     else:
-        gemm.run(rows, (weight.contiguous(),), (y,), bias=bias, residual=residual)
+        gemm.run(rows, (packed.unpacked(weight, x),), (y,), bias=bias, residual=residual)
     return y
 
 
-def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float) -> Tensor:
+def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Weight, eps: float) -> Tensor:
     """The final norm and the head, accumulated and returned in float32.
 
     Args:
@@ -169,6 +176,7 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, e
     Raises:
         InputError, SetupError: see `launch.check`.
     """
+    weight = packed.of("lm_head", "weight", weight, x)
     launch.check("lm_head", x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight)
     V = weight.shape[0]
     logits = launch.empty((*x.shape[:-1], V + -V % LOGITS_ALIGN), x, torch.float32)
@@ -178,10 +186,17 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, e
     return logits.narrow(-1, 0, V)
 
 
+def _three(op: str, x: Tensor, *weights: Weight) -> tuple[Weight, ...]:
+    """wq, wk and wv: three tensors, or three in one format."""
+    found = tuple(packed.of(op, name, w, x) for name, w in zip(("wq", "wk", "wv"), weights, strict=True))
+    kinds = {None if isinstance(w, Tensor) else (w.bits, w.group) for w in found}
+    return found if len(kinds) == 1 else tuple(packed.unpacked(w, x) for w in found)  # a kernel reads one format
+
+
 def _few_rows(
     kernel: str,
     rows: Tensor,
-    weights: tuple[Tensor, ...],
+    weights: tuple[Weight, ...],
     out: Tensor,
     norm: tuple[Tensor, Tensor, float] | None = None,
     **after: Any,
@@ -189,8 +204,10 @@ def _few_rows(
     """Rows through `gemv` or `skinny`; arguments as those of `gemv.run`, weights of any strides."""
     if norm is not None and rows.shape[0] > skinny.NORM_ROWS:
         rows, norm = norms.layer_norm(rows, *norm), None
-    weights = tuple(w.contiguous() for w in weights)  # as parameters are
-    run = gemv.run if rows.shape[0] == 1 else skinny.run
+    if isinstance(weights[0], Tensor):
+        weights = tuple(w.contiguous() for w in weights)  # as parameters are
+    one = gemv.run if isinstance(weights[0], Tensor) else packed.gemv
+    run = one if rows.shape[0] == 1 else skinny.run
     run(kernel, rows, weights, out, norm=norm, **after)
 
 

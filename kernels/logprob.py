@@ -9,9 +9,11 @@ from torch import Tensor
 
 from gptneo_fast.ops.constants import LOGITS_ALIGN
 
-from . import launch
+from . import launch, packed
+from .packed import Packed, Weight
 
 CHUNK = 128 << 20  # bytes of logits that exist at one time
+UNPACKED = 32 << 20  # bytes of rows of a packed weight that are unpacked at one time
 BLOCK = 2048
 
 
@@ -57,7 +59,7 @@ def _statistics(logits_ptr, stride, targets_ptr, logprob_ptr, rank_ptr, entropy_
     tl.store(variance_ptr + row, tl.sum(second) / sum_of_e - shift * shift)
 
 
-def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def logprob(x: Tensor, weight: Weight, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the head's distribution over the vocabulary says of one token of each row, see `reference.statistics`.
 
     Args:
@@ -70,6 +72,7 @@ def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor,
     Raises:
         InputError, SetupError: see `launch.check`.
     """
+    weight = packed.of("logprob", "weight", weight, x)
     launch.check("logprob", x, weight=weight)
     N, V = x.shape[0], weight.shape[0]
     width = V + -V % LOGITS_ALIGN
@@ -80,7 +83,19 @@ def logprob(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor,
     for i in range(0, N, rows):
         piece = slice(i, min(i + rows, N))
         part = logits[: piece.stop - i, :V]
-        torch.mm(x[piece], weight.t(), out=part)
+        _multiply(x[piece], weight, part)
         results = own[piece], rank[piece], entropy[piece], variance[piece]
         launch.run(_statistics, len(part), x, part, width, targets[piece].contiguous(), *results, V, BLOCK=BLOCK)
     return own, rank, entropy, variance
+
+
+def _multiply(x: Tensor, weight: Weight, out: Tensor) -> None:
+    """out = x @ weight.T; of a packed weight some rows are unpacked at a time."""
+    if not isinstance(weight, Packed):
+        torch.mm(x, weight.t(), out=out)
+        return
+    V, C = weight.shape
+    rows = max(1, UNPACKED // (C * x.element_size()))
+    for i in range(0, V, rows):
+        some = packed.unpacked(weight.rows(i, min(i + rows, V)), x)
+        torch.mm(x, some.t(), out=out[:, i : i + len(some)])

@@ -2,6 +2,7 @@
 
     python -m benchmarks.static.compile_report              # all; its summary goes to benchmarks/results/
     python -m benchmarks.static.compile_report --model 125m --dtype bf16 --sm 90 --out /tmp/report
+    python -m benchmarks.static.compile_report --model 125m --dtype bf16 --quantize int8 int4     # weights in few bits
 
 A model of two layers, one global and one local, runs its prefill and its decode steps on tensors that do not exist, so that
 the launchers themselves say what is compiled (aot.py). No GPU is needed. Exit code 1: a row is over its budget.
@@ -32,8 +33,10 @@ from benchmarks.static.costs import as_table
 from benchmarks.static.counting import swapped
 from benchmarks.static.ptx import loads_by_argument
 from gptneo_fast.generation.captured.runner import StepCache
+from gptneo_fast.network import quantized
 from gptneo_fast.network.cache import KVCache
 from gptneo_fast.ops import backends, ops
+from gptneo_fast.ops.quantized import Format, QuantizedWeight
 
 RESULTS = Path(__file__).parents[1] / "results"
 PREFILL, CONTEXT, BATCHES = 2048, 2048, (1, 8, 64)
@@ -91,8 +94,8 @@ class Row:
         return found
 
     def tiles_a_dot(self) -> bool:
-        """Whether this is the kernel of the op that multiplies, and not the norm before it."""
-        return "norm_kernel" not in self.kernel or "linear" in self.kernel
+        """Whether this is the kernel of the op that multiplies, and not the norm or the unpacking of weights before it."""
+        return self.kernel != "_unpack" and ("norm_kernel" not in self.kernel or "linear" in self.kernel)
 
 
 def namespace(pad: aot.Launchpad) -> Any:
@@ -110,8 +113,8 @@ def _every_call_takes(pad: aot.Launchpad) -> Any:
     return swapped(backends, "choose", lambda _: lambda *a, **k: choice)
 
 
-def launches(shape: str, dtype: torch.dtype, sm: int) -> Iterator[tuple[str, aot.Launch]]:
-    """(phase, launch) of a prefill and of decode steps of a released size, cut to its first two layers."""
+def launches(shape: str, dtype: torch.dtype, sm: int, how: Format | None = None) -> Iterator[tuple[str, aot.Launch]]:
+    """(phase, launch) of a prefill and of decode steps of a released size, cut to its first two layers; how: of its weights."""
     config = config_of(shape).replace(num_layers=2)
     with torch.device("meta"):
         model = gptneo_fast.GPTNeoForCausalLM(config, backend="reference").to(dtype).eval()
@@ -120,12 +123,23 @@ def launches(shape: str, dtype: torch.dtype, sm: int) -> Iterator[tuple[str, aot
             for name, p in module.named_parameters(recurse=False):
                 fake = torch.empty(p.shape, dtype=dtype, device="cuda")
                 setattr(module, name, torch.nn.Parameter(fake, requires_grad=False))
+        if how is not None:
+            _quantize(model, how)
         with torch.no_grad():
             for batch, tokens, past in ((1, PREFILL, 0), *((batch, 1, CONTEXT - 1) for batch in BATCHES)):
                 phase = f"prefill {batch}x{tokens}" if past == 0 else f"decode {batch}"
                 before = len(pad.launches)
                 _step(model, batch, tokens, past, namespace(pad))
                 yield from ((phase, launch) for launch in pad.launches[before:])
+
+
+def _quantize(model: Any, how: Format) -> None:
+    """Weights of layers in few bits, which do not exist either."""
+    for _, module in list(quantized.places(model)):
+        N, K = module.weight.shape
+        parts = zip(how.shapes(N, K), how.dtypes, strict=True)
+        values, scales = (torch.empty(size, dtype=kind, device="cuda") for size, kind in parts)
+        quantized.convert(module, QuantizedWeight(values, scales, K, how))
 
 
 def _step(model: Any, batch: int, tokens: int, past: int, op: Any) -> None:
@@ -149,10 +163,11 @@ def _step(model: Any, batch: int, tokens: int, past: int, op: Any) -> None:
         op.sample(logits, rates, counts, flags, seeds, None, state, out.t(), lengths, method)
 
 
-def rows(shape: str, dtype: str, sm: int) -> list[Row]:
-    """One row for each distinct kernel of an op."""
+def rows(shape: str, dtype: str, sm: int, quantize: str | None = None) -> list[Row]:
+    """One row for each distinct kernel of an op. quantize: "int8" or "int4" for weights in few bits."""
     found: dict[tuple[str, str], Row] = {}
-    for phase, launch in launches(shape, DTYPES[dtype], sm):
+    how = None if quantize is None else Format.of(quantize)
+    for phase, launch in launches(shape, DTYPES[dtype], sm, how):
         key = (launch.op, aot.digest(launch.binary) if launch.binary else f"{launch.kernel} {launch.options}")
         grid = "x".join(map(str, launch.grid))
         if key in found:
@@ -162,7 +177,7 @@ def rows(shape: str, dtype: str, sm: int) -> list[Row]:
         machine = _inspected(launch) if launch.binary else aot.Machine(0, 0, 0, {}, "")
         held = aot.warps_per_sm(sm, machine.registers, launch.warps, launch.shared) if launch.binary else 0
         found[key] = Row(
-            shape,
+            f"{shape} {quantize}" if quantize else shape,
             dtype,
             sm,
             launch.op,
@@ -231,19 +246,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--sm", nargs="+", type=int, choices=aot.CHIPS, default=list(aot.CHIPS))
+    parser.add_argument("--quantize", nargs="+", choices=("int8", "int4"), help="weights in few bits, and only these")
     parser.add_argument("--out", type=Path, help="folder of the summary; without it a part of the report is only printed")
     args = parser.parse_args(argv)
     began, found = time.perf_counter(), []
     for shape in args.model:
         for dtype in args.dtype:
             for sm in args.sm:
-                found += rows(shape, dtype, sm)
+                for quantize in args.quantize or [None]:
+                    found += rows(shape, dtype, sm, quantize)
                 print(f"{shape} {dtype} sm_{sm}: {len(found)} rows, {time.perf_counter() - began:.0f} s", file=sys.stderr)
     faults = [
         f"{r.model} {r.dtype} sm_{r.sm} {r.op} {r.kernel} ({', '.join(r.launches)}): {f}" for r in found for f in r.faults()
     ]
     verdict = "\n".join(f"- over budget: {f}" for f in faults) or "Every kernel is within its budget."
-    every = (args.model, args.dtype, args.sm) == (list(SHAPES), list(DTYPES), list(aot.CHIPS))
+    every = not args.quantize and (args.model, args.dtype, args.sm) == (list(SHAPES), list(DTYPES), list(aot.CHIPS))
     if out := args.out or (RESULTS if every else None):
         compile_summary.write(found, verdict, compile_summary.path(out))
     print(table(found), verdict, sep="\n\n")
