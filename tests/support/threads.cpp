@@ -75,7 +75,7 @@ std::vector<float> step(Parallel run) {
   std::vector<float> logits(B * T * V);
   Step s{Number::kFloat32, B, T, H, D, V};
   s.ids = ids.data(), s.positions = positions.data(), s.position_rows = 1;
-  s.wte = wte.data(), s.wpe = wpe.data(), s.layers = layers.data(), s.L = L;
+  s.wte = {{wte.data()}, 1, V, C, nullptr}, s.wpe = wpe.data(), s.layers = layers.data(), s.L = L;
   s.lengths = lengths.data(), s.starts = starts.data(), s.norm = &norm, s.head = &head, s.keep = T, s.out = logits.data();
   std::vector<float> workspace(workspace_floats(s));
   lanes.decode(s, run, workspace.data());
@@ -107,11 +107,32 @@ std::vector<float> linear(Parallel run) {
   return out;
 }
 
+// The same with weights in few bits, of as many rows as are unpacked at a time.
+std::vector<float> packed(Number number, Parallel run) {
+  generator.seed(5);
+  constexpr int64_t M = kManyRows, group = 32;
+  const auto x = numbers(M * C, 1), scales = numbers(V * C, 0.1f);
+  std::vector<uint8_t> w(V * C), b(4 * V * C);
+  for (uint8_t& byte : w) byte = static_cast<uint8_t>(generator());
+  for (int64_t i = 0; i < V * C; ++i) memcpy(&b[2 * i], reinterpret_cast<const char*>(&scales[i]) + 2, 2);  // as bfloat16
+  const bool nibbles = number == Number::kInt4;
+  std::vector<float> out(M * V);
+  Linear l{};
+  l.number = Number::kFloat32, l.x = x.data(), l.M = M, l.out = out.data();
+  l.product = {{w.data()}, 1, V, C, nullptr, number, {nibbles ? static_cast<const void*>(b.data()) : scales.data()},
+               nibbles ? group : C, C / 64};
+  std::vector<float> workspace(workspace_floats(l));
+  lanes.linear(l, run, workspace.data());
+  return out;
+}
+
 }  // namespace
 
 int main() {
   same("a step", step(one), step(several));
   same("attention", attention(one), attention(several));
   same("a linear layer", linear(one), linear(several));
+  for (const Number number : {Number::kInt8, Number::kInt4})
+    same("a layer in few bits", packed(number, one), packed(number, several));
   printf("under ThreadSanitizer: %d lanes, four threads give the bits of one\n", GPTNEO_FAST_LANES);
 }
