@@ -33,10 +33,10 @@ from benchmarks.static.costs import as_table
 from benchmarks.static.counting import swapped
 from benchmarks.static.ptx import loads_by_argument
 from gptneo_fast.generation.captured.runner import StepCache
-from gptneo_fast.network import quantized
+from gptneo_fast.models import quantizing
 from gptneo_fast.network.cache import KVCache
 from gptneo_fast.ops import backends, ops
-from gptneo_fast.ops.quantized import Format, QuantizedWeight
+from gptneo_fast.ops.quantized import Format
 
 RESULTS = Path(__file__).parents[1] / "results"
 PREFILL, CONTEXT, BATCHES = 2048, 2048, (1, 8, 64)
@@ -124,22 +124,13 @@ def launches(shape: str, dtype: torch.dtype, sm: int, how: Format | None = None)
                 fake = torch.empty(p.shape, dtype=dtype, device="cuda")
                 setattr(module, name, torch.nn.Parameter(fake, requires_grad=False))
         if how is not None:
-            _quantize(model, how)
+            quantizing.prepare(model, how, device="cuda")
         with torch.no_grad():
             for batch, tokens, past in ((1, PREFILL, 0), *((batch, 1, CONTEXT - 1) for batch in BATCHES)):
                 phase = f"prefill {batch}x{tokens}" if past == 0 else f"decode {batch}"
                 before = len(pad.launches)
                 _step(model, batch, tokens, past, namespace(pad))
                 yield from ((phase, launch) for launch in pad.launches[before:])
-
-
-def _quantize(model: Any, how: Format) -> None:
-    """Weights of layers in few bits, which do not exist either."""
-    for _, module in list(quantized.places(model)):
-        N, K = module.weight.shape
-        parts = zip(how.shapes(N, K), how.dtypes, strict=True)
-        values, scales = (torch.empty(size, dtype=kind, device="cuda") for size, kind in parts)
-        quantized.convert(module, QuantizedWeight(values, scales, K, how))
 
 
 def _step(model: Any, batch: int, tokens: int, past: int, op: Any) -> None:

@@ -168,7 +168,7 @@ class _Plan:
         """
         mismatched = []
         if ignore_mismatched_sizes:
-            mismatched = [k for k, t in self.taken.items() if t.shape != self.shapes[k]]
+            mismatched = [k for k, t in self.taken.items() if t.shape != self.shapes[k] and k not in self.packed]
         others = [(key, tuple(self.taken.pop(key).shape), self.shapes[key]) for key in mismatched]
         missing = [key for key in self.shapes if key not in self.taken]
         faults = []

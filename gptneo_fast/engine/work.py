@@ -298,4 +298,5 @@ class Work:
 
 def _state_of(model: LanguageModel) -> object:
     """What is another one after a hook, a replaced layer or changed weights; not after a change through `.data`."""
-    return touch.stamp(), weights_of(model), [None if p.is_inference() else p._version for p in model.parameters()]
+    held = (*model.parameters(), *model.buffers())  # weights in few bits are buffers
+    return touch.stamp(), weights_of(model), [None if t.is_inference() else t._version for t in held]

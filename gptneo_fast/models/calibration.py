@@ -29,6 +29,7 @@ def quantize_blocks(model: Any, how: Format, texts: Iterable[str | list[int] | T
         InputError: no texts, or one that is none.
     """
     trunk, config, training = model.base_model, model.config, model.training
+    kept = {module for _, module in quantized.places(model)}
     pieces = []
     for text in texts:
         ids = torch.as_tensor(ids_of(model.tokenizer, text, config.vocab_size, "calibrate"), device=model.device)
@@ -40,12 +41,16 @@ def quantize_blocks(model: Any, how: Format, texts: Iterable[str | list[int] | T
         with torch.no_grad():
             states = [trunk.drop(trunk.wte(ids) + trunk.wpe(torch.arange(ids.shape[1], device=ids.device))) for ids in pieces]
             for block in trunk.h:
-                layers = [m for m in block.modules() if type(m) is nn.Linear]
-                products = {layer: _Products(layer) for layer in layers}
-                for x in states:
-                    block(x)
+                products = {
+                    layer: _Products(layer) for layer in block.modules() if layer in kept and isinstance(layer, nn.Linear)
+                }
+                try:
+                    for x in states:
+                        block(x)
+                finally:
+                    for seen in products.values():
+                        seen.handle.remove()
                 for layer, seen in products.items():
-                    seen.handle.remove()
                     quantized.convert(layer, compensated(layer.weight, seen.sum, how))
                 states = [block(x)[0] for x in states]
     finally:

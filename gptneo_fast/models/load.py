@@ -51,7 +51,7 @@ def load(
         local_files_only: use the cache and no network. force_download: fetch again what the cache holds.
         backend: "auto", "triton" or "reference".
         from_flax: read `flax_model.msgpack`, which is read anyhow where no other weights are there; needs no jax.
-        options: other keywords of `from_pretrained`: check_finite, allow_pickle, strict, subfolder, num_labels, ...
+        options: other keywords of `from_pretrained`: quantize, check_finite, allow_pickle, strict, subfolder, num_labels, ...
 
     Raises:
         InputError, ModelNotFoundError, CheckpointError, ConfigError, DeviceError, SetupError: each says what to do.

@@ -217,8 +217,8 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The initialisation of transformers: normal weights, zero biases, ones for norms."""
-        if isinstance(getattr(module, "weight", None), QuantizedWeight):
-            return
+        if isinstance(weight := getattr(module, "weight", None), QuantizedWeight):
+            raise InputError(f"weights in {weight.how} cannot be initialised afresh; build another model")
         if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:

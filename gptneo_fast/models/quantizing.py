@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -64,6 +65,14 @@ class Quantizing(nn.Module):
         """Whether layers are in few bits, which transformers' Trainer asks: it trains adapters on them and nothing else."""
         return bool(quantized.weights(self))
 
+    @property
+    def hf_quantizer(self) -> Any:
+        """What Trainer asks next: that adapters on such layers may be trained; None where they are floats."""
+        if not self.is_quantized:
+            return None
+        named = SimpleNamespace(quant_method=METHOD)
+        return SimpleNamespace(is_trainable=True, is_qat_trainable=False, quantization_config=named)
+
 
 def described(how: Format) -> dict[str, Any]:
     """What config.json says of a format: `quantization_config`, where other libraries have theirs."""
@@ -113,11 +122,11 @@ def asked(config: GPTNeoConfig, quantize: str | None) -> tuple[Format | None, Fo
     return said, wanted
 
 
-def prepare(model: Any, how: Format) -> None:
+def prepare(model: Any, how: Format, device: str = "meta") -> None:
     """Have a model without memory wait for weights in few bits."""
     for old, modules in _by_weight(model):
         (N, K), dtypes = old.shape, how.dtypes
-        values, scales = (torch.empty(s, dtype=d, device="meta") for s, d in zip(how.shapes(N, K), dtypes, strict=True))
+        values, scales = (torch.empty(s, dtype=d, device=device) for s, d in zip(how.shapes(N, K), dtypes, strict=True))
         weight = QuantizedWeight(values, scales, K, how)
         for module in modules:
             quantized.convert(module, weight)
@@ -133,6 +142,10 @@ def quantize_model(model: Any, how: Format, calibrate: Iterable[str | list[int] 
             raise InputError(
                 f"{name} is a {type(module).__name__} and no plain {kind.__name__}; quantise first and change layers then "
                 "(adapters go on top), or merge what was added"
+            )
+        if getattr(module, "max_norm", None) is not None:
+            raise InputError(
+                f"{name} has max_norm={module.max_norm}, which changes rows and those in few bits cannot; set it to None"
             )
         if not bool(weight.isfinite().all()):
             raise InputError(f"{name}.weight has NaN or infinite numbers, which integers cannot stand for; mend it first")

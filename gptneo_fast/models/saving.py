@@ -51,6 +51,11 @@ def save(
     how = quantized.format_of(model)
     vars(config).pop("quantization_config", None)
     if how is not None:
+        for name, module in quantized.places(model):
+            if name not in quantized.weights(model):
+                raise InputError(
+                    f"{name} is a {type(module).__name__} among layers in {how}: such a mixture would not load again"
+                )
         config.quantization_config = quantizing.described(how)
     texts = {"config.json": config.to_json_string()}
     if isinstance(generation := getattr(model, "generation_config", None), GenerationConfig):

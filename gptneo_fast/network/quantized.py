@@ -32,7 +32,7 @@ class QuantizedLinear(nn.Linear):
         bias: [N], or None.
     """
 
-    weight: QuantizedWeight  # type: ignore[assignment]
+    weight: Any  # a QuantizedWeight, or what somebody put in its place
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
@@ -42,10 +42,11 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
+        if isinstance(self.weight, Tensor):  # somebody's own in its place
+            return super().forward(input)
         grad = torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad))
-        if grad or input.device.type != "cpu" or backends.why_no_extension("cpu") or not touch.is_readable():
-            return quantized.linear(input, self.weight, self.bias)
-        if touch.observed(input.device):
+        on_cpu = input.device.type == "cpu" and not backends.why_no_extension("cpu")
+        if grad or not on_cpu or not touch.is_readable() or touch.observed(input.device):
             return quantized.linear(input, self.weight, self.bias)
         y = cpu.linear(input.contiguous(), self.weight)
         return y if self.bias is None else y + self.bias
@@ -63,7 +64,7 @@ class QuantizedEmbedding(nn.Embedding):
         dtype: of the rows; `.to(dtype)` changes it.
     """
 
-    weight: QuantizedWeight  # type: ignore[assignment]
+    weight: Any  # a QuantizedWeight, or what somebody put in its place
     dtype_of: Tensor  # [0], which moves with the model
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> None:
@@ -76,6 +77,10 @@ class QuantizedEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids [...] to [..., C]."""
+        if isinstance(self.weight, Tensor):  # somebody's own in its place
+            return super().forward(input)
+        if self.max_norm is not None:
+            raise InputError(f"max_norm={self.max_norm} changes rows, which those of {self.weight.how} cannot; leave it None")
         return self.weight.rows(input, self.dtype_of.dtype)
 
 
@@ -89,12 +94,12 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def is_plain_embedding(module: nn.Module) -> bool:
     """Whether looking rows up is all that an embedding does."""
-    return touch.is_plain_embedding(module) or touch.is_plain(module, QuantizedEmbedding)
+    return touch.is_plain_embedding(module) or (touch.is_plain(module, QuantizedEmbedding) and module.max_norm is None)
 
 
 def dtype_of(wte: nn.Module | None) -> torch.dtype | None:
     """Of the rows of a token embedding; None where it is another module."""
-    if isinstance(wte, QuantizedEmbedding):
+    if isinstance(wte, QuantizedEmbedding) and isinstance(wte.weight, QuantizedWeight):
         return wte.dtype_of.dtype
     return wte.weight.dtype if isinstance(wte, nn.Embedding) else None
 
@@ -116,7 +121,7 @@ def weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     return {
         name: module.weight
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding)
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding) and isinstance(module.weight, QuantizedWeight)
     }
 
 

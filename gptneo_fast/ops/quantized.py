@@ -133,7 +133,8 @@ class QuantizedWeight(nn.Module):
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows [..., K] of that, for ids [...]."""
         flat = ids.flatten()
-        found = dequantize(self.values[flat], self.scales[flat], self.shape[1], self.how, dtype)
+        values, scales = (t.index_select(0, flat) for t in (self.values, self.scales))  # refuses ids below 0, too
+        found = dequantize(values, scales, self.shape[1], self.how, dtype)
         return found.view(*ids.shape, -1)
 
     def extra_repr(self) -> str:

@@ -320,6 +320,7 @@ def test_lora_trains_on_top_of_weights_in_few_bits(name, tmp_path):
     for base in (quantized, plain):
         torch.manual_seed(0)
         model = peft.get_peft_model(base, lora(task_type="CAUSAL_LM"))
+        transformers.trainer_utils.validate_quantization_for_training(model)  # which refuses them without adapters
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
         losses.append([])
         for _ in range(5):

@@ -131,6 +131,7 @@ DAMAGED = {
         "c_fc.weight.scales' is float16, and quantization_config .*asks for bfloat16",
     ),
     "another width": ({"c_fc__weight__values": lambda t: t[:, :-32].contiguous()}, "c_fc.weight.values' is"),
+    "another width, let pass": ({"c_fc__weight__values": lambda t: t[:, :-32].contiguous()}, "c_fc.weight.values' is"),
     "not finite": ({"c_fc__weight__scales": lambda t: t * float("nan")}, "c_fc.weight.scales' holds nan"),
 }
 
@@ -141,7 +142,7 @@ def test_damaged_weights_are_refused(case, tmp_path):
     changes, message = DAMAGED[case]
     spoilt(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=message):
-        gptneo_fast.load(tmp_path)
+        gptneo_fast.load(tmp_path, ignore_mismatched_sizes="let pass" in case)
 
 
 FOREIGN = {
@@ -233,6 +234,60 @@ def test_a_weight_of_floats_in_its_place_counts(name):
     layer.weight = want.transformer.h[0].mlp.c_fc.weight = weight
     want.transformer.h[0].mlp.c_fc.bias = layer.bias
     assert serial(model, prompt, max_new_tokens=8) == serial(want, prompt, max_new_tokens=8)
+
+
+def test_a_weight_of_floats_in_its_place_is_trained(name):
+    model = lively().quantize_(name).requires_grad_(False)
+    layers = model.transformer.h[0].attn.attention.q_proj, model.transformer.wte
+    for layer in layers:
+        layer.weight = torch.nn.Parameter(layer.weight.dequantize())
+    model(IDS, labels=IDS).loss.backward()
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in layers)
+
+
+def test_what_a_user_set_on_an_embedding_is_not_dropped(name):
+    model = lively()
+    model.transformer.wte.max_norm = 1.0
+    with pytest.raises(InputError, match=r"has max_norm=1\.0"):
+        model.quantize_(name)
+    model.transformer.wte.max_norm = None
+    model.quantize_(name)
+    with pytest.raises(IndexError):
+        model.transformer.wte(torch.tensor([-1]))
+    model.transformer.wte.max_norm = 1.0
+    with pytest.raises(InputError, match=r"max_norm=1\.0 changes rows"):
+        model(IDS)
+
+
+def test_a_mixture_is_not_saved_and_weights_are_not_drawn_anew(name, tmp_path):
+    model = lively().quantize_(name)
+    with pytest.raises(InputError, match="cannot be initialised afresh"):
+        model.init_weights()
+    model.transformer.h[0].mlp.c_fc = torch.nn.Linear(SMALL["hidden_size"], 4 * SMALL["hidden_size"])
+    with pytest.raises(InputError, match=r"h.0.mlp.c_fc is a Linear among layers in int"):
+        model.save_pretrained(tmp_path)
+
+
+def test_trainer_takes_adapters_on_it_and_nothing_else(name):
+    trainer = pytest.importorskip("transformers.trainer_utils")
+    validate = trainer.validate_quantization_for_training
+    model = lively().quantize_(name)
+    with pytest.raises(ValueError, match="purely quantized"):
+        validate(model)
+    validate(model.dequantize_())
+
+
+def test_prefixes_are_those_of_weights_that_were_loaded_since(name):
+    model, other = lively().quantize_(name), lively()
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
+    other.quantize_(name)
+    prefix = ids_of(50)
+    with gptneo_fast.Engine(model, 2) as engine:
+        before = engine.submit([5], prefix=prefix, max_new_tokens=20).result(60)
+        model.load_state_dict(other.state_dict())
+        after = engine.submit([5], prefix=prefix, max_new_tokens=20).result(60)
+    assert after == serial(other, [*prefix, 5], max_new_tokens=20) != before
 
 
 def test_copies_devices_and_dtypes_keep_every_bit(name):
