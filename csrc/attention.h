@@ -7,11 +7,6 @@
 namespace gptneo_fast {
 namespace {
 
-template <typename T>
-void store(const float* from, T* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) narrow(from[i], to + i);
-}
-
 // Scores of `count` keys that lie one behind another: eight at a time, to have as many sums on the way.
 template <int L, typename T>
 INLINE void scores_of(const T* keys, int64_t stride, const float* q, int64_t D, int64_t count, float* scores) {

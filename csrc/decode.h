@@ -96,6 +96,8 @@ struct Lanes {
   void (*attention)(const Attention&, Parallel, Workspace);
   // gelu_new of `count` numbers, in place.
   void (*gelu)(Number, void* numbers, int64_t count, Parallel);
+  // Rows [first, first + rows) of weights in few bits as numbers [rows, inputs], which products in float32 are rounded to.
+  void (*dequantize)(const Product&, int64_t first, int64_t rows, Number, void* out, Parallel);
   // Of [V] logits and one token: log-probability, rank, entropy, variance of the log-probability.
   void (*statistics)(const Piece* pieces, int64_t count, int64_t token, float* own, int64_t* rank, float* entropy, float* variance);
   // The first of the largest of [V] logits, or -1 where one is not finite.

@@ -31,6 +31,14 @@ void layer_norm(const Norm& norm, const float* x, float* y, int64_t C, int64_t l
   }
 }
 
+// y += x, columns [begin, end).
+template <typename T>
+void add_numbers(float* y, const T* x, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  for (; n + kLanes <= end; n += kLanes) write(y + n, load<kLanes>(y + n) + load<kLanes>(x + n));
+  for (; n < end; ++n) y[n] += widen(x[n]);
+}
+
 // x += y + bias, columns [begin, end).
 template <typename T>
 void add(float* x, const float* y, const void* bias, int64_t begin, int64_t end) {
@@ -99,8 +107,8 @@ void heads(const Step& s, const Layer& layer, const float* qkv, int64_t ld, floa
 // out[c] = row `id` of a token embedding.
 template <typename T>
 void token_row(const Product& wte, int64_t id, float* out) {
-  if (wte.number == Number::kInt8) return widen_row<Int8>(wte, id, out);
-  if (wte.number == Number::kInt4) return widen_row<Int4>(wte, id, out);
+  if (wte.number == Number::kInt8) return dequantize_row<Int8>(wte, id, out);
+  if (wte.number == Number::kInt4) return dequantize_row<Int4>(wte, id, out);
   const T* row = row_of<T>(wte, id);
   for (int64_t c = 0; c < wte.inputs; ++c) out[c] = widen(row[c]);
 }
@@ -268,8 +276,10 @@ void linear(const Linear& l, Parallel run, float* workspace) {
   float *x = workspace, *normed = x + M * ld, *y = normed + M * ld, *rounded = y + M * ldy;
   for (int64_t m = 0; m < M; ++m) {
     const T* from = static_cast<const T*>(l.x) + m * K;
-    for (int64_t k = 0; k < K; ++k) x[m * ld + k] = widen(from[k]);
-    for (int64_t k = K; k < ld; ++k) x[m * ld + k] = normed[m * ld + k] = 0;
+    int64_t k = 0;
+    for (; k + kLanes <= K; k += kLanes) write(x + m * ld + k, load<kLanes>(from + k));
+    for (; k < K; ++k) x[m * ld + k] = widen(from[k]);
+    for (; k < ld; ++k) x[m * ld + k] = normed[m * ld + k] = 0;
   }
   if (l.norm) layer_norm<T>(*l.norm, x, normed, K, ld, M);
   const T *bias = static_cast<const T*>(l.product.bias), *residual = static_cast<const T*>(l.residual);
@@ -277,10 +287,9 @@ void linear(const Linear& l, Parallel run, float* workspace) {
     for (int64_t m = 0; m < M; ++m) {
       float* row = y + m * ldy;
       if (l.gelu) activate<T>(row, bias, begin, end);
-      for (int64_t n = begin; n < end; ++n) {
-        const float value = row[n] + (bias && !l.gelu ? widen(bias[n]) : 0.0f);
-        narrow(value + (residual ? widen(residual[m * N + n]) : 0.0f), static_cast<T*>(l.out) + m * N + n);
-      }
+      if (bias && !l.gelu) add_numbers(row, bias, begin, end);
+      if (residual) add_numbers(row, residual + m * N, begin, end);
+      store(row + begin, static_cast<T*>(l.out) + m * N + begin, end - begin);
     }
   });
 }
@@ -330,6 +339,17 @@ void gelu_any(Number number, void* numbers, int64_t count, Parallel run) {
   typed(number, [&](auto type) { gelu(static_cast<decltype(type)*>(numbers), count, run); });
 }
 
+void dequantize_any(const Product& p, int64_t first, int64_t rows, Number number, void* out, Parallel run) {
+  typed(number, [&](auto type) {
+    parallel(run, rows, max(1, kGrain / p.inputs), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        auto* to = static_cast<decltype(type)*>(out) + n * p.inputs;
+        p.number == Number::kInt8 ? dequantize_row<Int8>(p, first + n, to) : dequantize_row<Int4>(p, first + n, to);
+      }
+    });
+  });
+}
+
 }  // namespace
 
 #if defined(__AVX512VNNI__)
@@ -337,6 +357,6 @@ void gelu_any(Number number, void* numbers, int64_t count, Parallel run) {
 #else
 #define NAME JOIN(lanes_, GPTNEO_FAST_LANES)
 #endif
-const Lanes NAME = {decode_any, linear_any, attention_any, gelu_any, statistics, likeliest};
+const Lanes NAME = {decode_any, linear_any, attention_any, gelu_any, dequantize_any, statistics, likeliest};
 
 }  // namespace gptneo_fast

@@ -13,8 +13,11 @@ namespace gptneo_fast {
 namespace {
 
 constexpr int64_t kBlock = 64;           // numbers of x with one scale; of weights in 4 bits, 32 bytes
+constexpr int64_t kHalfBlock = 32;       // numbers that share a scale whatever the format
+constexpr float kLargest = 32639;        // of x in 16 bits: the higher byte of one that is rounded to 256 is at most 127
 constexpr int64_t kBlocks = 16;          // that many rows of x go over while they are in the first-level cache
 constexpr int64_t kUnits = 2 * kBlocks;  // of them at most: numbers that share scales of x and of weights are blocks, or halves
+constexpr int kRounded = kLanes == 16 ? 4 : 2;  // rows of x that weights are read for
 constexpr int kVectors = kBlock / (2 * kLanes);  // of 16-bit numbers in a block
 
 typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
@@ -41,6 +44,7 @@ INLINE Ints add_products(Ints acc, Shorts a, Shorts b) {
 // Weights of a block as 16-bit numbers, in their order: vector i of them.
 struct Int8 {
   static constexpr int64_t kBytes = kBlock;
+  static constexpr float kZero = 0;        // what stands for no weight
   static constexpr bool kGrouped = false;  // a row has one scale, which its sum is multiplied by
 
   INLINE static Shorts unpack(const uint8_t* p, int i) {
@@ -54,12 +58,13 @@ struct Int8 {
     return __builtin_convertvector(read<Bytes>(p), Shorts);
 #endif
   }
-  INLINE static float value(const uint8_t* row, int64_t k) { return static_cast<int8_t>(row[k]); }
+  static constexpr bool kSplits = false;
 };
 
 // 16 words of 4 numbers: word j has numbers j, 16 + j, 32 + j and 48 + j, from its lowest bits up, each 8 too large.
 struct Int4 {
   static constexpr int64_t kBytes = kBlock / 2;
+  static constexpr float kZero = 8;
   static constexpr bool kGrouped = true;
 
   INLINE static Shorts unpack(const uint8_t* p, int i) {
@@ -78,10 +83,18 @@ struct Int4 {
     return same_bits<Shorts>(nibble == 3 ? words >> 12 : (words >> (4 * nibble)) & 15);
 #endif
   }
-  INLINE static float value(const uint8_t* row, int64_t k) {
-    const int64_t j = k % kBlock, nibble = j / 16, byte = k / kBlock * kBytes + 2 * (j % 16) + nibble / 2;
-    return static_cast<float>((row[byte] >> (nibble % 2 * 4)) & 15) - 8.0f;
+#if defined(__AVX512VNNI__)
+  // With x in its two bytes three instructions fewer; each lane sums the numbers that it has of `unpack`, too.
+  static constexpr bool kSplits = true;
+  INLINE static Ints products(const uint8_t* p, const int16_t* x) {
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i numbers = _mm512_and_si512(_mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4)), _mm512_set1_epi8(15));
+    const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers, read<__m512i>(x));
+    return same_bits<Ints>(_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), numbers, read<__m512i>(x + 2 * kLanes)));
   }
+#else
+  static constexpr bool kSplits = false;
+#endif
 };
 
 // Rows of x in 16 bits; a block is one unit or two.
@@ -90,9 +103,10 @@ struct Rounded {
   float* sums;       // [M, units]: -8 times the sum of a unit's numbers, which weights that are 8 too large ask for
   int16_t* numbers;  // [M, blocks * 64]
   int64_t K, units;
+  bool split;  // word i of a block has the higher bytes of numbers i and 32 + i, word 32 + i the lower ones
 
-  Rounded(float* space, int64_t M, int64_t inputs, int64_t parts)
-      : scales(space), K(inputs), units(blocks_of(inputs) * parts) {
+  Rounded(float* space, int64_t M, int64_t inputs, int64_t parts, bool in_bytes)
+      : scales(space), K(inputs), units(blocks_of(inputs) * parts), split(in_bytes) {
     sums = scales + M * padded(units);
     numbers = reinterpret_cast<int16_t*>(sums + M * padded(units));
   }
@@ -119,8 +133,8 @@ struct Rounded {
       for (int l = 0; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
       const float nothing = sum(zeros);
       const bool some = nothing == 0.0f && largest > 1e-30f;
-      const float scale = nothing != 0.0f ? nothing : some ? largest / 32767.0f : 0.0f;
-      const float inverse = some ? 32767.0f / largest : 0.0f;
+      const float scale = nothing != 0.0f ? nothing : some ? largest / kLargest : 0.0f;
+      const float inverse = some ? kLargest / largest : 0.0f;
       int16_t* to = numbers + (m * blocks + b) * kBlock;
       for (int64_t part = 0; part < parts; ++part) {
         Floats total = {};
@@ -135,8 +149,18 @@ struct Rounded {
         scale_of[b * parts + part] = scale;
         sum_of[b * parts + part] = -8.0f * sum(total);
       }
+      if (split) split_block(to);
     }
     for (int64_t u = units; u < padded(units); ++u) scale_of[u] = sum_of[u] = 0;
+  }
+
+ private:
+  INLINE static void split_block(int16_t* at) {
+    typedef int16_t Half __attribute__((vector_size(kBlock)));
+    const Half front = read<Half>(at), back = read<Half>(at + kBlock / 2);
+    const Half high = (((front + 128) >> 8) & 255) | (((back + 128) >> 8) << 8), low = (front & 255) | (back << 8);
+    memcpy(at, &high, sizeof(high));
+    memcpy(at + kBlock / 2, &low, sizeof(low));
   }
 };
 
@@ -182,10 +206,10 @@ INLINE void widen_scales(const BFloat16* row, const BFloat16* end, int64_t group
   for (int64_t u = 0; u < count; u += kLanes) write(out + u, load<kLanes>(row + u));
 }
 
-// acc[r][n] += the products of `count` blocks of N rows of weights, of which `block(n, b, i)` is a vector, and R rows of x.
+// acc[r][n] += the products of `count` blocks of N rows of weights and R rows of x; `add` is `add_block` of one of them.
 // `scales(n, u)` are those of weights from unit u of the count on; finite numbers may follow.
-template <typename W, int N, int R, int kParts, typename Block, typename Scales>
-INLINE void gather_blocks(const Block& block, const Rounded& x, int64_t m, int64_t first, int64_t count,
+template <typename W, int N, int R, int kParts, typename Add, typename Scales>
+INLINE void gather_blocks(const Add& add, const Rounded& x, int64_t m, int64_t first, int64_t count,
                           const Scales& scales, Floats (*acc)[N]) {
   const int64_t ld = padded(x.units);
   const float* own = x.scales + m * ld + first * kParts;
@@ -205,9 +229,8 @@ INLINE void gather_blocks(const Block& block, const Rounded& x, int64_t m, int64
   for (int64_t b = 0; b < count; ++b) {
     const int16_t* at[R];
     UNROLL for (int r = 0; r < R; ++r) at[r] = x.block(m + r, first + b);
-    add_block<N, R, kParts>(
-        [&](int n, int i) INLINE_LAMBDA { return block(n, b, i); }, at,
-        [&](int r, int n, int u) INLINE_LAMBDA { return W::kGrouped ? factors[r][n][b * kParts + u] : own[r * ld + b]; }, sum);
+    add(b, at, [&](int r, int n, int u) INLINE_LAMBDA { return W::kGrouped ? factors[r][n][b * kParts + u] : own[r * ld + b]; },
+        sum);
   }
   UNROLL for (int i = 0; i < R * N; ++i) acc[i / N][i % N] = sum[i / N][i % N];
 }
@@ -242,6 +265,10 @@ INLINE void finish_sums(const Floats* sum, const Packed<N>& w, float* out) {
     UNROLL for (int n = 0; n < N; ++n) out[n] *= *static_cast<const float*>(w.scales[n]);
 }
 
+// Whether one row of x is taken in bytes.
+template <typename W, int kParts>
+constexpr bool kSplit = W::kSplits && kParts == 1;
+
 // Outputs of N rows of weights for one row of x.
 template <typename W, int N, int kParts>
 INLINE void integer_dots(const Product& p, const Packed<N>& w, const Rounded& x, float* out) {
@@ -250,24 +277,37 @@ INLINE void integer_dots(const Product& p, const Packed<N>& w, const Rounded& x,
   UNROLL for (int n = 0; n < N; ++n) acc[0][n] = Floats{};
   for (int64_t first = 0; first < blocks; first += kBlocks) {
     const int64_t count = min(kBlocks, blocks - first);
-    const auto packed = [&](int n, int64_t b, int i) INLINE_LAMBDA { return W::unpack(w.numbers[n] + (first + b) * W::kBytes, i); };
+    const auto add = [&](int64_t b, const int16_t* const* at, const auto& factor, Floats (*sum)[N]) INLINE_LAMBDA {
+      const auto packed = [&](int n) INLINE_LAMBDA { return w.numbers[n] + (first + b) * W::kBytes; };
+      if constexpr (kSplit<W, kParts>) {
+        UNROLL for (int n = 0; n < N; ++n)
+          sum[0][n] += __builtin_convertvector(W::products(packed(n), at[0]), Floats) * factor(0, n, 0);
+      } else {
+        add_block<N, 1, kParts>([&](int n, int i) INLINE_LAMBDA { return W::unpack(packed(n), i); }, at, factor, sum);
+      }
+    };
     if constexpr (!W::kGrouped) {
-      gather_blocks<W, N, 1, kParts>(packed, x, 0, first, count, [](int, int64_t) INLINE_LAMBDA { return Floats{}; }, acc);
+      gather_blocks<W, N, 1, kParts>(add, x, 0, first, count, [](int, int64_t) INLINE_LAMBDA { return Floats{}; }, acc);
     } else {
       if (p.group > kBlock || !w.go_on((first + kBlocks) * kParts)) {
         float scales[N][kUnits];
         widen_all_scales<W, N, kParts>(p, w, first, count, scales);
-        gather_blocks<W, N, 1, kParts>(packed, x, 0, first, count,
+        gather_blocks<W, N, 1, kParts>(add, x, 0, first, count,
                                        [&](int n, int64_t u) INLINE_LAMBDA { return load<kLanes>(scales[n] + u); }, acc);
       } else {
         gather_blocks<W, N, 1, kParts>(
-            packed, x, 0, first, count,
+            add, x, 0, first, count,
             [&](int n, int64_t u) INLINE_LAMBDA { return load<kLanes>(w.group(n) + first * kParts + u); }, acc);
       }
     }
   }
   finish_sums<W, N>(acc[0], w, out);
 }
+
+template <int R>
+struct Rows {
+  constexpr int operator()() const { return R; }
+};
 
 // The same for M rows of x: out[m * N + n].
 template <typename W, int N, int kParts>
@@ -284,13 +324,19 @@ INLINE void many_integer_dots(const Product& p, const Packed<N>& w, const Rounde
           const Shorts weight = W::unpack(w.numbers[n] + (first + b) * W::kBytes, i);
           memcpy(wide[n] + b * kBlock + i * 2 * kLanes, &weight, sizeof(weight));
         }
-    const auto block = [&](int n, int64_t b, int i) INLINE_LAMBDA { return read<Shorts>(wide[n] + b * kBlock + i * 2 * kLanes); };
     float wide_scales[N][kUnits];
     const auto scales = [&](int n, int64_t u) INLINE_LAMBDA { return load<kLanes>(wide_scales[n] + u); };
     if constexpr (W::kGrouped) widen_all_scales<W, N, kParts>(p, w, first, count, wide_scales);
+    const auto gather = [&](auto rows, int64_t m) INLINE_LAMBDA {
+      const auto add = [&](int64_t b, const int16_t* const* at, const auto& factor, Floats (*sum)[N]) INLINE_LAMBDA {
+        add_block<N, rows(), kParts>(
+            [&](int n, int i) INLINE_LAMBDA { return read<Shorts>(wide[n] + b * kBlock + i * 2 * kLanes); }, at, factor, sum);
+      };
+      gather_blocks<W, N, rows(), kParts>(add, x, m, first, count, scales, acc + m);
+    };
     int64_t m = 0;
-    for (; m + 2 <= M; m += 2) gather_blocks<W, N, 2, kParts>(block, x, m, first, count, scales, acc + m);
-    for (; m < M; ++m) gather_blocks<W, N, 1, kParts>(block, x, m, first, count, scales, acc + m);
+    for (; m + kRounded <= M; m += kRounded) gather(Rows<kRounded>(), m);
+    for (; m < M; ++m) gather(Rows<1>(), m);
   }
   for (int64_t m = 0; m < M; ++m) finish_sums<W, N>(acc[m], w, out + m * N);
 }
@@ -333,7 +379,7 @@ __attribute__((noinline)) void integer_outputs(const Product& p, const Rounded& 
 template <typename W, int kParts, typename Finish>
 void integer_product(Parallel run, const Product& p, const float* x, int64_t ldx, int64_t M, float* y, int64_t ldy, float* space,
                      const Finish& finish) {
-  const Rounded rows(space, M, p.inputs, kParts);
+  const Rounded rows(space, M, p.inputs, kParts, kSplit<W, kParts> && M == 1);
   parallel(run, M, max(1, kGrain / p.inputs), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) rows.round(m, x + m * ldx);
   });
@@ -360,15 +406,43 @@ void any_product(Parallel run, const Product& p, const float* x, int64_t ldx, in
   }
 }
 
-// out[c] = number c of a row of weights in few bits.
-template <typename W>
-void widen_row(const Product& p, int64_t row, float* out) {
+INLINE Floats floats_of(const int16_t* p) {
+#if defined(__AVX512F__)  // where gcc would convert eight at a time
+  return same_bits<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(read<__m256i>(p))));
+#elif defined(__AVX2__)
+  return same_bits<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(read<__m128i>(p))));
+#else
+  typedef int16_t Half __attribute__((vector_size(2 * kLanes)));
+  return __builtin_convertvector(read<Half>(p), Floats);
+#endif
+}
+
+// out[k] = number k of a row of weights in few bits.
+template <typename W, typename T>
+void dequantize_row(const Product& p, int64_t row, T* out) {
   const uint8_t* numbers = static_cast<const uint8_t*>(p.weight[0]) + row * p.row_blocks * W::kBytes;
-  const int64_t groups = p.row_blocks * kBlock / p.group;
-  for (int64_t c = 0; c < p.inputs; ++c) {
-    const float scale = W::kGrouped ? widen(static_cast<const BFloat16*>(p.scales[0])[row * groups + c / p.group])
-                                    : static_cast<const float*>(p.scales[0])[row];
-    out[c] = scale * W::value(numbers, c);
+  const BFloat16* scales = static_cast<const BFloat16*>(p.scales[0]) + (W::kGrouped ? row * (p.row_blocks * kBlock / p.group) : 0);
+  const float whole = W::kGrouped ? 0.0f : static_cast<const float*>(p.scales[0])[row];
+  const int shift = p.group >= 4 * kHalfBlock ? 2 : p.group >= 2 * kHalfBlock ? 1 : 0;  // of groups of 128, 64 and 32
+  for (int64_t first = 0; first < p.inputs; first += kBlock, numbers += W::kBytes) {
+    int16_t integers[kBlock];
+    UNROLL for (int i = 0; i < kVectors; ++i) {
+      const Shorts some = W::unpack(numbers, i);
+      memcpy(integers + i * 2 * kLanes, &some, sizeof(some));
+    }
+    float spare[kBlock];
+    const int64_t left = p.inputs - first;
+    UNROLL for (int i = 0; i < 2 * kVectors; ++i) {
+      const int64_t k = i * kLanes;
+      const float scale = W::kGrouped ? widen(scales[(first + k) / kHalfBlock >> shift]) : whole;
+      const Floats value = (floats_of(integers + k) - W::kZero) * scale;
+      if (k + kLanes <= left) narrow(value, out + first + k);
+      else write(spare + k, value);
+    }
+    if (left < kBlock) {
+      const int64_t k = left / kLanes * kLanes;
+      store(spare + k, out + first + k, left - k);
+    }
   }
 }
 

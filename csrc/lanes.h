@@ -70,6 +70,11 @@ INLINE FloatsOf<L> load(const BFloat16* p) {
     return same_bits<FloatsOf<L>>(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 #endif
+#if defined(__AVX512F__)  // where gcc would convert eight at a time
+  if constexpr (L == 16)
+    return same_bits<FloatsOf<L>>(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+#endif
   using V = Vector<L>;
   return same_bits<FloatsOf<L>>(
       __builtin_convertvector(read<typename V::Halves>(p), typename V::Words) << 16);
@@ -131,6 +136,39 @@ INLINE void narrow(float x, Float16* out) {
   }
   out->bits = static_cast<uint16_t>(sign | half);
 #endif
+}
+
+INLINE void narrow(Floats x, float* out) { write(out, x); }
+INLINE void narrow(Floats x, BFloat16* out) {
+  const Words bits = same_bits<Words>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words number = same_bits<Words>(x == x);
+  const Words low = (rounded & number) | (~number & 0x7fc0);
+#if defined(__AVX512F__)
+  const auto halves = _mm512_cvtepi32_epi16(same_bits<__m512i>(low));
+#else
+  const auto halves = __builtin_convertvector(low, Vector<kLanes>::Halves);
+#endif
+  memcpy(out, &halves, sizeof(halves));
+}
+INLINE void narrow(Floats x, Float16* out) {
+#if defined(__F16C__)
+  constexpr int kRound = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(__AVX512F__)
+  const auto halves = _mm512_cvtps_ph(same_bits<__m512>(x), kRound);
+#else
+  const auto halves = _mm256_cvtps_ph(same_bits<__m256>(x), kRound);
+#endif
+  memcpy(out, &halves, sizeof(halves));
+#else
+  for (int l = 0; l < kLanes; ++l) narrow(x[l], out + l);
+#endif
+}
+
+template <typename T>
+INLINE void store(const float* from, T* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) narrow(load<kLanes>(from + i), to + i);
+  for (; i < count; ++i) narrow(from[i], to + i);
 }
 
 // Sums of lanes in pairs, which errs less than one after the other.

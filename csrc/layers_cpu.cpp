@@ -55,6 +55,21 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
   return out;
 }
 
+// Rows of a weight in few bits, from row `first` on, into out [rows, K].
+void dequantize(const Tensor& values, const Tensor& scales, int64_t first, const Tensor& out, int64_t max_lanes) {
+  const Number number = number_of(out.scalar_type());
+  if (out.dim() != 2 || out.size(1) < 1 || !out.is_contiguous() || !out.is_cpu())
+    refuse("out is ", shape(out), ", but must be contiguous and have two axes on the CPU");
+  const std::vector<Tensor> given = {scales};
+  Scales of_weight{given, 0};
+  const Reader read{out.scalar_type(), -1};
+  Product p{};
+  read_weight(read, p, 0, values, of_weight, read.rows_of(values, "weight"), out.size(1), "weight");
+  if (!p.scales[0]) refuse("weight is ", shape(values), ", which is not in few bits");
+  if (first < 0 || first > p.outputs - out.size(0)) refuse("rows ", first, " to ", first + out.size(0), " are not among ", p.outputs);
+  lanes_of(lanes(max_lanes)).dequantize(p, first, out.size(0), number, out.mutable_data_ptr(), run_parallel);
+}
+
 Tensor likeliest(const Tensor& logits, int64_t max_lanes) {
   if (!(logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == ScalarType::Float && logits.is_cpu() &&
         (logits.stride(1) == 1 || logits.size(1) == 1)))
@@ -182,6 +197,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, int window, Tensor? starts,"
       " int max_lanes=0) -> Tensor");
+  m.def("dequantize(Tensor values, Tensor scales, int first, Tensor(a!) out, int max_lanes=0) -> ()");
   m.def("gelu(Tensor(a!) x, int max_lanes=0) -> ()");
   m.def("statistics(Tensor[] logits, Tensor targets, int max_lanes=0) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("likeliest(Tensor logits, int max_lanes=0) -> Tensor");
@@ -191,6 +207,7 @@ STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("gelu", TORCH_BOX(&gelu));
   m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("likeliest", TORCH_BOX(&likeliest));

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from .reference import embed, layer_norm, sample
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of x, that the extension takes: torch's GEMM is faster with more, and where it has instructions for halves with fewer of them
 ROWS = {dtype: 32 if dtype is torch.float32 or dtype in widened.DTYPES else 16 for dtype in DTYPES}
+_PACKED_ROWS = 64  # the same for weights in few bits; without such instructions there is no end
 
 __all__ = [
     "attention",
@@ -148,7 +149,8 @@ def _takes(x: Tensor, weight: Weight) -> bool:
     if not x.is_contiguous() or not x.numel() or torch.jit.is_tracing():
         return False
     if isinstance(weight, QuantizedWeight):
-        return _is_ours(x)
+        few = x.numel() <= _PACKED_ROWS * weight.shape[1]
+        return _is_ours(x) and (few or x.dtype is torch.float32 or x.dtype in widened.DTYPES)
     return (
         x.dtype is weight.dtype
         and x.dtype in DTYPES
@@ -157,16 +159,18 @@ def _takes(x: Tensor, weight: Weight) -> bool:
     )
 
 
-def _widens(weight: Weight, x: Tensor) -> TypeGuard[Tensor]:
-    """Whether this CPU multiplies a dtype so slowly that float32 copies are faster."""
-    return x.dtype in widened.DTYPES and isinstance(weight, Tensor) and weight.dtype is x.dtype
+def _copies(weight: Weight, x: Tensor) -> bool:
+    """Whether a layer that the extension does not take is computed over copies of the weight, piece by piece."""
+    if isinstance(weight, QuantizedWeight):
+        return _is_ours(x)
+    return x.dtype in widened.DTYPES and weight.dtype is x.dtype
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x @ weight.T. x: [..., K]; weight: [N, K]; returns [..., N]."""
     if _takes(x, weight):
         return _linear(x, weight, None, None, None, None, 0.0, False)
-    return widened.linear(x, weight) if _widens(weight, x) else quantized.linear(x, weight)
+    return widened.linear(x, weight) if _copies(weight, x) else quantized.linear(x, weight)
 
 
 def _linear(x: Tensor, weight: Weight, *others: Tensor | float | bool | None) -> Tensor:
@@ -181,7 +185,7 @@ def norm_linear(
     if _takes(x, weight):
         return _linear(x, weight, bias, None, norm_weight, norm_bias, eps, gelu)
     y = layer_norm(x, norm_weight, norm_bias, eps)
-    if _widens(weight, x):
+    if _copies(weight, x):
         return widened.linear(y, weight, bias, gelu=gelu)
     y = quantized.linear(y, weight, bias)
     if gelu and _is_ours(y):
@@ -251,7 +255,7 @@ def linear_add(x: Tensor, weight: Weight, bias: Tensor, residual: Tensor) -> Ten
     """As `reference.linear_add`."""
     if _takes(x, weight) and residual.is_contiguous() and residual.dtype is x.dtype:
         return _linear(x, weight, bias, residual, None, None, 0.0, False)
-    if _widens(weight, x):
+    if _copies(weight, x):
         return widened.linear(x, weight, bias, residual=residual)
     return reference.linear_add(x, weight, bias, residual)
 
@@ -260,7 +264,7 @@ def lm_head(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Weight, e
     """As `reference.lm_head`, without its padding, which only kernels want."""
     if _takes(x, weight):
         return _linear(x, weight, None, None, norm_weight, norm_bias, eps, False).float()
-    if _widens(weight, x):
+    if _copies(weight, x):
         return widened.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, dtype=torch.float32)
     return reference.lm_head(x, norm_weight, norm_bias, weight, eps)
 
@@ -278,7 +282,7 @@ def logprob(x: Tensor, weight: Weight, targets: Tensor) -> tuple[Tensor, Tensor,
         if _takes(piece, weight) or not isinstance(weight, Tensor):
             logits = [linear(piece, weight)]
         else:
-            product = partial(widened.linear, dtype=torch.float32) if _widens(weight, piece) else linear
+            product = partial(widened.linear, dtype=torch.float32) if _copies(weight, piece) else linear
             logits = [product(piece, some) for some in weight.split(_COLUMNS)]
         found.append(statistics(logits, own))
     own, rank, entropy, variance = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -1,7 +1,7 @@
-"""Linear layers of many rows in half precision on a CPU that cannot multiply it: over float32 copies of the weights, in pieces.
+"""Linear layers of many rows over copies of the weights in pieces: of halves that a CPU cannot multiply, and of few bits.
 
 Without instructions for a dtype (AMX, AVX512-BF16 and the like) torch multiplies its matrices several times slower than those
-of float32. No backward.
+of float32. Weights in few bits become the dtype that is multiplied. No backward.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PIECE = 1 << 20  # weights that are float32 at one time: 4 MB, which a cache holds
+from .quantized import Weight
+
+_PIECE = 1 << 20  # weights that are copied at one time: 4 MB of float32, which a cache holds
 
 
 def _cannot_multiply(question: str) -> bool:
@@ -27,28 +29,47 @@ DTYPES = frozenset(
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     gelu: bool = False,
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias, then gelu_new, then + residual, in float32 until it is stored.
+    """x @ weight.T + bias, then gelu_new, then + residual.
+
+    Products are of float32 where `DTYPES` has the dtype of x, and then all is float32 until it is stored; else of that dtype.
 
     Args:
-        x: [..., K]. weight: [N, K]. bias: [N]. residual: [..., N].
+        x: [..., K]. weight: [N, K]; in few bits only where the extension is. bias: [N]. residual: [..., N].
         dtype: of the result; None for that of x.
 
     Returns:
         [..., N]
     """
     N, K = weight.shape
-    out = x.new_empty(*x.shape[:-1], N, dtype=x.dtype if dtype is None else dtype)
-    wide, step = x.float(), N if torch.compiler.is_compiling() else max(1, _PIECE // max(1, K))
+    wide, dtype = x.float() if x.dtype in DTYPES else x, x.dtype if dtype is None else dtype
+    step = N if torch.compiler.is_compiling() else max(1, _PIECE // max(1, K))
+    if step >= N:
+        return _piece(wide, weight, slice(None), bias, gelu, residual).to(dtype)
+    out = x.new_empty(*x.shape[:-1], N, dtype=dtype)
     for i in range(0, N, step):
-        columns = slice(i, i + step)
-        y = F.linear(wide, weight[columns].float(), None if bias is None else bias[columns].float())
-        y = F.gelu(y, approximate="tanh") if gelu else y
-        out[..., columns] = y if residual is None else y + residual[..., columns]
+        out[..., i : i + step] = _piece(wide, weight, slice(i, i + step), bias, gelu, residual)
+    return out
+
+
+def _piece(x: Tensor, weight: Weight, columns: slice, bias: Tensor | None, gelu: bool, residual: Tensor | None) -> Tensor:
+    """Some columns of the result, in the dtype of x unless the residual's is wider."""
+    y = F.linear(x, _copy(weight, columns, x.dtype), None if bias is None else bias[columns].to(x.dtype))
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    return y if residual is None else y + residual[..., columns]
+
+
+def _copy(weight: Weight, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Some rows of a weight in another dtype."""
+    if isinstance(weight, Tensor):
+        return weight[rows].to(dtype)
+    first, last, _ = rows.indices(weight.shape[0])
+    out = weight.scales.new_empty(last - first, weight.shape[1], dtype=dtype)
+    torch.ops.gptneo_fast_csrc.dequantize.default(weight.values, weight.scales, first, out)
     return out

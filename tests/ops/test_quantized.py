@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gptneo_fast.errors import InputError
-from gptneo_fast.ops import cpu, extension, quantized, reference
+from gptneo_fast.ops import cpu, extension, quantized, reference, widened
 from gptneo_fast.ops.quantized import GROUPS, Format, QuantizedWeight
 from gptneo_fast.ops.testing import EPS
 from tests.ops.test_cpu import LANES, lanes, random  # noqa: F401 (a fixture)
@@ -93,7 +93,8 @@ def allowed(x, weight, exact):
         *((200, 18, dtype) for dtype in cpu.DTYPES if dtype is not torch.float32),
     ],
 )
-def test_products_are_those_of_what_the_weight_stands_for(K, N, how, dtype, lanes):  # noqa: F811
+def test_products_are_those_of_what_the_weight_stands_for(K, N, how, dtype, lanes, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(cpu, "_PACKED_ROWS", 100)
     weight = QuantizedWeight.of(random(N, K, seed=1) * K**-0.5, how)
     exact_weight = weight.dequantize(torch.float64)
     x = random(67, K, seed=2).to(dtype)
@@ -107,6 +108,46 @@ def test_products_are_those_of_what_the_weight_stands_for(K, N, how, dtype, lane
     for rows in (1, 2, 3, 64):  # a row's bits do not depend on its company
         assert torch.equal(cpu.linear(x[3 : 3 + rows].contiguous(), weight), got[3 : 3 + rows])
         assert torch.equal(cpu.linear(x[:rows].contiguous(), weight), got[:rows])
+
+
+@compiled
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("K", [64, 33, 200, 768])
+def test_the_extension_gives_the_numbers_that_the_words_say(K, dtype, how, lanes):  # noqa: F811
+    weight = QuantizedWeight.of(random(11, K), how)
+    out = torch.empty(5, K, dtype=dtype)
+    torch.ops.gptneo_fast_csrc.dequantize.default(weight.values, weight.scales, 4, out, lanes)
+    assert torch.equal(out, weight.dequantize(dtype)[4:9])
+
+
+@compiled
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_rows_are_multiplied_in_halves_where_a_cpu_does_so(dtype, how, monkeypatch):
+    """Over copies of a few rows of the weight; fewer rows of x stay with the integers."""
+    rows, K, N = 80, 200, 97
+    monkeypatch.setattr(widened, "DTYPES", frozenset())
+    monkeypatch.setattr(widened, "_PIECE", 10 * K)
+    weight, bias = QuantizedWeight.of(random(N, K, seed=1) * K**-0.5, how), random(N, seed=3).to(dtype)
+    x, other = random(rows, K, seed=2).to(dtype), random(rows, N, seed=4).to(dtype)
+    asked, dequantize = [], torch.ops.gptneo_fast_csrc.dequantize.default
+    spy = type("Spy", (), {"default": staticmethod(lambda *args: asked.append(args[2]) or dequantize(*args))})
+    monkeypatch.setattr(torch.ops.gptneo_fast_csrc, "dequantize", spy)
+    norm = (torch.ones(K, dtype=dtype), torch.zeros(K, dtype=dtype))
+    for name, args in (
+        ("norm_linear", (x, *norm, weight, bias, EPS, True)),
+        ("linear_add", (x, weight, bias, other)),
+        ("lm_head", (x, *norm, weight, EPS)),
+    ):
+        asked.clear()
+        got, want = getattr(cpu, name)(*args), getattr(reference, name)(*args)
+        assert asked == list(range(0, N, 10)) and got.dtype is want.dtype
+        assert (got - want[..., :N]).double().norm() <= torch.finfo(dtype).eps * want.double().norm(), name
+    asked.clear()
+    cpu.linear(x[:64].contiguous(), weight)
+    cpu.linear(x.float(), weight)
+    assert asked == []
 
 
 @compiled
@@ -194,6 +235,17 @@ def test_tensors_that_do_not_fit_are_refused():
     ):
         with pytest.raises(RuntimeError, match=f"gptneo_fast_csrc: .*{message}"):
             linear(x, values, None, None, None, None, EPS, False, scales)
+    dequantize = torch.ops.gptneo_fast_csrc.dequantize.default
+    for values, first, out, message in (
+        (torch.ones(4, 70), 0, torch.empty(4, 70), "not in few bits"),
+        (weight.values, 1, torch.empty(4, 70), "rows 1 to 5 are not among 4"),
+        (weight.values, -1, torch.empty(4, 70), "rows -1 to 3"),
+        (weight.values, 0, torch.empty(4, 129), "4 rows of 129 numbers"),
+        (weight.values, 0, torch.empty(4, 140)[:, ::2], "must be contiguous"),
+        (weight.values, 0, torch.empty(4, 70, dtype=torch.float64), "Double"),
+    ):
+        with pytest.raises(RuntimeError, match=f"gptneo_fast_csrc: .*{message}"):
+            dequantize(values, weight.scales, first, out)
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
