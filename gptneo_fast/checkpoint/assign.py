@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, warn_once
 from ..network import quantized
 from ..network.quantized import QuantizedEmbedding
-from ..ops.quantized import Format, QuantizedWeight
+from ..ops.quantized import Format, QuantizedWeight, memory
 from .fill import Copier, copier_for
 from .shapes import check_shapes, layers_hint, some
 from .weight_file import Stored
@@ -90,21 +90,24 @@ def load_into(
     copier = copier_for(device, check_finite)
     dtype = dtype or next((tensor.dtype for key, tensor in plan.taken.items() if key not in packed), None)
     places = _places(model) if quantize else set()
-    small = [key for key in plan.taken if not places.isdisjoint(owners[key])]
-    new: dict[str, Tensor | QuantizedWeight] = {
-        key: torch.empty(tensor.shape, dtype=packed.get(key, dtype), device=device)
+    few = [key for key in plan.taken if not places.isdisjoint(owners[key])]
+    read = [key for key, tensor in plan.taken.items() if len(tensor.shape) == 2 and key != "wpe.weight"]  # by every step
+    like = {
+        key: QuantizedWeight.empty(tensor.shape, quantize, "meta")
+        if quantize and key in few
+        else torch.empty(tensor.shape, dtype=packed.get(key, dtype), device="meta" if key in read else device)
         for key, tensor in plan.taken.items()
-        if key not in small
     }
+    new = like | dict(zip(read, memory((like[key] for key in read), device), strict=True))
     copier.fill_all((plan.taken[key], value) for key, value in new.items() if isinstance(value, Tensor))
-    for key in small:
-        assert quantize is not None
+    for key in few:
         stored = plan.taken[key]
         whole = torch.empty(stored.shape, dtype=stored.dtype, device=device)
         copier.fill_all([(stored, whole)])
         if key == "wte.weight":
             _check_tied(copier, plan.heads, {key: whole}, where, strict)
-        new[key] = QuantizedWeight.of(whole, quantize)
+        if isinstance(weight := new[key], QuantizedWeight):
+            weight.fill(whole)
     _check_tied(copier, plan.heads, new, where, strict)
     for key in report.missing_keys:
         made = held[key].detach()

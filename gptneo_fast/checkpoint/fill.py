@@ -6,9 +6,6 @@ check to the conversion, so that each byte of the file crosses memory once.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +22,6 @@ BLOCK = 1 << 18  # elements; of float32 a megabyte, which the second-level cache
 STAGE = 16 << 20  # bytes of each of the two pinned buffers
 WORKERS = 4  # threads at most; reading from memory is bound by it sooner
 _STARTING = threading.Lock()
-_HUGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14  # bytes; of Linux' madvise
 
 
 class Copier:
@@ -59,7 +55,6 @@ class Copier:
             if stored.strides is not None:
                 self._fill_strided(stored, target)
                 return
-            ask_for_huge_pages(target)
             direct = stored.dtype == target.dtype
             own = None if direct else torch.empty(BLOCK, dtype=stored.dtype, device="cpu")
             for first, part in _parts(target, BLOCK):
@@ -204,26 +199,6 @@ def _parts(target: Tensor, count: int) -> Iterable[tuple[int, Tensor]]:
     """`target` in flat pieces of `count` elements, each with the place of its first."""
     flat = target.view(-1)
     return ((first, flat[first : first + count]) for first in range(0, flat.numel(), count))
-
-
-def ask_for_huge_pages(target: Tensor) -> None:
-    """Have the kernel map a CPU tensor's memory, before it is written, by pages of 2 MB where it gives them: a decode step that
-    reads all weights then misses fewer translations of addresses. Nothing changes but speed."""
-    begin, madvise = target.data_ptr(), _madvise()
-    first = -(-begin // _HUGE_PAGE) * _HUGE_PAGE
-    size = (begin + target.nbytes) // _HUGE_PAGE * _HUGE_PAGE - first
-    if madvise is not None and size > 0:
-        madvise(first, size, _MADV_HUGEPAGE)  # what it refuses stays as it is
-
-
-@functools.cache
-def _madvise() -> Any:
-    """The C library's, on Linux."""
-    if sys.platform != "linux":
-        return None
-    found = ctypes.CDLL(None).madvise
-    found.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    return found
 
 
 def _strided(stored: Stored) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from ..config import GPTNeoConfig
 from ..errors import ConfigError, InputError, short
 from ..network import decoding, quantized
+from ..ops import quantized as ops
 from ..ops.quantized import GROUPS, Format, QuantizedWeight
 from . import calibration
 
@@ -125,9 +126,7 @@ def asked(config: GPTNeoConfig, quantize: str | None) -> tuple[Format | None, Fo
 def prepare(model: Any, how: Format, device: str = "meta") -> None:
     """Have a model without memory wait for weights in few bits."""
     for old, modules in _by_weight(model):
-        (N, K), dtypes = old.shape, how.dtypes
-        values, scales = (torch.empty(s, dtype=d, device=device) for s, d in zip(how.shapes(N, K), dtypes, strict=True))
-        weight = QuantizedWeight(values, scales, K, how)
+        weight = QuantizedWeight.empty(old.shape, how, device)
         for module in modules:
             quantized.convert(module, weight)
 
@@ -152,11 +151,23 @@ def quantize_model(model: Any, how: Format, calibrate: Iterable[str | list[int] 
     decoding.forget(model.base_model)
     if calibrate is not None:
         calibration.quantize_blocks(model, how, calibrate)
-    for old, modules in _by_weight(model):
-        weight = QuantizedWeight.of(old, how)
+    plain = _by_weight(model)[::-1]
+    memory = _memory([old for old, _ in plain], how)
+    while plain:
+        (old, modules), weight = plain.pop(), memory.pop()
         for module in modules:
             quantized.convert(module, weight)
+        weight.fill(old)
+        del old  # which nothing holds any more
     model.config.quantization_config = described(how)
+
+
+def _memory(plain: list[nn.Parameter], how: Format) -> list[QuantizedWeight]:
+    """For these, in that order."""
+    found: list[Any] = []
+    for device, some in itertools.groupby(plain, lambda weight: weight.device):
+        found += ops.memory((QuantizedWeight.empty(weight.shape, how, "meta") for weight in some), device)
+    return found
 
 
 def dequantize_model(model: Any) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +20,11 @@ from ..errors import DeviceError, InputError
 
 LIBRARY = Path(__file__).parents[1] / "_csrc.so"
 REPORT = Path(__file__).parents[1] / "_csrc.json"
-_SHAPE_RULES = {
+_SHAPE_RULES: dict[str, Callable[..., Any]] = {
     "kv_append": lambda *_: None,
     "linear": lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    "dequantize": lambda *_: None,
+    "large_pages": lambda like: [t.new_empty(t.shape) for t in like],
     "likeliest": lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
 }
 _LOADING = threading.Lock()
@@ -66,6 +70,16 @@ def why_not_on(device: torch.device) -> str | None:
     if reason is None and device.type != "cpu":
         return f"it serves the CPU and CUDA, not {device.type}"
     return reason
+
+
+def memory(like: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Tensors without values, of the shapes and dtypes of these, to hold weights: on the CPU in pages of 2 MB where the system
+    gives them, so that a decode step, which reads all weights, misses fewer translations of addresses."""
+    if torch.device(device).type == "cpu" and why_not() is None:
+        shapes = [torch.empty((), dtype=t.dtype, device="cpu").expand(t.shape) for t in like]  # what is on "meta" gives such
+        made: list[Tensor] = torch.ops.gptneo_fast_csrc.large_pages.default(shapes)
+        return made
+    return [torch.empty(t.shape, dtype=t.dtype, device=device) for t in like]
 
 
 def status() -> str:

@@ -14,7 +14,7 @@ bytes, by 10 %.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import is_int
 from ..errors import InputError, short
+from . import extension
 
 BLOCK = 64  # numbers of a row that lie together
 GROUPS = (32, 64, 128)
@@ -99,7 +100,19 @@ class QuantizedWeight(nn.Module):
     @staticmethod
     def of(weight: Tensor, how: Format) -> QuantizedWeight:
         """The weight [N, K] rounded, see `quantize`."""
-        return QuantizedWeight(*quantize(weight, how), weight.shape[1], how)
+        return QuantizedWeight.empty(weight.shape, how, weight.device).fill(weight)
+
+    @staticmethod
+    def empty(shape: Sequence[int], how: Format, device: torch.device | str) -> QuantizedWeight:
+        """The memory of a weight [N, K]."""
+        N, K = shape
+        values, scales = (torch.empty(s, dtype=d, device=device) for s, d in zip(how.shapes(N, K), how.dtypes, strict=True))
+        return QuantizedWeight(values, scales, K, how)
+
+    def fill(self, weight: Tensor) -> QuantizedWeight:
+        """Become the weight [N, K] rounded, see `quantize`; returns itself."""
+        quantize(weight, self.how, (self.values, self.scales))
+        return self
 
     def __getattr__(self, name: str) -> Any:
         """As torch's, with the way out: libraries ask a weight for `data` to change it."""
@@ -149,6 +162,17 @@ class QuantizedWeight(nn.Module):
         return super()._apply(lambda t: fn(t.view(as_int[t.dtype])).view(t.dtype) if t is scales else fn(t), recurse)
 
 
+def memory(like: Iterable[Tensor | QuantizedWeight], device: torch.device) -> list[Tensor | QuantizedWeight]:
+    """Of tensors and of weights in few bits as these on the meta device, without values; as `extension.memory`."""
+    wanted = list(like)
+    parts = [t for one in wanted for t in ([one] if isinstance(one, Tensor) else one.buffers())]
+    made = iter(extension.memory(parts, device))
+    return [
+        next(made) if isinstance(one, Tensor) else QuantizedWeight(next(made), next(made), one.shape[1], one.how)
+        for one in wanted
+    ]
+
+
 Weight = Tensor | QuantizedWeight  # what the ops take where a linear layer or an embedding has its weight
 
 
@@ -189,17 +213,14 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def quantize(weight: Tensor, how: Format) -> tuple[Tensor, Tensor]:
-    """(integers as they lie in memory, scales) of a weight [N, K]: for each group the scale of the least squared error.
+def quantize(weight: Tensor, how: Format, out: tuple[Tensor, Tensor]) -> None:
+    """Round a weight [N, K] into `out`, integers as they lie in memory and scales: each group's of the least squared error.
 
     Raises:
         InputError: NaN or infinite numbers.
     """
     N, K = weight.shape
-    (_, width), (_, groups) = how.shapes(N, K)
-    dtype, scale_dtype = how.dtypes
-    values = torch.empty(N, width, dtype=dtype, device=weight.device)
-    scales = torch.empty(N, groups, dtype=scale_dtype, device=weight.device)
+    values, scales = out
     for i in range(0, N, step := max(1, _PIECE // max(1, K))):
         part = grouped(weight[i : i + step].detach().float(), how)
         if not bool(part.isfinite().all()):
@@ -207,7 +228,6 @@ def quantize(weight: Tensor, how: Format) -> tuple[Tensor, Tensor]:
         scale = best_scales(part, how)
         values[i : i + step] = pack(rounded(part, scale, how), how)
         scales[i : i + step] = scale
-    return values, scales
 
 
 def grouped(weight: Tensor, how: Format) -> Tensor:

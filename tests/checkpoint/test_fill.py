@@ -1,9 +1,12 @@
 """Memory while loading, the order of things in the CUDA copier, and what a load in threads must keep."""
 
 import contextlib
+import copy
+import gc
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ import gptneo_fast
 from gptneo_fast.checkpoint import fill as copying, safetensors
 from gptneo_fast.checkpoint.weight_file import WeightFile
 from gptneo_fast.errors import CheckpointError
+from gptneo_fast.ops import extension
 from tests.support.peers import SMALL
 
 Causal = gptneo_fast.GPTNeoForCausalLM
@@ -65,13 +69,48 @@ def flags_of_memory(address):
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages")
-def test_large_tensors_ask_for_huge_pages(tmp_path):
-    model = Causal(gptneo_fast.GPTNeoConfig(**SMALL).replace(vocab_size=300_000))  # 38 MB: memory of its own
+@pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
+@pytest.mark.parametrize("how", [{}, {"quantize": "int8"}, {"quantize": "int4"}], ids=str)
+def test_weights_lie_together_in_huge_pages(tmp_path, how):
+    """Also those that are smaller than one."""
+    shape = {"hidden_size": 256, "num_layers": 4, "attention_types": [[["global", "local"], 2]], "vocab_size": 9000}
+    model = Causal(gptneo_fast.GPTNeoConfig(**SMALL | shape))
     model.save_pretrained(tmp_path)
-    weight = Causal.from_pretrained(tmp_path).transformer.wte.weight
-    assert torch.equal(weight, model.transformer.wte.weight)
-    assert "hg" in flags_of_memory(weight.data_ptr() + weight.nbytes // 2)
-    copying.ask_for_huge_pages(torch.ones(10))  # smaller than a page
+    loaded = Causal.from_pretrained(tmp_path, **how)
+    for found in (loaded, model.quantize_(how["quantize"]) if how else loaded):
+        named = [*found.named_parameters(), *found.named_buffers()]
+        held = [t for name, t in named if t.dim() == 2 and not name.endswith(("wpe.weight", "scales"))]
+        assert len(held) == 1 + 4 * 6
+        asked = [t for t in held if "hg" in flags_of_memory(t.data_ptr())]
+        assert len(asked) == len(held)
+        pages = {t.data_ptr() >> 21 for t in held}
+        assert len(pages) <= 1.2 * sum(t.nbytes for t in held) / (1 << 21) + 2
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+        assert len(storages) == len(held) and sum(storages.values()) == sum(t.nbytes for t in held)
+
+
+@pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
+def test_weights_outlive_their_neighbours_and_can_be_sent_to_other_processes(tmp_path):
+    want = Causal(gptneo_fast.GPTNeoConfig(**SMALL))
+    want.save_pretrained(tmp_path)
+    one = Causal.from_pretrained(tmp_path).transformer.wpe.weight  # the model is gone
+    gc.collect()
+    assert torch.equal(one, want.transformer.wpe.weight) and one.data_ptr() % 64 == 0
+    shared = Causal.from_pretrained(tmp_path).share_memory()
+    assert shared.transformer.wte.weight.is_shared()
+    copies = copy.deepcopy(shared), pickle.loads(pickle.dumps(shared)), shared.to(torch.float64)
+    for other in copies:
+        assert all(torch.equal(other.get_parameter(n).float(), p) for n, p in want.named_parameters())
+
+
+def test_memory_is_asked_for_like_tensors_of_any_shape():
+    like = [
+        torch.empty(s, dtype=d, device="meta") for s, d in (((), torch.int8), ((0, 3), torch.float32), ((2, 0), torch.float32))
+    ]
+    like += [torch.empty(40 << 18, 4, device="meta"), torch.empty(3, 5, 7, dtype=torch.bfloat16, device="meta")]
+    for made, wanted in zip(extension.memory(like, "cpu"), like, strict=True):
+        assert made.shape == wanted.shape and made.dtype is wanted.dtype and made.is_contiguous() and made.device.type == "cpu"
+        made.fill_(1)
 
 
 def test_a_load_under_inference_mode_or_another_default_device(tmp_path):

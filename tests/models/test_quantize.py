@@ -100,14 +100,14 @@ def test_an_untied_head_is_kept_for_itself(name, tmp_path):
 def test_no_more_than_one_tensor_of_floats_is_held_while_loading(monkeypatch):
     gc.collect()
     before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
-    held, known = [], QuantizedWeight.of
+    held, known = [], QuantizedWeight.fill
 
-    def of(weight, how):
+    def fill(self, weight):
         mine = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and id(t) not in before and not t.is_meta]
         held.append(sum(t.numel() for t in mine if t.dim() == 2 and t.is_floating_point() and t.dtype is weight.dtype))
-        return known(weight, how)
+        return known(self, weight)
 
-    monkeypatch.setattr(QuantizedWeight, "of", of)
+    monkeypatch.setattr(QuantizedWeight, "fill", fill)
     model = gptneo_fast.load(FOLDER, quantize="int4")
     largest, positions = model.transformer.wte.weight.shape.numel(), model.transformer.wpe.weight.numel()
     assert len(held) == 1 + 6 * len(model.transformer.h)

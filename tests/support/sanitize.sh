@@ -16,7 +16,7 @@ export CXX="g++ -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefi
 grep -q "built for the CPU only" build.log || { cat build.log; exit 1; }
 torch=$("$python" -c 'import torch; print(torch.__path__[0])')
 flags="-std=c++17 -fPIC -Wno-psabi -DTORCH_TARGET_VERSION=0x020b000000000000 -DGPTNEO_FAST_CUDA -isystem $torch/include"
-$CXX $flags -shared -I tests/support/cuda_on_host csrc/binding.cpp csrc/decode_cpu.cpp csrc/layers_cpu.cpp build/temp*/decode_lanes.cpp.*.o \
+$CXX $flags -shared -I tests/support/cuda_on_host csrc/binding.cpp csrc/decode_cpu.cpp csrc/large_pages.cpp csrc/layers_cpu.cpp build/temp*/decode_lanes.cpp.*.o \
   tests/support/cuda_on_host/kv_append_cpu.cpp -L "$torch/lib" -lc10 -ltorch_cpu -o cuda_on_host.so
 # ThreadSanitizer does not know torch's OpenMP, so the threads are of the standard library and there is no torch.
 for lanes in "4" "8 -mavx2 -mfma -mf16c"; do
