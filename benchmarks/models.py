@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import functools
+import tempfile
 from typing import Any
 
 import torch
@@ -68,6 +69,13 @@ def ours_of(
     return model.eval()
 
 
+def loaded(model: gptneo_fast.GPTNeoForCausalLM, **how: Any) -> gptneo_fast.GPTNeoForCausalLM:
+    """A model as `load` gives it, where its weights lie in memory included."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return gptneo_fast.load(folder, **how)
+
+
 @functools.lru_cache(maxsize=2)
 def pair(shape: str, dtype: torch.dtype) -> tuple[Any, gptneo_fast.GPTNeoForCausalLM]:
     """(transformers' model on its eager path, ours), with equal weights: random ones, but for the model that is embedded."""
@@ -76,4 +84,4 @@ def pair(shape: str, dtype: torch.dtype) -> tuple[Any, gptneo_fast.GPTNeoForCaus
         return ours.to_transformers().eval(), ours
     config = config_of(shape)
     theirs = peer_of(config, dtype)
-    return theirs, ours_of(theirs, config, dtype)
+    return theirs, loaded(ours_of(theirs, config, dtype), dtype=dtype)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import gptneo_fast
-from benchmarks.models import config_of, randomise
+from benchmarks.models import config_of, loaded, randomise
 from benchmarks.tables import RESULTS, ROOT, instructions
 from gptneo_fast.demo import FOLDER
 
@@ -113,8 +113,8 @@ def speed(shape: str) -> list[dict[str, Any]]:
     plain = gptneo_fast.GPTNeoForCausalLM(config_of(shape)).eval()
     randomise(plain)
     ids = torch.randint(0, plain.config.vocab_size, (1, PROMPT))
-    models = {"bfloat16": copy.deepcopy(plain).to(torch.bfloat16)}
-    models |= {name: copy.deepcopy(plain).quantize_(name).to(torch.bfloat16) for name in ("int8", "int4")}
+    models = {"bfloat16": loaded(plain, dtype=torch.bfloat16)}
+    models |= {name: loaded(plain, quantize=name, dtype=torch.bfloat16) for name in ("int8", "int4")}
     del plain
     checked = {name: check(model, ids[:, :64]) for name, model in models.items() if name != "bfloat16"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.models import DTYPES
 from gptneo_fast.ops import cpu, extension
+from gptneo_fast.ops.quantized import Format
 from gptneo_fast.tools.bench import step_bytes
 
 BYTES, PASSES = 1 << 30, 4
@@ -38,12 +41,27 @@ def read_rate(threads: int) -> float:
     return best
 
 
-def beside_floor(config: Any, dtype: torch.dtype, context: int, step: float, rate: float) -> dict[str, float]:
+def read_by_step(config: Any, dtype: str, context: int) -> int:
+    """Bytes that a decode step of one text must read.
+
+    Args:
+        config: of the model. dtype: "fp32", ...; "int8" or "int4" for weights of layers and head, all else in bfloat16.
+        context: tokens in the cache.
+    """
+    if dtype in DTYPES:
+        return step_bytes(config, DTYPES[dtype], 1, context)
+    C, F, how = config.hidden_size, config.ffn_size, Format.of(dtype)
+    layers = [(C, C)] * 4 + [(F, C), (C, F)]
+    weights = layers * config.num_layers + [(config.vocab_size, C)]
+    kept = [math.prod(s) * d.itemsize for N, K in weights for s, d in zip(how.shapes(N, K), how.dtypes, strict=True)]
+    return step_bytes(config, torch.bfloat16, 1, context) + sum(kept) - 2 * sum(N * K for N, K in weights)
+
+
+def beside_floor(config: Any, dtype: str, context: int, step: float, rate: float) -> dict[str, float]:
     """What a row says of a decode step of one text.
 
     Args:
-        config: of the model; dtype: of its weights, keys and values. context: tokens in the cache.
-        step: seconds that were measured. rate: bytes per second.
+        config, dtype, context: as for `read_by_step`. step: seconds that were measured. rate: bytes per second.
     """
-    floor = step_bytes(config, dtype, 1, context) / rate
+    floor = read_by_step(config, dtype, context) / rate
     return {"step_ms": step * 1e3, "floor_ms": floor * 1e3, "share_of_floor": floor / step, "read_gb_per_s": rate / 1e9}

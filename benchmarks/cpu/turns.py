@@ -54,6 +54,24 @@ def leaves(ours: Any, got: Tensor, expected: Tensor, new: int, coarse: torch.dty
     return int((got != expected)[0].nonzero()[0]) - T
 
 
+def beside_rounding(ours: Any, rounded: Any, got: Tensor, new: int) -> float:
+    """By how much float64 prefers other tokens than those of a runtime that rounds weights, in the largest error of the logits
+    of a token with weights rounded in our way; the largest of the new tokens.
+
+    Args:
+        ours, rounded: our model, and the same in few bits. got: int64 [1, T + new].
+    """
+    T = got.shape[1] - new
+    ids = got[:, :-1]
+    exact, few = (
+        model(ids, logits_to_keep=new).logits[0].double() for model in (twin(ours, torch.float64), rounded)
+    )  # [new, V]
+    errors = (few - exact).abs().amax(1)
+    exact[:, ours.config.eos_token_id] = -torch.inf
+    margins = exact.amax(1) - exact.gather(1, got[0, T:, None])[:, 0]
+    return float((margins / errors).max())
+
+
 @functools.cache
 def check_tokens(shape: str, dtype: str, context: int, new: int) -> None:
     """Ours are those of transformers, or all of them are choices within the error of the dtype."""
@@ -144,7 +162,7 @@ def decode(
 
     def more(runner: str, _: float) -> dict[str, Any]:
         step = statistics.median(w - f for w, f in zip(whole[runner], first[runner], strict=True)) / (new - 1)
-        return beside_floor(config, DTYPES[dtype], ids.shape[1] + new // 2, step, rate)
+        return beside_floor(config, dtype, ids.shape[1] + new // 2, step, rate)
 
     keep(benchmark, name, dtype, threads, new, seconds, more)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 class Peer(Protocol):
     """A runtime that decodes one row of token ids greedily.
 
+    bits: 8 or 4 for its weights, which it rounds from float32 in its own way; None for those of the model.
+
     name: what stands in tables; it says where a peer leaves something of GPT-Neo out.
     coarse: the dtype in which it computes something whatever the model's dtype is; float32 where that is nothing.
     """
@@ -18,11 +20,13 @@ class Peer(Protocol):
     name: ClassVar[str]
     coarse: ClassVar[torch.dtype]
 
-    def __init__(self, model: torch.nn.Module, threads: int) -> None: ...  # transformers' GPTNeoForCausalLM, on the CPU
+    def __init__(self, model: torch.nn.Module, threads: int, bits: int | None = None) -> None: ...
+
+    # model: transformers' GPTNeoForCausalLM, on the CPU
 
     @staticmethod
-    def why_not(dtype: torch.dtype) -> str:
-        """Why it cannot run here in this dtype, or nothing."""
+    def why_not(dtype: torch.dtype, bits: int | None = None) -> str:
+        """Why it cannot run here in this dtype, or with weights of as many bits, or nothing."""
         ...
 
     def decode(self, ids: Tensor, new: int) -> Tensor:

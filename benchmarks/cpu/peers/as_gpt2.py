@@ -48,19 +48,21 @@ class CTranslate2:
     name: ClassVar[str] = "CTranslate2, as GPT-2"
     coarse: ClassVar[torch.dtype] = torch.float32
 
-    def __init__(self, model: Any, threads: int) -> None:
+    def __init__(self, model: Any, threads: int, bits: int | None = None) -> None:
         import ctranslate2
 
-        compute = "float32" if model.dtype == torch.float32 else "bfloat16"
+        compute = "int8" if bits else "float32" if model.dtype == torch.float32 else "bfloat16"
         with tempfile.TemporaryDirectory() as folder:
             ctranslate2_spec(model, compute).save(folder)
             self.generator = ctranslate2.Generator(folder, "cpu", inter_threads=1, intra_threads=threads, compute_type=compute)
 
     @staticmethod
-    def why_not(dtype: torch.dtype) -> str:
+    def why_not(dtype: torch.dtype, bits: int | None = None) -> str:
         """bfloat16 is for CPUs that multiply it."""
         if reason := missing("ctranslate2"):
             return reason
+        if bits == 4:
+            return "CTranslate2 has no weights in 4 bits on the CPU"
         import ctranslate2
 
         can = ctranslate2.get_supported_compute_types("cpu")
@@ -116,14 +118,14 @@ class LlamaCpp:
     name: ClassVar[str] = "llama.cpp, as GPT-2"
     coarse: ClassVar[torch.dtype] = torch.float16  # its GELU is a table
 
-    def __init__(self, model: Any, threads: int) -> None:
+    def __init__(self, model: Any, threads: int, bits: int | None = None) -> None:
         import llama_cpp
 
         self.c, self.end, self.V = llama_cpp, model.config.eos_token_id, model.config.vocab_size
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, None)
         with tempfile.TemporaryDirectory() as folder:
-            path = write_gguf(model, Path(folder) / "model.gguf")
+            path = write_gguf(model, Path(folder) / "model.gguf", _ggml_type(model.dtype, bits))
             how = llama_cpp.llama_model_default_params()
             how.use_mmap, how.n_gpu_layers = False, 0
             self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), how)
@@ -132,7 +134,7 @@ class LlamaCpp:
         how = llama_cpp.llama_context_default_params()
         how.n_ctx = how.n_batch = how.n_ubatch = model.config.window_size
         how.n_threads = how.n_threads_batch = threads
-        how.type_k = how.type_v = _ggml_type(model.dtype)
+        how.type_k = how.type_v = _ggml_type(model.dtype if bits is None else torch.float16)
         self.context = llama_cpp.llama_init_from_model(self.model, how)
 
     def __del__(self) -> None:
@@ -142,8 +144,8 @@ class LlamaCpp:
             self.c.llama_model_free(self.model)
 
     @staticmethod
-    def why_not(dtype: torch.dtype) -> str:
-        """It computes in either dtype on any CPU."""
+    def why_not(dtype: torch.dtype, bits: int | None = None) -> str:
+        """It computes in either dtype on any CPU, and in few bits."""
         return missing("llama_cpp", "gguf")
 
     def decode(self, ids: Tensor, new: int) -> Tensor:
@@ -165,15 +167,17 @@ class LlamaCpp:
         return torch.frombuffer(ctypes.cast(found, ctypes.POINTER(ctypes.c_float * self.V)).contents, dtype=torch.float32)
 
 
-def _ggml_type(dtype: torch.dtype) -> Any:
-    """ggml's number of a dtype, which the file's format shares."""
-    import gguf
+def _ggml_type(dtype: torch.dtype, bits: int | None = None) -> Any:
+    """ggml's number of a dtype, which the file's format shares; of few bits that of its simplest kind, q8_0 or q4_0."""
+    from gguf import GGMLQuantizationType as Kind
 
-    return {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}[dtype]
+    if bits is not None:
+        return {8: Kind.Q8_0, 4: Kind.Q4_0}[bits]
+    return {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.float16: Kind.F16}[dtype]
 
 
-def write_gguf(model: Any, path: Path) -> Path:
-    """The weights as a GPT-2 in llama.cpp's format: matrices in the model's dtype, vectors in float32, no tokenizer."""
+def write_gguf(model: Any, path: Path, low: Any) -> Path:
+    """The weights as a GPT-2 in llama.cpp's format: matrices of ggml's type `low`, vectors in float32, no tokenizer."""
     import gguf
 
     c = model.config
@@ -198,7 +202,6 @@ def write_gguf(model: Any, path: Path) -> Path:
     writer.add_layer_norm_eps(c.layer_norm_epsilon)
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(c.vocab_size)
-    low = _ggml_type(model.dtype)
     for name, weight in as_gpt2(model).items():
         module, _, kind = name.rpartition(".")
         dtype = low if weight.dim() == 2 and module != "wpe" else gguf.GGMLQuantizationType.F32

@@ -21,7 +21,7 @@ class Compiled:
     name: ClassVar[str] = "torch.compile, static cache"
     coarse: ClassVar[torch.dtype] = torch.float32
 
-    def __init__(self, model: Any, threads: int, backend: str = "inductor") -> None:
+    def __init__(self, model: Any, threads: int, bits: int | None = None, backend: str = "inductor") -> None:
         torch.set_num_threads(threads)
         self.model, self.length = model, model.config.window_size
         names = inspect.signature(inspect.unwrap(type(model).forward)).parameters
@@ -30,9 +30,9 @@ class Compiled:
         self.cache = self._cache()
 
     @staticmethod
-    def why_not(dtype: torch.dtype) -> str:
+    def why_not(dtype: torch.dtype, bits: int | None = None) -> str:
         """torch is always there."""
-        return ""
+        return "" if bits is None else "torch.compile keeps weights as they are"
 
     def _cache(self) -> Any:
         from transformers import StaticCache
