@@ -61,7 +61,10 @@ def linear(
 def _piece(x: Tensor, weight: Weight, columns: slice, bias: Tensor | None, gelu: bool, residual: Tensor | None) -> Tensor:
     """Some columns of the result, in the dtype of x unless the residual's is wider."""
     y = F.linear(x, _copy(weight, columns, x.dtype), None if bias is None else bias[columns].to(x.dtype))
-    y = F.gelu(y, approximate="tanh") if gelu else y
+    if gelu and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        y = F.gelu(y, approximate="tanh")
+    elif gelu:
+        torch.ops.gptneo_fast_csrc.gelu.default(y)
     return y if residual is None else y + residual[..., columns]
 
 
