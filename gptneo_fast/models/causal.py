@@ -156,13 +156,13 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         return logits.narrow(-1, 0, V)
 
     def logprobs(
-        self, ids: Tensor, mask: Tensor, targets: Tensor, past: KVCache | None = None
+        self, ids: Tensor, mask: Tensor, wanted: Tensor, targets: Tensor, past: KVCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the model's distributions say of one token a column, see `reference.statistics`; nothing is checked.
 
         Args:
             ids: int64 [B, T]. mask: [B, T], 0 for padding on the right.
-            targets: int64 [number of tokens], what follows each, row by row.
+            wanted: boolean [B, T], columns that are asked for. targets: int64 [their number], what follows each, row by row.
             past: one row that all texts continue; not changed.
         """
         cache = None
@@ -172,11 +172,10 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
             held = mask.new_ones(len(ids), past.get_seq_length())
             mask = torch.cat([held, mask], 1)
         asked = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
-        picked = mask[:, -ids.shape[1] :] != 0
         if not self.look().forward:  # somebody's own: its logits count
             logits: Tensor = self(**asked, return_dict=True).logits
-            return reference.statistics(logits[picked], targets)
-        hidden = self.transformer(**asked, return_dict=True).last_hidden_state[picked]  # [N, C]
+            return reference.statistics(logits[wanted], targets)
+        hidden = self.transformer(**asked, return_dict=True).last_hidden_state[wanted]  # [N, C]
         head: Any = self.lm_head
         if _is_plain_head(head) and _goes_with(head, hidden.dtype) and not touch.observed(hidden.device):
             return cast(

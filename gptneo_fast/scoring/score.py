@@ -133,8 +133,7 @@ class ScoringMixin:
                 end = last
             if last == len(ids):
                 break
-        found = self._scored(windows, None, False)
-        total = sum(float(own[0][len(own[0]) - n :].double().sum()) for own, n in zip(found, counts, strict=True))
+        total = sum(float(own.double().sum()) for own, *_ in self._scored(windows, None, False, counts))
         return math.exp(-total / sum(counts))
 
     def _before(self, context: Text | None) -> list[int]:
@@ -161,8 +160,13 @@ class ScoringMixin:
             )
         return cache
 
-    def _scored(self, rows: list[list[int]], past: KVCache | None, progress: bool | None) -> list[tuple[Tensor, ...]]:
-        """Statistics of the tokens of each row after its first, on the CPU: log-probability, rank, entropy, variance [n]."""
+    def _scored(
+        self, rows: list[list[int]], past: KVCache | None, progress: bool | None, counts: Sequence[int] | None = None
+    ) -> list[tuple[Tensor, ...]]:
+        """Statistics of the tokens of each row after its first, on the CPU: log-probability, rank, entropy, variance [n].
+
+        counts: of how many, the last ones; None for all.
+        """
         model = cast(Any, self)
         nothing = torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0)
         found: list[tuple[Tensor, ...]] = [nothing] * len(rows)
@@ -171,10 +175,14 @@ class ScoringMixin:
         for batch in of_batches(batches(lengths, budget_of(model.device), held), "text", progress):
             T = lengths[batch[0]]
             ids = torch.tensor([rows[i][:-1] + [0] * (T - lengths[i]) for i in batch], device=model.device)
-            tokens = torch.tensor([[1] * lengths[i] + [0] * (T - lengths[i]) for i in batch], device=model.device)
-            targets = torch.tensor([t for i in batch for t in rows[i][1:]], device=model.device)
-            results = model.logprobs(ids, tokens, targets, past)
-            sizes = [lengths[i] for i in batch]
+            sizes = [lengths[i] if counts is None else min(counts[i], lengths[i]) for i in batch]
+            ends = torch.tensor([[lengths[i]] for i in batch], device=model.device)
+            begins, columns = ends - torch.tensor(sizes, device=model.device)[:, None], torch.arange(T, device=model.device)
+            targets = torch.tensor(
+                [t for i, n in zip(batch, sizes, strict=True) for t in rows[i][len(rows[i]) - n :]], device=model.device
+            )
+            wanted = (columns >= begins) & (columns < ends)
+            results = model.logprobs(ids, (columns < ends).long(), wanted, targets, past)
             for i, *row in zip(batch, *(t.cpu().split(sizes) for t in results), strict=True):
                 found[i] = tuple(row)
         return found

@@ -1,4 +1,4 @@
-"""The command line: `gptneo-fast generate | score | quantize | info | bench`. torch is imported only once a command runs.
+"""The command line: `gptneo-fast generate | score | eval | quantize | info | bench`. torch is imported once a command runs.
 
 Exit codes: 0 done, 1 the request failed (the reason is on stderr), 2 the command line is wrong, 130 interrupted.
 """
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from ..errors import GPTNeoFastError, InputError, nearest
+from ..errors import GPTNeoFastError, InputError, SetupError, nearest
 from ..progress import shown
 
 _WANT = ("logprob", "rank", "greedy", "entropy", "mean", "variance")  # as scoring.score has it, which imports torch
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--resume", action="store_true", help="go on behind the last whole line of OUT")
     score.add_argument("--from-line", type=int, default=1, metavar="N", help="leave out the lines before this one; default 1")
 
+    _eval_parser(commands)
     _quantize_parser(commands)
 
     info = commands.add_parser("info", help="this machine, and a model", description="This machine, and a model's size.")
@@ -130,6 +131,24 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="one JSON object at the end instead of a table")
     bench.add_argument("--plot", metavar="FILE", help="bars beside the floor, .svg or .png (needs matplotlib)")
     return parser
+
+
+def _eval_parser(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="tasks of the evaluation harness",
+        description="Run tasks of the evaluation harness (lm_eval), and print its table.",
+        epilog="Needs: pip install 'gptneo-fast[eval]'. Elsewhere in the harness, import gptneo_fast.integrations.lm_eval and "
+        "say model='gptneo_fast'.",
+    )
+    evaluate.set_defaults(run=_eval)
+    evaluate.add_argument("tasks", nargs="+", metavar="TASK", help="names, as `lm_eval ls tasks` has them")
+    _model_options(evaluate)
+    evaluate.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question; default: the task's")
+    evaluate.add_argument("--limit", type=float, metavar="N", help="questions of each task; below 1 a share of them")
+    evaluate.add_argument("--batch-size", type=int, metavar="B", help="texts that are generated together")
+    evaluate.add_argument("--include-path", metavar="DIR", help="a folder with tasks of your own")
+    evaluate.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
 def _quantize_parser(commands: Any) -> None:
@@ -176,6 +195,17 @@ def _load(args: argparse.Namespace) -> Any:
         backend=args.backend,
         quantize=args.quantize,
     )
+
+
+def _eval(args: argparse.Namespace) -> int:
+    try:
+        from ..integrations.lm_eval import evaluate
+    except ModuleNotFoundError as missing:
+        raise SetupError(f"eval needs {missing.name}; pip install 'gptneo-fast[eval]'") from missing
+    how = {"num_fewshot": args.num_fewshot, "limit": args.limit}
+    found, table = evaluate(_load(args), args.tasks, args.batch_size, args.include_path, **how)
+    print(json.dumps({"results": found["results"], "versions": found["versions"]}, default=str) if args.json else table)
+    return 0
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -277,6 +307,7 @@ def _score(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from . import bench as speed
+    from .info import machine
 
     model = _load(args)
     context = [c for c in args.context if c + args.new <= model.config.max_position_embeddings] or args.context
@@ -291,7 +322,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.plot:
         speed.plot(results, args.plot)
     if args.json:
-        facts = {"model": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch."), **_machine()}
+        facts = {"model": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch."), **machine()}
         print(json.dumps({**facts, "results": speed.as_dicts(results)}))
     else:
         print(speed.table(results))
@@ -299,9 +330,11 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    facts = {"machine": _machine()}
+    from .info import machine, model_facts
+
+    facts = {"machine": machine()}
     if args.model:
-        facts["model"] = _model_facts(_load(args))
+        facts["model"] = model_facts(_load(args))
     if args.json:
         print(json.dumps(facts))
         return 0
@@ -311,65 +344,6 @@ def _info(args: argparse.Namespace) -> int:
         for name, value in rows.items():
             print(f"  {name:<{width}}  {value}")
     return 0
-
-
-def _machine() -> dict[str, Any]:
-    """Versions, devices, and for each backend whether it can be used and if not why."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from ..device import why_no_cuda
-    from ..ops import backends, extension
-
-    def version_of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    devices = [
-        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)"
-        for i in range(torch.cuda.device_count())
-    ]
-    return {
-        "gptneo_fast": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version_of("triton"),
-        "cpu threads": torch.get_num_threads(),
-        "cuda devices": ", ".join(devices) or f"none: {why_no_cuda()}",
-        **backends.report(),
-        "C++ extension": extension.status(),
-    }
-
-
-def _model_facts(model: Any) -> dict[str, Any]:
-    """Size of a loaded model and of its cache."""
-    from ..network import quantized
-    from ..network.cache import cache_bytes
-
-    packed = {id(weight): weight for weight in quantized.weights(model).values()}.values()
-    bytes_of: dict[str, int] = {}
-    for p in {id(p): p for p in (*model.parameters(), *packed)}.values():
-        name = str(getattr(p, "how", p.dtype)).removeprefix("torch.")
-        bytes_of[name] = bytes_of.get(name, 0) + p.nbytes
-    config, longest = model.config, model.config.max_position_embeddings
-    full = 2 * config.num_layers * longest * config.hidden_size * model.dtype.itemsize
-    bounded = cache_bytes(config, 1, longest, model.dtype)
-    return {
-        "name": config.name_or_path,
-        "shape": f"{config.num_layers} layers, {config.num_heads} heads x {config.head_dim}, ffn {config.ffn_size}, "
-        f"vocabulary {config.vocab_size}, {longest} positions, window {config.window_size}",
-        "parameters": f"{model.num_parameters():,}",
-        **{f"bytes in {name}": f"{size:,}" for name, size in bytes_of.items()},
-        "cache bytes per token": f"{cache_bytes(config, 1, 1, model.dtype):,} within the window",
-        f"cache bytes at {longest} tokens": f"{bounded:,} ({bounded / full:.0%} of a cache without bound)",
-        "device": str(model.device),
-        "backend": str(model.backend),
-        "tokenizer": repr(model.tokenizer) if model.tokenizer else "none",
-    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from gptneo_fast import errors
 from gptneo_fast.ops import extension, ops, reference, testing
-from gptneo_fast.tools import cli
+from gptneo_fast.tools import info
 from tests.support.append_calls import BITS, COMPILER, DTYPES, LAYOUTS, assert_like_reference, int32, noise, projected, setup_py
 
 REPO = Path(__file__).parents[2]
@@ -264,7 +264,7 @@ def test_samples_equal_the_reference(append):
 
 
 def test_info_says_what_was_built(append, monkeypatch):
-    assert cli._machine()["C++ extension"] == extension.status()
+    assert info.machine()["C++ extension"] == extension.status()
     monkeypatch.setattr(extension, "why_not", lambda: "not built: no C++ compiler (c++, g++) in PATH")
     text = "not built: no C++ compiler (c++, g++) in PATH; on CUDA the Triton kernel stores keys and values"
     assert extension.status() == text
