@@ -42,7 +42,7 @@ demo: $(BIN)/gptneo-fast
 	$(BIN)/gptneo-fast generate "Once upon a time" --seed 0
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n auto -q
+	$(BIN)/python -m pytest -n auto --dist worksteal -q
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -q -m slow
@@ -96,6 +96,7 @@ $(OLDEST)/stamp: $(VENV)/test.stamp
 
 compile-report: $(OLDEST)/stamp
 	$(BIN)/python -W ignore -m benchmarks.static.compile_report
+	$(BIN)/python -W ignore -m benchmarks.static.compile_report --quantize int8 int4
 	PYTHONPATH=$(OLDEST) $(BIN)/python -W ignore -m benchmarks.static.compile_report
 
 compile-samples: compile-samples-newest compile-samples-oldest

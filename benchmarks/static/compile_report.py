@@ -251,9 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{r.model} {r.dtype} sm_{r.sm} {r.op} {r.kernel} ({', '.join(r.launches)}): {f}" for r in found for f in r.faults()
     ]
     verdict = "\n".join(f"- over budget: {f}" for f in faults) or "Every kernel is within its budget."
-    every = not args.quantize and (args.model, args.dtype, args.sm) == (list(SHAPES), list(DTYPES), list(aot.CHIPS))
+    formats = args.quantize in (None, ["int8", "int4"])
+    every = formats and (args.model, args.dtype, args.sm) == (list(SHAPES), list(DTYPES), list(aot.CHIPS))
     if out := args.out or (RESULTS if every else None):
-        compile_summary.write(found, verdict, compile_summary.path(out))
+        compile_summary.write(found, verdict, compile_summary.path(out, packed=bool(args.quantize)))
     print(table(found), verdict, sep="\n\n")
     return 1 if faults else 0
 

@@ -19,16 +19,17 @@ LEGEND = (
 )
 
 
-def path(folder: Path) -> Path:
-    """Where the summary for the installed Triton stands in a folder."""
+def path(folder: Path, packed: bool = False) -> Path:
+    """Where the summary for the installed Triton stands in a folder; that of weights in few bits in a file of its own."""
     import triton
 
-    return folder / f"compile_triton-{triton.__version__}.md"
+    return folder / f"compile_{'packed_' * packed}triton-{triton.__version__}.md"
 
 
 def write(found: Sequence[Row], verdict: str, to: Path) -> None:
     """The summary as a file."""
-    title = f"# Compile report\n\n{aot.versions()}. `python -m benchmarks.static.compile_report` writes this file."
+    how = " --quantize int8 int4" * ("packed" in to.name)
+    title = f"# Compile report\n\n{aot.versions()}. `python -m benchmarks.static.compile_report{how}` writes this file."
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(f"{title}\n\n{verdict}\n\n{LEGEND}\n\n{summary(found)}\n")
 

@@ -255,6 +255,7 @@ def test_a_summary_says_the_worst_of_each_kernel_and_is_read_again():
     }  # fmt: skip
 
 
+@pytest.mark.slow  # a part of `make compile-samples`, which .ci/run calls
 def test_sample_compiles_for_vocabularies_that_split_in_every_way():
     done = run("-m", "benchmarks.static.compile_samples", "--op", "sample", "--dtype", "fp32", "--sm", "90")
     assert done.returncode == 0 and "no faults" in done.stdout, done.stdout + done.stderr

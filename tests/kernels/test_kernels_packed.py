@@ -206,6 +206,7 @@ def test_tracers_take_the_two_halves_of_a_packed_weight(how):
             torch.library.opcheck(overload, tuple(halves), dict(zip(names, scales, strict=True)))
 
 
+@pytest.mark.slow  # .ci/run compiles them, too
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_packed_kernels_of_125m_compile_without_spills_and_with_wide_loads(quantize):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(REPO)}

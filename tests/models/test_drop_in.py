@@ -340,3 +340,24 @@ def test_a_fresh_model_takes_the_keywords_of_transformers(pair):
     gptneo_fast.GPTNeoPreTrainedModel(config, attn_implementation="eager")  # a base of heads of one's own, as theirs
     with pytest.raises(InputError, match="attn_implementation 'sdpa' is not offered"):
         gptneo_fast.GPTNeoPreTrainedModel(config, attn_implementation="sdpa")
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_deterministic_algorithms_compute_the_same(quantize):
+    _, model = peers(window_size=7)
+    if quantize:
+        model.quantize_(quantize)
+    ids = torch.randint(3, 97, (2, 30), generator=torch.Generator().manual_seed(0))
+
+    def computed():
+        with torch.no_grad():
+            drawn = model.generate(ids, max_new_tokens=12, do_sample=True, seed=1)
+            return model(ids).logits, drawn, model.score(ids[0].tolist()).logprob, model.embed(ids[0].tolist())
+
+    want = computed()
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = computed()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
