@@ -9,6 +9,7 @@ from gptneo_fast.demo import FOLDER
 torch.manual_seed(0)
 model = gptneo_fast.load(FOLDER, dtype="float32", quantize="int8")  # frozen in 8 bits; the adapter is float32
 tokenizer = model.tokenizer
+tokenizer.pad_token = tokenizer.eos_token
 adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 adapted.print_trainable_parameters()
 

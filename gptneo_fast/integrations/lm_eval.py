@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import lm_eval
+from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from tqdm import tqdm
 
 from ..engine import Engine
@@ -67,7 +68,11 @@ class LM(TemplateLM):
             raise InputError(f"max_length={max_length} is not from 1 to the model's {positions} positions")
         self.max_gen_toks, self.add_bos_token = max_gen_toks, add_bos_token
         self.rows = None if batch_size in (None, "auto") else int(str(batch_size).partition(":")[0].replace("auto", "16"))
-        self.device = self.model.device
+
+    @property
+    def device(self) -> Any:
+        """The model's."""
+        return self.model.device
 
     @property
     def eot_token_id(self) -> int:
@@ -185,10 +190,10 @@ def evaluate(
     Returns:
         (the harness's results, a table of them)
     """
-    manager = lm_eval.tasks.TaskManager(include_path=include_path)
+    manager = TaskManager(include_path=include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise InputError(f"task {unknown[0]!r} is unknown to lm_eval; `lm_eval ls tasks` has their names")
     lm = LM(model, batch_size=batch_size)
-    found = lm_eval.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, log_samples=False, **how)
-    return found, lm_eval.utils.make_table(found)
+    found = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, log_samples=False, **how)
+    return found, make_table(found)

@@ -11,6 +11,7 @@ dies has its batches redone): sampled texts are drawn with the row's own seed.
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import warnings
 import zlib
@@ -29,7 +30,7 @@ from ..models.load import load
 Batch = dict[str, Any]  # column -> array of its rows
 
 
-def share(model: str | nn.Module, **options: Any) -> ray.ObjectRef:
+def share(model: str | os.PathLike[str] | nn.Module, **options: Any) -> ray.ObjectRef:
     """A model in Ray's object store, of which each node keeps one copy, whatever the number of actors there.
 
     Args:
@@ -39,7 +40,7 @@ def share(model: str | nn.Module, **options: Any) -> ray.ObjectRef:
     Returns:
         What the classes below take for a model.
     """
-    found = load(model, **{"device": "cpu"} | options) if isinstance(model, str) else model
+    found = model if isinstance(model, nn.Module) else load(model, **{"device": "cpu"} | options)
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
     _Pickler(file, 5, buffer_callback=buffers.append).dump(found)
@@ -81,7 +82,7 @@ class _Worker:
 
     def __init__(self, model: Any, column: str = "text", device: str | None = None) -> None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if isinstance(model, str):
+        if isinstance(model, (str, os.PathLike)):
             self.model = load(model, device=device)
         elif isinstance(model, ray.ObjectRef):
             self.model = shared(model).to(device)

@@ -8,9 +8,13 @@ import torch
 from tests.support.peers import demo
 
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
-import lm_eval  # noqa: E402
+from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
+import gptneo_fast  # noqa: E402
+from gptneo_fast.demo import FOLDER  # noqa: E402
 from gptneo_fast.errors import InputError  # noqa: E402
 from gptneo_fast.integrations.lm_eval import LM, evaluate  # noqa: E402
 from gptneo_fast.tools import cli  # noqa: E402
@@ -63,8 +67,12 @@ def test_likelihoods_and_texts_are_those_over_transformers(kind, batch_size, exp
     assert set(fused_calls) == {0, 1, 2, 3}
 
 
+def ours():
+    return gptneo_fast.load(FOLDER, dtype="float32")
+
+
 def test_our_own_gives_the_answers_of_the_harness_s(expected, fused_calls):
-    judge = LM(demo("ours")[0])
+    judge = LM(ours())
     pairs = asked(judge.loglikelihood, PAIRS)
     torch.testing.assert_close(torch.tensor([logprob for logprob, _ in pairs]), expected[0], atol=1e-3, rtol=1e-4)
     assert [greedy for _, greedy in pairs] == expected[1]
@@ -75,7 +83,7 @@ def test_our_own_gives_the_answers_of_the_harness_s(expected, fused_calls):
 
 
 def test_a_context_that_many_have_is_computed_once(monkeypatch):
-    judge = LM(demo("ours")[0])
+    judge = LM(ours())
     kept, past = [], judge.model._past
     monkeypatch.setattr(judge.model, "_past", lambda ids: kept.append(len(ids)) or past(ids))
     together = asked(judge.loglikelihood, [(STORY, f" {word}") for word in ("Then", "The fox", "A dog ran", "Then")])
@@ -143,17 +151,17 @@ def numbers(results):
 def of_the_harness(tasks):
     model, tokenizer = demo("plain")
     judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu")
-    manager = lm_eval.tasks.TaskManager(include_path=str(tasks))
-    return numbers(lm_eval.simple_evaluate(model=judge, tasks=list(TASKS), task_manager=manager)["results"])
+    manager = TaskManager(include_path=str(tasks))
+    return numbers(simple_evaluate(model=judge, tasks=list(TASKS), task_manager=manager)["results"])
 
 
 def test_tasks_have_the_results_of_the_harness_s_own_model(tasks, of_the_harness):
-    found, table = evaluate(demo("ours")[0], list(TASKS), include_path=str(tasks))
+    found, table = evaluate(ours(), list(TASKS), include_path=str(tasks))
     got = numbers(found["results"])
     assert got == pytest.approx(of_the_harness, rel=1e-3) and len(got) >= 5
     assert "tiny_choice" in table
     with pytest.raises(InputError, match="task 'tiny_chioce' is unknown"):
-        evaluate(demo("ours")[0], ["tiny_chioce"], include_path=str(tasks))
+        evaluate(ours(), ["tiny_chioce"], include_path=str(tasks))
 
 
 def test_the_command_line_and_the_registry_know_it(tasks, of_the_harness, capsys):
@@ -162,11 +170,11 @@ def test_the_command_line_and_the_registry_know_it(tasks, of_the_harness, capsys
     assert numbers(said["results"]) == pytest.approx(
         {k: v for k, v in of_the_harness.items() if k[0] == "tiny_choice"}, rel=1e-3
     )
-    assert lm_eval.api.registry.get_model("gptneo_fast") is LM
+    assert get_model("gptneo_fast") is LM
 
 
 def test_bad_input_says_what_is_wrong():
-    model = demo("ours")[0]
+    model = ours()
     with pytest.raises(InputError, match="max_length=10000 is not from 1 to"):
         LM(model, max_length=10000)
     with pytest.raises(InputError, match="max_gen_toks=4000 leaves no room"):
