@@ -5,11 +5,11 @@ import ray
 from gptneo_fast.demo import FOLDER
 from gptneo_fast.integrations.ray import Embedder, Generator, Scorer, share
 
-ray.init(ignore_reinit_error=True, log_to_driver=False)
+ray.init(num_cpus=4, log_to_driver=False)
 model = share(FOLDER)  # once in the store of each node; a hub id loads it here
 texts = ray.data.from_items([{"text": f"Once upon a time there was a {a}"} for a in ("fox", "dog", "king", "girl")])
 
-actors = {"concurrency": 1, "num_cpus": 1}  # with GPUs: {"concurrency": 8, "num_gpus": 1}
+actors = {"compute": ray.data.ActorPoolStrategy(size=1), "num_cpus": 1}  # on GPUs: size=8 and "num_gpus": 1
 rows = (
     texts.map_batches(Scorer, fn_constructor_args=(model,), batch_size=2, **actors)
     .map_batches(Embedder, fn_constructor_args=(model,), batch_size=2, **actors)

@@ -2,7 +2,8 @@
 
 model = share("EleutherAI/gpt-neo-1.3B")
 texts = ray.data.read_text("s3://...")
-texts.map_batches(Scorer, fn_constructor_args=(model,), batch_size=256, concurrency=8, num_gpus=1).write_parquet("scores")
+actors = ray.data.ActorPoolStrategy(size=8)
+texts.map_batches(Scorer, fn_constructor_args=(model,), batch_size=256, compute=actors, num_gpus=1).write_parquet("scores")
 
 Rows keep their columns and get new ones. Nothing depends on how rows were batched or how often a batch was begun (an actor that
 dies has its batches redone): sampled texts are drawn with the row's own seed.

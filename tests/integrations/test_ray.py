@@ -18,7 +18,7 @@ pytest.importorskip("ray.data")
 from gptneo_fast.integrations.ray import Embedder, Generator, Scorer, share, shared  # noqa: E402
 
 TEXTS = [f"Once upon a time there was a {a} number {i}" for i in range(10) for a in ("fox", "dog", "king")]
-ACTORS = {"concurrency": 2, "num_cpus": 1, "batch_size": 4}
+ACTORS = {"compute": ray.data.ActorPoolStrategy(size=2), "num_cpus": 1, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def model():
     return gptneo_fast.load(FOLDER, dtype="float32")
 
 
-def rows(texts=TEXTS):
-    return ray.data.from_items([{"id": i, "text": text} for i, text in enumerate(texts)])
+def rows(blocks=None):
+    return ray.data.from_items([{"id": i, "text": text} for i, text in enumerate(TEXTS)], override_num_blocks=blocks)
 
 
 def in_order(dataset):
@@ -108,9 +108,7 @@ class Dying(Scorer):
 
 def test_the_work_of_a_killed_actor_is_done_again(cluster, model, tmp_path):
     mark = tmp_path / "killed"
-    data = (
-        rows().repartition(15).map_batches(Dying, fn_constructor_args=(share(model), str(mark)), **ACTORS | {"batch_size": 2})
-    )
+    data = rows(blocks=15).map_batches(Dying, fn_constructor_args=(share(model), str(mark)), **ACTORS | {"batch_size": 2})
     found = in_order(data)
     assert mark.exists()
     assert [row["total"] for row in found] == pytest.approx([score.total for score in model.score(TEXTS)], abs=1e-3)
@@ -120,7 +118,8 @@ def test_the_work_of_a_killed_actor_is_done_again(cluster, model, tmp_path):
 def memory_of(reference):
     """Where weights lie in another process, and the logits there."""
     model = shared(reference[0])
-    at = model.transformer.h[0].mlp.c_fc.weight.data_ptr()
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    at = getattr(weight, "values" if model.is_quantized else "data").data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():
         begin, end = (int(x, 16) for x in line.split()[0].split("-"))
         if begin <= at < end:
