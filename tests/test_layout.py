@@ -23,7 +23,8 @@ FLOORS = [
     ["generation", "scoring"],
     ["engine"],
     ["models"],
-    ["flax", "tools", "integrations"],
+    ["flax", "integrations"],
+    ["tools"],
 ]
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -23,8 +23,8 @@ _OURS: dict[str, Any] = {
     "question-answering": QuestionAnsweringPipeline,
     "feature-extraction": FeatureExtractionPipeline,  # of any model: the last that one may be for
 }
-_TASKS = {"sentiment-analysis": "text-classification", "ner": "token-classification"}  # other names
-_TASKS |= {task: task for task in (*_OURS, "token-classification")}
+_TASKS = {task: task for task in (*_OURS, "token-classification")}
+_TASKS |= {"sentiment-analysis": "text-classification", "ner": "token-classification"}  # other names
 _CLASSES = {"text-generation": "causal-lm", "text-classification": "sequence-classification", "feature-extraction": "base"}
 
 
