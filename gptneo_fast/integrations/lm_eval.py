@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -24,7 +25,7 @@ from ..errors import InputError, NonFiniteLogitsError, SetupError
 from ..models.causal import GPTNeoForCausalLM
 from ..models.load import load
 
-_SHARED = 32  # tokens of a context that are worth a computation of their own, over all continuations but the first
+_SHARED = 128  # tokens of a context, over all continuations but the first, that are worth two passes of its own
 
 Row = tuple[Any, list[int], list[int]]  # what the harness's cache calls it, context, continuation
 
@@ -115,6 +116,7 @@ class LM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
 
+    @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Row], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         """(log-likelihood, whether all tokens were the likeliest) of continuations; contexts of several are computed once."""
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)

@@ -169,9 +169,9 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         if past is not None:
             cache = past.fork()
             cache.batch_repeat_interleave(len(ids))
-            held = mask.new_ones(len(ids), past.get_seq_length())
-            mask = torch.cat([held, mask], 1)
-        asked = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
+        # behind a past padding on the right needs no mask: nothing that is asked for sees it, and blocks stay fused
+        shown = mask if past is None else None
+        asked = {"input_ids": ids, "attention_mask": shown, "past_key_values": cache, "use_cache": cache is not None}
         if not self.look().forward:  # somebody's own: its logits count
             logits: Tensor = self(**asked, return_dict=True).logits
             return reference.statistics(logits[wanted], targets)

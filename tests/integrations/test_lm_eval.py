@@ -86,10 +86,10 @@ def test_a_context_that_many_have_is_computed_once(monkeypatch):
     judge = LM(ours())
     kept, past = [], judge.model._past
     monkeypatch.setattr(judge.model, "_past", lambda ids: kept.append(len(ids)) or past(ids))
-    together = asked(judge.loglikelihood, [(STORY, f" {word}") for word in ("Then", "The fox", "A dog ran", "Then")])
+    together = asked(judge.loglikelihood, [(STORY * 4, f" {word}") for word in ("Then", "The fox", "A dog ran", "Then")])
     assert len(kept) == 1
     monkeypatch.setattr("gptneo_fast.integrations.lm_eval._SHARED", 10**9)
-    alone = asked(judge.loglikelihood, [(STORY, f" {word}") for word in ("Then", "The fox", "A dog ran", "Then")])
+    alone = asked(judge.loglikelihood, [(STORY * 4, f" {word}") for word in ("Then", "The fox", "A dog ran", "Then")])
     assert len(kept) == 1
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-4, rtol=1e-5)
 
