@@ -40,7 +40,10 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 ARCHITECTURES = "8.0 8.6 8.9 9.0+PTX"
 CPU_SOURCES = ("binding.cpp", "decode_cpu.cpp", "decode_lanes.cpp", "kv_append_cpu.cpp", "large_pages.cpp", "layers_cpu.cpp")
 CUDA_SOURCES = ("kv_append.cu",)
-HEADERS = ("attention.h", "decode.h", "integers.h", "kv_append.h", "lanes.h", "products.h", "reading.h", "running.h", "slots.h")
+HEADERS = (
+    *("attention.h", "decode.h", "integers.h", "kv_append.h", "lanes.h", "packed.h", "products.h", "reading.h", "running.h"),
+    "slots.h",
+)
 LANES = {  # floats of a vector -> the instruction set that has it; decode_lanes.cpp is compiled once for each
     "4": [],
     "8": ["-mavx2", "-mfma", "-mf16c"],

@@ -39,16 +39,6 @@ void add_numbers(float* y, const T* x, int64_t begin, int64_t end) {
   for (; n < end; ++n) y[n] += widen(x[n]);
 }
 
-// x += y + bias, columns [begin, end).
-template <typename T>
-void add(float* x, const float* y, const void* bias, int64_t begin, int64_t end) {
-  const T* b = static_cast<const T*>(bias);
-  int64_t n = begin;
-  for (; n + kLanes <= end; n += kLanes)
-    write(x + n, load<kLanes>(x + n) + (load<kLanes>(y + n) + load<kLanes>(b + n)));
-  for (; n < end; ++n) x[n] += y[n] + widen(b[n]);
-}
-
 // y = gelu_new(y + bias), columns [begin, end).
 template <typename T>
 void activate(float* y, const void* bias, int64_t begin, int64_t end) {
@@ -237,8 +227,11 @@ void decode(const Step& s, Parallel run, float* workspace) {
   for (int64_t i = 0; i < s.L; ++i) {
     const Layer& layer = s.layers[i];
     const auto add_to_x = [&](const Product& p) {
-      return [&, bias = p.bias](int64_t begin, int64_t end) {
-        each([&](int64_t m) { add<T>(x + m * ld, z + m * ld, bias, begin, end); });
+      return [&, bias = static_cast<const T*>(p.bias)](int64_t begin, int64_t end) {
+        each([&](int64_t m) {
+          add_numbers(z + m * ld, bias, begin, end);
+          add_numbers(x + m * ld, z + m * ld, begin, end);
+        });
       };
     };
     layer_norm<T>(layer.ln_1, x, y, C, ld, M);

@@ -1,27 +1,22 @@
-// Products with weights in 8 and 4 bits (gptneo_fast/ops/quantized.py says how they lie). A part of decode_lanes.cpp.
+// Products with weights in 8 and 4 bits. A part of decode_lanes.cpp.
 //
-// The rows of x are rounded to 16 bits first, each 64 numbers with a scale of their own: an error of 2^-16 of the largest of
+// The rows of x are rounded to 16 bits first, each block with a scale of its own: an error of 2^-16 of the largest of
 // them, where bfloat16 would err by 2^-9 of each. Then 64 products are one exact sum of integers, and a row costs a few
 // instructions for 16 weights on any of these CPUs; in floats it costs twice as many as memory has time for. With x in 8 bits
 // one in three would go, and tokens would be others than those of the weights. What is summed in float32, block after block,
 // knows nothing of how many rows there are or which thread has them.
 #pragma once
 
+#include "packed.h"
 #include "products.h"
 
 namespace gptneo_fast {
 namespace {
 
-constexpr int64_t kBlock = 64;           // numbers of x with one scale; of weights in 4 bits, 32 bytes
-constexpr int64_t kHalfBlock = 32;       // numbers that share a scale whatever the format
 constexpr float kLargest = 32639;        // of x in 16 bits: the higher byte of one that is rounded to 256 is at most 127
 constexpr int64_t kBlocks = 16;          // that many rows of x go over while they are in the first-level cache
 constexpr int64_t kUnits = 2 * kBlocks;  // of them at most: numbers that share scales of x and of weights are blocks, or halves
 constexpr int kRounded = kLanes == 16 ? 4 : 2;  // rows of x that weights are read for
-constexpr int kVectors = kBlock / (2 * kLanes);  // of 16-bit numbers in a block
-
-typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t UShorts __attribute__((vector_size(4 * kLanes)));
 
 inline int64_t blocks_of(int64_t K) { return (K + kBlock - 1) / kBlock; }
 
@@ -40,62 +35,6 @@ INLINE Ints add_products(Ints acc, Shorts a, Shorts b) {
   return acc;
 #endif
 }
-
-// Weights of a block as 16-bit numbers, in their order: vector i of them.
-struct Int8 {
-  static constexpr int64_t kBytes = kBlock;
-  static constexpr float kZero = 0;        // what stands for no weight
-  static constexpr bool kGrouped = false;  // a row has one scale, which its sum is multiplied by
-
-  INLINE static Shorts unpack(const uint8_t* p, int i) {
-    p += i * 2 * kLanes;
-#if defined(__AVX512BW__)
-    return same_bits<Shorts>(_mm512_cvtepi8_epi16(read<__m256i>(p)));
-#elif defined(__AVX2__)
-    return same_bits<Shorts>(_mm256_cvtepi8_epi16(read<__m128i>(p)));
-#else
-    typedef int8_t Bytes __attribute__((vector_size(2 * kLanes)));
-    return __builtin_convertvector(read<Bytes>(p), Shorts);
-#endif
-  }
-  static constexpr bool kSplits = false;
-};
-
-// 16 words of 4 numbers: word j has numbers j, 16 + j, 32 + j and 48 + j, from its lowest bits up, each 8 too large.
-struct Int4 {
-  static constexpr int64_t kBytes = kBlock / 2;
-  static constexpr float kZero = 8;
-  static constexpr bool kGrouped = true;
-
-  INLINE static Shorts unpack(const uint8_t* p, int i) {
-#if GPTNEO_FAST_LANES == 16
-    typedef uint16_t Words16 __attribute__((vector_size(32)));
-    const Words16 half = read<Words16>(p);
-    const struct {
-      Words16 low, high;
-    } twice = {half, half >> 4};
-    const UShorts words = same_bits<UShorts>(twice);
-    return same_bits<Shorts>(i == 0 ? words & 15 : (words >> 8) & 15);
-#else
-    constexpr int kParts = 8 / kLanes;  // vectors that the 16 words are
-    const UShorts words = read<UShorts>(p + i % kParts * 4 * kLanes);
-    const int nibble = i / kParts;
-    return same_bits<Shorts>(nibble == 3 ? words >> 12 : (words >> (4 * nibble)) & 15);
-#endif
-  }
-#if defined(__AVX512VNNI__)
-  // With x in its two bytes three instructions fewer; each lane sums the numbers that it has of `unpack`, too.
-  static constexpr bool kSplits = true;
-  INLINE static Ints products(const uint8_t* p, const int16_t* x) {
-    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i numbers = _mm512_and_si512(_mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4)), _mm512_set1_epi8(15));
-    const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers, read<__m512i>(x));
-    return same_bits<Ints>(_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), numbers, read<__m512i>(x + 2 * kLanes)));
-  }
-#else
-  static constexpr bool kSplits = false;
-#endif
-};
 
 // Rows of x in 16 bits; a block is one unit or two.
 struct Rounded {
@@ -403,46 +342,6 @@ void any_product(Parallel run, const Product& p, const float* x, int64_t ldx, in
     integer_product<Int4, 1>(run, p, x, ldx, M, y, ldy, space, finish);
   } else {
     product<T>(run, p, x, ldx, M, y, ldy, finish);
-  }
-}
-
-INLINE Floats floats_of(const int16_t* p) {
-#if defined(__AVX512F__)  // where gcc would convert eight at a time
-  return same_bits<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(read<__m256i>(p))));
-#elif defined(__AVX2__)
-  return same_bits<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(read<__m128i>(p))));
-#else
-  typedef int16_t Half __attribute__((vector_size(2 * kLanes)));
-  return __builtin_convertvector(read<Half>(p), Floats);
-#endif
-}
-
-// out[k] = number k of a row of weights in few bits.
-template <typename W, typename T>
-void dequantize_row(const Product& p, int64_t row, T* out) {
-  const uint8_t* numbers = static_cast<const uint8_t*>(p.weight[0]) + row * p.row_blocks * W::kBytes;
-  const BFloat16* scales = static_cast<const BFloat16*>(p.scales[0]) + (W::kGrouped ? row * (p.row_blocks * kBlock / p.group) : 0);
-  const float whole = W::kGrouped ? 0.0f : static_cast<const float*>(p.scales[0])[row];
-  const int shift = p.group >= 4 * kHalfBlock ? 2 : p.group >= 2 * kHalfBlock ? 1 : 0;  // of groups of 128, 64 and 32
-  for (int64_t first = 0; first < p.inputs; first += kBlock, numbers += W::kBytes) {
-    int16_t integers[kBlock];
-    UNROLL for (int i = 0; i < kVectors; ++i) {
-      const Shorts some = W::unpack(numbers, i);
-      memcpy(integers + i * 2 * kLanes, &some, sizeof(some));
-    }
-    float spare[kBlock];
-    const int64_t left = p.inputs - first;
-    UNROLL for (int i = 0; i < 2 * kVectors; ++i) {
-      const int64_t k = i * kLanes;
-      const float scale = W::kGrouped ? widen(scales[(first + k) / kHalfBlock >> shift]) : whole;
-      const Floats value = (floats_of(integers + k) - W::kZero) * scale;
-      if (k + kLanes <= left) narrow(value, out + first + k);
-      else write(spare + k, value);
-    }
-    if (left < kBlock) {
-      const int64_t k = left / kLanes * kLanes;
-      store(spare + k, out + first + k, left - k);
-    }
   }
 }
 

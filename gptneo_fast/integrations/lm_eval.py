@@ -68,7 +68,7 @@ class LM(TemplateLM):
         if not 1 <= self.max_length <= positions:
             raise InputError(f"max_length={max_length} is not from 1 to the model's {positions} positions")
         self.max_gen_toks, self.add_bos_token = max_gen_toks, add_bos_token
-        self.rows = None if batch_size in (None, "auto") else int(str(batch_size).partition(":")[0].replace("auto", "16"))
+        self.rows = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
 
     @property
     def device(self) -> Any:
@@ -173,11 +173,12 @@ class LM(TemplateLM):
         if not 0 < new < self.max_length:
             raise InputError(f"max_gen_toks={new} leaves no room for a context: the model sees {self.max_length} tokens")
         ids = self.tok_encode(context)[-(self.max_length - new) :] or [self.prefix_token_id]
-        options.pop("max_length", None)  # of the harness, which counts new tokens
+        if "max_length" not in options:  # of context and continuation, where a task has it
+            options["max_new_tokens"] = new
         if not options["do_sample"]:
             options.pop("temperature", None)
         stops = [text for text in until if text and text != end]
-        return ids, until, options | {"max_new_tokens": new} | ({"stop_strings": stops} if stops else {})
+        return ids, until, options | ({"stop_strings": stops} if stops else {})
 
 
 def evaluate(

@@ -61,6 +61,13 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, Tensor) or type(obj) not in (Tensor, nn.Parameter):
             return NotImplemented
+        if obj._backward_hooks:  # which torch would lose without a word
+            raise InputError(
+                f"a weight of shape {list(obj.shape)} has a tensor hook, which does not go to other processes; remove it, and "
+                "register it on what shared(...) returns"
+            )
+        if vars(obj):  # torch keeps what somebody put there
+            return NotImplemented
         array = obj.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         return _tensor, (array, obj.dtype, tuple(obj.shape), isinstance(obj, nn.Parameter), obj.requires_grad)
 

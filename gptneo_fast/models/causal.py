@@ -169,10 +169,13 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         if past is not None:
             cache = past.fork()
             cache.batch_repeat_interleave(len(ids))
-        # behind a past padding on the right needs no mask: nothing that is asked for sees it, and blocks stay fused
-        shown = mask if past is None else None
+        look = self.look()
+        if past is not None and look.forward and all(look.blocks):  # which see nothing of padding on the right, and stay fused
+            shown = None
+        else:
+            shown = mask if past is None else torch.cat([mask.new_ones(len(ids), past.get_seq_length()), mask], 1)
         asked = {"input_ids": ids, "attention_mask": shown, "past_key_values": cache, "use_cache": cache is not None}
-        if not self.look().forward:  # somebody's own: its logits count
+        if not look.forward:  # somebody's own: its logits count
             logits: Tensor = self(**asked, return_dict=True).logits
             return reference.statistics(logits[wanted], targets)
         hidden = self.transformer(**asked, return_dict=True).last_hidden_state[wanted]  # [N, C]

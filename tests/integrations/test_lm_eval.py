@@ -82,6 +82,14 @@ def test_our_own_gives_the_answers_of_the_harness_s(expected, fused_calls):
     assert set(fused_calls) == {0, 1, 2, 3}
 
 
+def test_a_task_may_limit_context_and_continuation_together():
+    judge, context = LM(ours()), "Once upon a time"
+    how = {"until": ["\n"], "do_sample": False, "max_gen_toks": 30}
+    whole, short = asked(judge.generate_until, [(context, how), (context, how | {"max_length": 12})])
+    tokens = len(judge.tok_encode(context + short))
+    assert whole.startswith(short) and short and tokens == 12 < len(judge.tok_encode(context + whole))
+
+
 def test_a_context_that_many_have_is_computed_once(monkeypatch):
     judge = LM(ours())
     kept, past = [], judge.model._past
@@ -182,4 +190,4 @@ def test_bad_input_says_what_is_wrong():
     with pytest.raises(InputError, match=r"a continuation has \d+ tokens, and the model sees 16"):
         asked(LM(model, max_length=16).loglikelihood, [("Once", STORY * 3)])
     rows = LM(model, batch_size="auto:4"), LM(model, batch_size="3"), LM(model)
-    assert [lm.rows for lm in rows] == [16, 3, None]
+    assert [lm.rows for lm in rows] == [None, 3, None]

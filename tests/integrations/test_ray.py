@@ -144,6 +144,17 @@ def test_weights_are_the_memory_of_the_store(cluster, how):
             changed.transformer.wte.weight.add_(1)  # a copy may be written to
 
 
+def test_what_somebody_put_on_a_weight_goes_with_it(cluster):
+    model = gptneo_fast.load(FOLDER, dtype="float32")
+    weight = model.transformer.wpe.weight
+    weight.note = "mine"
+    own = shared(share(model)).transformer.wpe.weight
+    assert own.note == "mine" and torch.equal(own, weight)
+    weight.requires_grad_().register_hook(lambda gradient: gradient * 2)
+    with pytest.raises(InputError, match="has a tensor hook, which does not go to other processes"):
+        share(model)
+
+
 def test_bad_input_says_what_is_wrong(cluster, model):
     with pytest.raises(InputError, match=r"model is 3; give what share\(model\) returns"):
         Scorer(3)

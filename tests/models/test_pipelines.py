@@ -158,15 +158,16 @@ def test_features_are_those_of_transformers():
         got(["a", 3])
 
 
-def answers(model, tokenizer, question, context, most=384, stride=128, longest=15):
+def answers(model, tokenizer, question, context, most=384, stride=128, longest=15, behind=True):
     """{(first token, last token) of the context: probability}, by the words of the docstring, one piece after the other."""
     asked, ids = tokenizer.encode(question), tokenizer.encode(context)
     room, found, begin = most - len(asked), [], 0
     while True:
         piece = ids[begin : begin + room]
         with torch.no_grad():
-            out = model(torch.tensor([asked + piece]))
-        first, last = (x[0, len(asked) :].double().softmax(0) for x in (out.start_logits, out.end_logits))
+            out = model(torch.tensor([asked + piece if behind else piece + asked]))
+        own = slice(len(asked), None) if behind else slice(len(piece))
+        first, last = (x[0, own].double().softmax(0) for x in (out.start_logits, out.end_logits))
         for i in range(len(piece)):
             for j in range(i, min(i + longest, len(piece))):
                 found.append((begin + i, begin + j, float(first[i] * last[j])))
@@ -175,16 +176,18 @@ def answers(model, tokenizer, question, context, most=384, stride=128, longest=1
         begin += room - stride
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(
     ("context", "lengths"), [(ROOM, {}), (ROOM * 5, {"max_seq_len": 60, "doc_stride": 20})], ids=["one", "pieces"]
 )
-def test_answers_are_the_likeliest_pieces(context, lengths):
+def test_answers_are_the_likeliest_pieces(context, lengths, side):
     _, model = peers("GPTNeoForQuestionAnswering", **SHAPE)
     tokenizer = gptneo_fast.AutoTokenizer.from_pretrained(DEMO)
     ask = gptneo_fast.pipeline("question-answering", model=model, tokenizer=tokenizer)
     question = "Who was red?"
     places = tokenizer(context, return_offsets_mapping=True)["offset_mapping"]
-    likely = answers(model, tokenizer, question, context, *lengths.values(), longest=6)
+    tokenizer.padding_side = side  # left: the context stands before the question
+    likely = answers(model, tokenizer, question, context, *lengths.values(), longest=6, behind=side == "right")
     want: dict[str, float] = {}
     for i, j, score in sorted(likely, key=lambda found: -found[2])[: 3 if not lengths else None]:
         text = context[places[i][0] : places[j][1]].lower()

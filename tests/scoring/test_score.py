@@ -180,3 +180,19 @@ def test_perplexity_counts_every_token_once(models):
             if last == n:
                 break
         assert math.isclose(ours.perplexity(ids, stride), math.exp(total / (n - 1)), rel_tol=1e-4), (n, stride)
+
+
+def test_what_looks_at_masks_behind_a_context_is_shown_the_padding():
+    _, model = peers(window_size=7)
+    texts, context = [[5, 6, 7, 8], [9, 10]], [3, 4, 5]
+    want = model.score(texts, context=context)
+    seen = []
+    handle = model.transformer.h[1].register_forward_pre_hook(
+        lambda module, args, given: seen.append(given.get("attention_mask")), with_kwargs=True
+    )
+    got = model.score(texts, context=context)
+    handle.remove()
+    assert seen[-1] is not None  # of the two texts together; the shorter is padded
+    hidden = (seen[-1][1] if seen[-1].dtype == torch.bool else seen[-1][1] > -1).logical_not()
+    assert hidden[..., -1].any() and torch.allclose(got[0].logprob, want[0].logprob, atol=1e-5)
+    assert torch.allclose(got[1].logprob, want[1].logprob, atol=1e-5)

@@ -14,6 +14,7 @@ from ..load import load
 from .classification import TextClassificationPipeline
 from .features import FeatureExtractionPipeline
 from .generation import TextGenerationPipeline
+from .inputs import IGNORED
 from .questions import QuestionAnsweringPipeline
 
 _LOADING = ("dtype", "torch_dtype", "revision", "token", "cache_dir", "local_files_only", "force_download", "backend")
@@ -109,5 +110,6 @@ def _of_transformers(model: Any, options: dict[str, Any]) -> Any:
         from transformers import TokenClassificationPipeline
     except ImportError as missing:
         raise SetupError("token-classification groups entities by transformers' code; pip install transformers") from missing
+    options = {name: value for name, value in options.items() if name not in IGNORED}
     tokenizer = model.tokenizer.to_transformers() if isinstance(model.tokenizer, GPT2Tokenizer) else model.tokenizer
     return TokenClassificationPipeline(model=model, tokenizer=tokenizer, device=model.device, **options)

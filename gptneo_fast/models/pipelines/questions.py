@@ -68,10 +68,12 @@ class QuestionAnsweringPipeline(Pipeline):
     def _spans(self, question: str, context: str, numbers: dict[str, int], words: bool) -> Iterator[tuple[int, int, float]]:
         """(first character, end, probability) of the best answers in each piece of the context."""
         most, top_k = min(numbers["max_seq_len"], self.model.config.max_position_embeddings), numbers["top_k"]
-        pieces = self._present_tokenizer()(
-            question,
-            context,
-            truncation="only_second",
+        tokenizer = self._present_tokenizer()
+        behind = tokenizer.padding_side == "right"  # the context; else before the question, as in transformers
+        pieces = tokenizer(
+            question if behind else context,
+            context if behind else question,
+            truncation="only_second" if behind else "only_first",
             max_length=most,
             stride=min(numbers["doc_stride"], most // 2),
             return_overflowing_tokens=True,
@@ -79,7 +81,7 @@ class QuestionAnsweringPipeline(Pipeline):
         )
         for i, ids in enumerate(pieces["input_ids"]):
             out = self.model(torch.tensor([ids], device=self.model.device))
-            own = torch.tensor([part == 1 for part in pieces.sequence_ids(i)])  # the context's tokens
+            own = torch.tensor([part == int(behind) for part in pieces.sequence_ids(i)])  # the context's tokens
             begin, end = (
                 logits[0].float().cpu().masked_fill(~own, -10000.0).softmax(0) for logits in (out.start_logits, out.end_logits)
             )
@@ -88,16 +90,17 @@ class QuestionAnsweringPipeline(Pipeline):
             for value, at in zip(score.tolist(), place.tolist(), strict=True):
                 first, last = divmod(at, len(ids))
                 if own[first] and own[last]:
-                    yield *_characters(pieces, i, first, last, words), value
+                    yield *_characters(pieces, i, (first, last), words), value
 
 
-def _characters(pieces: Any, row: int, first: int, last: int, words: bool) -> tuple[int, int]:
-    """Where tokens stand in the context."""
-    begin, end = pieces["offset_mapping"][row][first][0], pieces["offset_mapping"][row][last][1]
-    places = [pieces.token_to_word(row, token) for token in (first, last)] if words else [None]
+def _characters(pieces: Any, row: int, tokens: tuple[int, int], words: bool) -> tuple[int, int]:
+    """Where the first and the last token of an answer stand in the context."""
+    begin, end = (pieces["offset_mapping"][row][token][i] for i, token in enumerate(tokens))
+    places = [pieces.token_to_word(row, token) for token in tokens] if words else [None]
     if None in places:
         return int(begin), int(end)
-    spans = [pieces.word_to_chars(row, word, sequence_index=1) for word in places]
+    part = pieces.sequence_ids(row)[tokens[0]]
+    spans = [pieces.word_to_chars(row, word, sequence_index=part) for word in places]
     return int(spans[0][0]), int(spans[1][1])
 
 
