@@ -138,6 +138,7 @@ class Shapes:
             yield self.sample(1, method)
         yield from self.linears("norm_qkv", 1, self.prompt)
         yield self.layer_norm(2 * self.prompt)
+        yield self.logprob(self.setting.batch(512))
         for kind in self.layers:
             yield self.attention(kind)
         for called in (True, False):
@@ -231,6 +232,18 @@ class Shapes:
 
         cost = self.cost(1, rows).layer_norm()
         return Work("layer_norm", f"{rows} rows", cost, lambda _: (self.randn(rows, self.C), *self._norm(), self.eps), plain)
+
+    def logprob(self, rows: int) -> Work:
+        """What the distributions say of one token each; torch's beside it makes the logits and takes their loss."""
+
+        def make(_: int) -> Args:
+            weight = self.randn(self.V, self.C, scale=self.C**-0.5)
+            return self.randn(rows, self.C), weight, torch.randint(self.V, (rows,), device=self.setting.device)
+
+        def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Call:
+            return lambda: F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
+
+        return Work("logprob", f"{rows} rows", self.cost(1, rows).head(rows, op="logprob", stored=False), make, plain)
 
     def attention(self, kind: str) -> Work:
         """A prompt attending to itself; torch's beside it is SDPA with a causal mask, windowless in both layers."""

@@ -17,21 +17,34 @@ from gptneo_fast.ops.constants import BROKEN, GREEDY, PLACE, STATUS, TOKEN
 
 
 class Ours:
-    """Our causal model; `backend="triton"`: what cannot take the kernels fails instead of taking plain torch."""
+    """Our causal model; `backend="triton"`: what cannot take the kernels fails instead of taking plain torch.
+
+    Args:
+        quantize: "int8" or "int4" for weights in few bits.
+    """
 
     name = "gptneo_fast"
 
-    def __init__(self, config: GPTNeoConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: GPTNeoConfig, dtype: torch.dtype, device: torch.device, quantize: str | None = None) -> None:
         with torch.device("meta"):
             model = gptneo_fast.GPTNeoForCausalLM(config, backend="triton")
         self.model = model.to(dtype).to_empty(device=device).eval()
         self.model.tie_weights()
         randomise(self.model)
+        if quantize is not None:
+            self.model.quantize_(quantize)
         self.config, self.dtype, self.device = config, dtype, device
 
     def logits(self, ids: Tensor) -> Tensor:
         """[B, T, V]."""
         return self.model(ids, use_cache=False).logits
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """Log-probabilities [B, T - 1], as `score` computes them."""
+        wanted = torch.ones_like(ids, dtype=torch.bool)
+        wanted[:, -1] = False
+        own, *_ = self.model.logprobs(ids, torch.ones_like(ids), wanted, ids[:, 1:].flatten())
+        return own.view(len(ids), -1)
 
     def prefill(self, ids: Tensor) -> Tensor:
         """[B, 1, V], with a cache."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,11 +31,19 @@ def cases(setting: Setting) -> Iterator[Case]:
         yield Case(f"{shape}: memory given back", paths.close, 0)
 
 
-class Paths:
-    """One model of random weights, made when first needed."""
+def few_bits_cases(setting: Setting) -> Iterator[Case]:
+    """One row of the first model, three of the next, in 8 and in 4 bits."""
+    for bits, (shape, rows) in itertools.product(("int8", "int4"), zip(setting.compared, (1, 3), strict=False)):
+        paths = Paths(setting, shape, bits)
+        yield Case(f"{shape} {bits}: {rows} rows beside plain torch and float64", lambda p=paths, n=rows: p.verified(n), 8)
+        yield Case(f"{shape} {bits}: memory given back", paths.close, 0)
 
-    def __init__(self, setting: Setting, shape: str) -> None:
-        self.setting, self.config = setting, setting.config(shape)
+
+class Paths:
+    """One model of random weights, made when first needed. quantize: "int8" or "int4" for weights in few bits."""
+
+    def __init__(self, setting: Setting, shape: str, quantize: str | None = None) -> None:
+        self.setting, self.config, self.quantize = setting, setting.config(shape), quantize
         self.prompt, self.new = (7, 2) if setting.tiny else (PROMPT, NEW)  # the tiny window is 8
         self._model: Any = None
 
@@ -42,7 +51,7 @@ class Paths:
     def model(self) -> Any:
         """Ours, on the kernels."""
         if self._model is None:
-            self._model = Ours(self.config, self.setting.dtype, self.setting.device).model
+            self._model = Ours(self.config, self.setting.dtype, self.setting.device, self.quantize).model
         return self._model
 
     def close(self) -> None:
@@ -80,9 +89,9 @@ class Paths:
         _same(early, plain)
         return {"tokens": self.new, "path": path}
 
-    def verified(self) -> dict[str, Any]:
+    def verified(self, rows: int = 3) -> dict[str, Any]:
         """`gptneo_fast.verify`: logits against float64 within the budget, tokens of the fast path against plain torch's."""
-        found = gptneo_fast.verify(self.model, rows=1 if self.setting.tiny else 3, new_tokens=self.new)
+        found = gptneo_fast.verify(self.model, rows=1 if self.setting.tiny else rows, new_tokens=self.new)
         if not found.ok:
             raise AssertionError(str(found))
         row = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -57,6 +58,7 @@ PLAN = [  # in the order of what a first run must yield; the installation takes 
     Part(("decode",), 25, 40, 300),
     Part(("peers",), 20, 55, 600),
     Part(("kernels",), 25, 40, 300),
+    Part(("few bits",), 0, 35, 300),
     Part(("ours",), 0, 55, 500),
     Part(("other peers",), 0, 25, 700),
     Part(("other kernels",), 0, 20, 400),
@@ -86,6 +88,7 @@ def cases_of(stage: str, setting: Setting) -> Iterable[Case]:
         "decode": lambda: whole.decode_cases(setting),
         "peers": lambda: whole.peer_cases(setting, first),
         "kernels": lambda: kernel_times.time_cases(setting, first),
+        "few bits": lambda: itertools.chain(paths.few_bits_cases(setting), whole.few_bits_cases(setting)),
         "ours": lambda: whole.our_cases(setting),
         "other peers": lambda: whole.peer_cases(setting, others),
         "other kernels": lambda: kernel_times.time_cases(setting, others),

@@ -25,7 +25,7 @@ def summary(results: dict[str, Any]) -> str:
     def rows_of(*names: str) -> list[dict[str, Any]]:
         return [row for name in names for row in stages.get(name, {}).get("rows", [])]
 
-    parts.append(_models(rows_of("decode", "ours", "peers", "other peers")))
+    parts.append(_models(rows_of("decode", "ours", "few bits", "peers", "other peers")))
     parts.append(_kernels(rows_of("kernels", "other kernels")))
     parts.append(_profiles(rows_of("profile")))
     parts.append(_sweeps(rows_of("sweeps")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from benchmarks.gpu.peers import Compiled, Transformers
 from benchmarks.gpu.stage import Case, Setting
 from benchmarks.gpu.timing import chain, per_call, wall
 from benchmarks.static import costs
+from gptneo_fast.ops.quantized import Format
 
 STEPS, WARMUP = 32, 4
 PROMPT, SCORED = (1, 2048), (32, 512)  # rows and tokens of prefill and scoring
@@ -31,15 +33,17 @@ class Bench:
         self._made: tuple[str, Any] | None = None
 
     def runner(self, name: str) -> Any:
-        """gptneo_fast, "transformers eager", "transformers flash_attention_2" or "compiled torch"; peak memory counts anew."""
+        """gptneo_fast (then " int8" or " int4"), "transformers eager", "transformers flash_attention_2" or "compiled torch";
+        peak memory counts anew."""
         if self._made is None or self._made[0] != name:
             self.close()
             args = (self.config, self.setting.dtype, self.setting.device)
             if name == Compiled.name:
                 self._made = name, Compiled(Transformers(*args).model, self.config, compile_layers=not self.setting.tiny)
+            elif name.startswith(Ours.name):
+                self._made = name, Ours(*args, quantize=_bits(name))
             else:
-                made = Ours(*args) if name == Ours.name else Transformers(*args, attention=name.removeprefix("transformers "))
-                self._made = name, made
+                self._made = name, Transformers(*args, attention=name.removeprefix("transformers "))
         if self.setting.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return self._made[1]
@@ -73,8 +77,10 @@ class Bench:
         steps, warmup = (1, 1) if self.setting.tiny else (STEPS, WARMUP)
         step = self.runner(name).decoder(rows, held, steps + warmup, **early)
         seconds = chain(step, steps, self.setting.device, warmup)
-        proof = step.check() if name == Ours.name else {}
-        work = costs.decode_step(self.config, rows, held - steps // 2, self.setting.dtype)
+        proof = step.check() if name.startswith(Ours.name) else {}
+        bits = _bits(name)
+        how = Format.of(bits) if bits else None
+        work = costs.decode_step(self.config, rows, held - steps // 2, self.setting.dtype, how=how)
         what = f"decode {batch}, ctx {context}" + (", early launch" if early else "")
         return self._row(name, seconds, rows, work, what) | {"batch": batch, "context": context} | early | proof
 
@@ -98,7 +104,8 @@ class Bench:
         rows, tokens = self.setting.batch(SCORED[0]), self.setting.length(SCORED[1])
         runner, ids = self.runner(name), self._ids(rows, tokens)
         before = torch.cuda.memory_allocated() if self.setting.device.type == "cuda" else 0
-        seconds = wall(lambda: _scores(runner, ids), self.setting.device)
+        scores = runner.scores if name == Ours.name else functools.partial(_scores, runner)
+        seconds = wall(lambda: scores(ids), self.setting.device)
         work = costs.prefill(self.config, rows, tokens, self.setting.dtype, cache=False, scoring=True)
         row = self._row(name, seconds, rows * tokens, work, "scoring 32x512")
         return row | ({"GB beyond weights": row["peak GB"] - before / 1e9} if before else {})
@@ -129,6 +136,11 @@ def _scores(runner: Any, ids: Tensor) -> Tensor:
     return torch.cat(found)
 
 
+def _bits(name: str) -> str | None:
+    """The format in a runner's name."""
+    return name.removeprefix(Ours.name).strip() or None if name.startswith(Ours.name) else None
+
+
 def decode_cases(setting: Setting) -> Iterator[Case]:
     """Ours, the first model."""
     bench = Bench(setting, setting.shapes[0])
@@ -144,6 +156,16 @@ def our_cases(setting: Setting) -> Iterator[Case]:
             yield from _decoding(bench)
         yield from _prompts(bench, [Ours.name])
         yield _close(bench)
+
+
+def few_bits_cases(setting: Setting) -> Iterator[Case]:
+    """Weights in few bits: the first model's steps, then prompts of it."""
+    bench = Bench(setting, setting.shapes[0])
+    for bits in ("int8", "int4"):
+        for batch, context in setting.points[:3]:
+            yield _case(bench, "decode", f"{Ours.name} {bits}", batch, context, seconds=4)
+        yield _case(bench, "prefill", f"{Ours.name} {bits}", seconds=4)
+    yield _close(bench)
 
 
 def peer_cases(setting: Setting, shapes: list[str]) -> Iterator[Case]:

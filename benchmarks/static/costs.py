@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ import torch
 from benchmarks.models import DTYPES, SHAPES, config_of
 from gptneo_fast import GPTNeoConfig
 from gptneo_fast.network.cache import ring_slots
+from gptneo_fast.ops.quantized import Format
 
 BANDWIDTH, RATE = 3.0e12, 798e12  # B/s and FLOP/s of an H100 80GB HBM3: copy, read + write; bf16 matmul 8192^3
 VOCABULARY_TILE = 64
@@ -81,22 +83,32 @@ def pairs(tokens: int, past: int, window: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the costs depend on. B rows of T new tokens each; every size in elements but `element`, which is bytes."""
+    """What the costs depend on. B rows of T new tokens each; every size in elements but `element`, which is bytes.
+
+    how: the format of matrices in few bits; None where they are in the dtype of all else.
+    """
 
     config: GPTNeoConfig
     B: int
     T: int
     element: int
     vocabulary_tile: int = VOCABULARY_TILE
+    how: Format | None = None
+
+    def matrix(self, out: int, inner: int) -> int:
+        """Bytes of the weight of a linear layer, scales included."""
+        if self.how is None:
+            return out * inner * self.element
+        return sum(math.prod(s) * d.itemsize for s, d in zip(self.how.shapes(out, inner), self.how.dtypes, strict=True))
 
     def linear(
         self, op: str, out: int, inner: int, *, bias: bool, norm: bool = False, extra: int = 0, launches: int = 1
     ) -> Cost:
         """[B * T, inner] times [out, inner] transposed. extra: elements a row that are read or written besides."""
         rows = self.B * self.T
-        weights = out * inner + (out if bias else 0) + (2 * inner if norm else 0)
+        weights = self.matrix(out, inner) + ((out if bias else 0) + (2 * inner if norm else 0)) * self.element
         moved = rows * (inner + out + extra)
-        return Cost(op, weights * self.element, 0, moved * self.element, 2 * rows * out * inner, launches)
+        return Cost(op, weights, 0, moved * self.element, 2 * rows * out * inner, launches)
 
     def embed(self) -> Cost:
         """Two rows read and one written for each token; int64 ids."""
@@ -155,7 +167,7 @@ class Shape:
         C, V = self.config.hidden_size, self.config.vocab_size
         V = -(-V // self.vocabulary_tile) * self.vocabulary_tile
         moved = rows * (C * self.element + (V * 4 if stored else 4))
-        return Cost(op, (V * C + 2 * C) * self.element, 0, moved, 2 * rows * V * C)
+        return Cost(op, self.matrix(V, C) + 2 * C * self.element, 0, moved, 2 * rows * V * C)
 
     def sample(self) -> Cost:
         """One token a row out of float32 logits."""
@@ -163,7 +175,13 @@ class Shape:
 
 
 def decode_step(
-    config: GPTNeoConfig, batch: int, context: int, dtype: torch.dtype, tokens: int = 1, tile: int = 64
+    config: GPTNeoConfig,
+    batch: int,
+    context: int,
+    dtype: torch.dtype,
+    tokens: int = 1,
+    tile: int = 64,
+    how: Format | None = None,
 ) -> list[Cost]:
     """Costs by op of one step: 5 launches a layer and 3 around them.
 
@@ -171,8 +189,9 @@ def decode_step(
         context: keys that the last new token sees in a global layer, itself included.
         tokens: new tokens of each row.
         tile: rows of the vocabulary that the head reads at once; 1 for exactly what there is.
+        how: the format of weights in few bits; None where they are in `dtype`.
     """
-    s, past = Shape(config, batch, tokens, dtype.itemsize, tile), context - tokens
+    s, past = Shape(config, batch, tokens, dtype.itemsize, tile, how), context - tokens
     attention = [s.decode_attention(layer, past) for layer in range(config.num_layers)]
     L = config.num_layers
     return [

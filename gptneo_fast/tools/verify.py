@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..network import quantized
 
 ORDERS = 4  # in which plain torch computes the logits; the first is as given
 
@@ -109,10 +110,15 @@ def verify(model: Any, *, rows: int = 3, new_tokens: int = 64, seed: int = 0) ->
 
 
 def twin(model: Any, dtype: torch.dtype) -> Any:
-    """The same model on the reference path, sharing its weights where the dtype is theirs."""
+    """The same model on the reference path, sharing its weights where the dtype is theirs; those in few bits are floats."""
     with torch.device("meta"):
         twin = type(model)(model.config, backend="reference")
-    twin.load_state_dict({name: p.to(dtype) for name, p in model.state_dict().items()}, assign=True)
+    state = {name: p.to(dtype) for name, p in model.state_dict().items()}
+    for name, weight in quantized.weights(model).items():
+        for part in ("values", "scales"):
+            del state[f"{name}.weight.{part}"]
+        state[f"{name}.weight"] = weight.dequantize(dtype)
+    twin.load_state_dict(state, assign=True)
     twin.tie_weights()
     return twin.eval()
 
