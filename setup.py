@@ -206,7 +206,7 @@ def plan_cpu(torch: Torch, compiler: list[str], why_not_cuda: str) -> Plan:
         command = [*compiler, *flags, *sets, f"-DGPTNEO_FAST_LANES={lanes.partition('.')[0]}", "csrc/decode_lanes.cpp"]
         objects[f"decode_lanes.cpp.{lanes}"] = command
     line = f"built for the CPU only: {why_not_cuda}"
-    return Plan("cpu", line, objects, [*compiler, "-shared", *libraries(torch)], torch.version)
+    return Plan("cpu", line, objects, [*compiler, "-shared", *libraries(torch, compiler)], torch.version)
 
 
 def plan_cuda(torch: Torch, compiler: list[str]) -> Plan:
@@ -219,12 +219,20 @@ def plan_cuda(torch: Torch, compiler: list[str]) -> Plan:
     common = [nvcc, *host, "-c", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DGPTNEO_FAST_CUDA"]
     objects |= {name: [*common, "--threads=0", *flags, f"csrc/{name}"] for name in CUDA_SOURCES}
     line = f"built for CUDA ({names}; nvcc {release[1] if release else 'of unknown version'}) and the CPU"
-    return Plan("cuda", line, objects, [nvcc, *host, "-shared", "-cudart=static", *libraries(torch)], torch.version)
+    return Plan("cuda", line, objects, [nvcc, *host, "-shared", "-cudart=static", *libraries(torch, compiler)], torch.version)
 
 
-def libraries(torch: Torch) -> list[str]:
-    """What every torch has; libtorch_cuda is found when it is needed."""
-    return [f"-L{torch.folder / 'lib'}", "-lc10", "-ltorch_cpu"]
+def libraries(torch: Torch, compiler: list[str]) -> list[str]:
+    """What every torch has; libtorch_cuda is found when it is needed.
+
+    Of libstdc++ a process has one, torch's: where the compiler knows no shared one by its plain name, it would put a second
+    one into the library, from an archive.
+    """
+    found = [f"-L{torch.folder / 'lib'}", "-lc10", "-ltorch_cpu"]
+    if answer([*compiler, "-print-file-name=libstdc++.so"]).strip() == "libstdc++.so":
+        shared = answer([*compiler, "-print-file-name=libstdc++.so.6"]).strip()
+        found += [shared] if Path(shared).is_file() else []
+    return found
 
 
 class BuildExtension(build_ext):

@@ -29,6 +29,22 @@ def moments(xs, held, count, AXIS: tl.constexpr):
 
 
 @triton.jit
+def prefetch(ptrs):
+    """Ask L2 for the lines of these addresses; no register waits for them."""
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def prefetch_range(ptr, begin, end):
+    """Ask L2 for the elements from `begin` to `end`, int64."""
+    LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
+    lines = tl.arange(0, 128) * LINE
+    for at in tl.range(begin, end, 128 * LINE, loop_unroll_factor=1):
+        prefetch(ptr + tl.minimum(at + lines, end - 1))
+
+
+@triton.jit
 def statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
     """LayerNorm's of rows [m] of K elements in memory: (base, mean - base, 1 / sqrt(variance + eps)).
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import launch
 from .append import Cache, into_slots
-from .blocks import finish, statistics
+from .blocks import finish, prefetch, statistics
 from .packed import BLOCK, Packed, Weight, number
 from .tickets import arrives_last, tickets
 
@@ -92,13 +92,6 @@ def tile(kernel: str, M: int, N: int, K: int, itemsize: int, sms: int, bits: int
 
 
 @triton.jit
-def _prefetch(ptrs):
-    """Ask L2 for the lines of these addresses; no register waits for them."""
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(asm, "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def _scales(ptrs, block, blocks, GROUP: tl.constexpr):
     """Of blocks [SK, 1] or [1] of rows [BM], for the first and the last two places: float32 [SK, BM, 1] or [BM, 1]."""
     mask = block < blocks
@@ -155,7 +148,7 @@ def skinny(
         LINE: tl.constexpr = 1024 * PER // w_ptr.dtype.element_ty.primitive_bitwidth  # numbers of 128 bytes
         LINES: tl.constexpr = (AHEAD * SK * BK + LINE - 1) // LINE
         ahead = tl.minimum(begin + tl.arange(0, LINES) * LINE, end - 1) // PER
-        _prefetch(w_ptr + first_n[:, None] + ahead[None])
+        prefetch(w_ptr + first_n[:, None] + ahead[None])
     if PDL:
         tl.extra.cuda.gdc_wait()
     rows = pid_m * NB + tl.arange(0, NB)

@@ -45,8 +45,8 @@ class Sample:
     args: tuple[Any, ...]
     mutates: tuple[int, ...] = ()
 
-    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Sample:
-        """The same call with floating-point tensors rounded to `dtype`, strides kept."""
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Sample:
+        """The same call with floating-point tensors rounded to `dtype`, strides kept; None: each where it is."""
 
         def move(x: Any) -> Any:
             if not isinstance(x, Tensor):
