@@ -225,14 +225,12 @@ def plan_cuda(torch: Torch, compiler: list[str]) -> Plan:
 def libraries(torch: Torch, compiler: list[str]) -> list[str]:
     """What every torch has; libtorch_cuda is found when it is needed.
 
-    Of libstdc++ a process has one, torch's: where the compiler knows no shared one by its plain name, it would put a second
-    one into the library, from an archive.
+    A compiler that has libstdc++ as an archive only puts a second one into the library beside torch's; with its names open to
+    all, the two mix, and a call on CUDA died of it. So torch's is named, and what comes out of archives stays inside.
     """
-    found = [f"-L{torch.folder / 'lib'}", "-lc10", "-ltorch_cpu"]
-    if answer([*compiler, "-print-file-name=libstdc++.so"]).strip() == "libstdc++.so":
-        shared = answer([*compiler, "-print-file-name=libstdc++.so.6"]).strip()
-        found += [shared] if Path(shared).is_file() else []
-    return found
+    found = [f"-L{torch.folder / 'lib'}", "-lc10", "-ltorch_cpu", "-Xlinker", "--exclude-libs=ALL"]
+    shared = answer([*compiler, "-print-file-name=libstdc++.so.6"]).strip()
+    return [*found, "-l:libstdc++.so.6"] if Path(shared).is_absolute() else found
 
 
 class BuildExtension(build_ext):

@@ -36,15 +36,6 @@ def prefetch(ptrs):
 
 
 @triton.jit
-def prefetch_range(ptr, begin, end):
-    """Ask L2 for the elements from `begin` to `end`, int64."""
-    LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
-    lines = tl.arange(0, 128) * LINE
-    for at in tl.range(begin, end, 128 * LINE, loop_unroll_factor=1):
-        prefetch(ptr + tl.minimum(at + lines, end - 1))
-
-
-@triton.jit
 def statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
     """LayerNorm's of rows [m] of K elements in memory: (base, mean - base, 1 / sqrt(variance + eps)).
 
@@ -66,6 +57,17 @@ def statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
         mean += delta * share
         squares += about + delta * delta * (k * share)
     return base, mean, 1 / tl.sqrt(squares / K + eps)
+
+
+@triton.jit
+def exp(x, EXACT: tl.constexpr):
+    """e to the power of x <= 0 by 2's; EXACT: with what rounding its exponent to float32 has lost."""
+    y = x * 1.4426950408889634
+    p = tl.exp2(y)
+    if EXACT:
+        lost = tl.fma(x, 1.4426950408889634, -y) + x * 1.925963033500411e-08  # the constant's own, too
+        p = tl.where(x == float("-inf"), 0.0, tl.fma(p, lost * 0.6931471805599453, p))
+    return p
 
 
 @triton.jit

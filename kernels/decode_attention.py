@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .blocks import exp
 from .tickets import arrives_last, tickets
 
 
@@ -29,37 +30,20 @@ class Tile(NamedTuple):
     stages: int
 
 
-# One query, by (row, bytes of the dtype), for head dims up to 64; wider ones have twice the warps.
-# "shot": a program asks for all its keys and values at once, and is gone. "loop": it asks for two loads ahead, and there
-# are a quarter of the programs and of the parts to merge.
-ONE = {
-    ("shot", 2): Tile(1, 64, 1, 2, 1),
-    ("shot", 4): Tile(1, 32, 2, 2, 1),
-    ("loop", 2): Tile(1, 64, 4, 4, 3),
-    ("loop", 4): Tile(1, 32, 8, 4, 3),
-}
-# Rows of global and of local layers: to be chosen by a sweep on a card. "loop" is predicted to win at batch 64, where the
-# beginnings and ends of 32,768 short programs take 0.9 ms of a step of 1.3B; at batch 1 "shot" spreads a head over more SMs.
-GLOBAL, LOCAL = "shot", "shot"
-# The longest split that a local layer makes of its window so as not to merge; 0: never. At batch 1 it leaves a layer of 16
-# heads 16 programs of 128 KB, predicted to take as long as 64 and their merge; at batch 8 and 64 it saves the merge.
-ONE_SPLIT = 0
+# One query, by bytes of the dtype, for head dims up to 64; wider ones have twice the warps. A split is 256 keys, all that a
+# local layer of the released models sees, so that these merge nothing.
+ONE = {2: Tile(1, 32, 8, 2, 1), 4: Tile(1, 16, 16, 2, 1)}
 
 
-def tile(T: int, D: int, itemsize: int, window: int) -> Tile:
+def tile(T: int, D: int, itemsize: int) -> Tile:
     """One query works on CUDA cores; more take the tensor cores. The batch has no say, see above."""
     wide = D > 64
     if T == 1:
-        found = ONE[LOCAL if window else GLOBAL, itemsize]
-        found = found._replace(warps=found.warps * (2 if wide else 1))
-    elif itemsize == 4:
-        found = Tile(16, 32, 8, 8 if wide else 4, 1)
-    elif T <= 16:
-        found = Tile(16, 64, 4, 4, 2)
-    else:
-        found = Tile(64, 64, 8, 8 if wide else 4, 2)
-    keys = window + found.BT - 1  # the most that a tile sees
-    return found._replace(steps=-(-keys // found.BS)) if window and keys <= ONE_SPLIT else found
+        found = ONE[itemsize]
+        return found._replace(warps=found.warps * (2 if wide else 1))
+    if itemsize == 4:
+        return Tile(16, 32, 8, 8 if wide else 4, 1)
+    return Tile(16, 64, 4, 4, 2) if T <= 16 else Tile(64, 64, 8, 8 if wide else 4, 2)
 
 
 @triton.jit
@@ -72,10 +56,7 @@ def _absorb(
     mask = (token < hi)[:, None] if WHOLE_D else (token < hi)[:, None] & (offs_d < D)[None]
     k = tl.load(k_ptr + slot * stride_kr + offs_d[None], mask=mask, other=0)  # [BS, BD]
     v = tl.load(v_ptr + slot * stride_vr + offs_d[None], mask=mask, other=0)
-    if BT == 1:
-        scores = tl.sum(k.to(tl.float32) * q.to(tl.float32), 1)[None]  # [1, BS]
-    else:
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     visible = (token[None] <= query[:, None]) & (token < hi)[None]
     if window > 0:
         visible = visible & (token[None] > query[:, None] - window)
@@ -85,11 +66,45 @@ def _absorb(
     p = tl.exp2((scores - base[:, None]) * 1.4426950408889634)
     fade = tl.exp2((m - base) * 1.4426950408889634)
     total = total * fade + tl.sum(p, 1)
-    if BT == 1:
-        new = tl.sum(tl.reshape(p, [BS, 1]) * v.to(tl.float32), 0)[None]
-    else:
-        new = tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    return top, total, acc * fade[:, None] + new
+    return top, total, acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+
+
+@triton.jit
+def _rows(ptr, token, end, R, D, stride, BD: tl.constexpr, WHOLE_D: tl.constexpr):
+    """Keys or values of tokens [BS] before `end`, [BS, BD], as they stand in memory."""
+    offs_d = tl.arange(0, BD)
+    mask = (token < end)[:, None] if WHOLE_D else (token < end)[:, None] & (offs_d < D)[None]
+    return tl.load(ptr + (token % R).to(tl.int64)[:, None] * stride + offs_d[None], mask=mask, other=0)
+
+
+@triton.jit
+def _one(q, k_ptr, v_ptr, begin, end, R, D, stride_kr, stride_vr, BD: tl.constexpr, BS: tl.constexpr, WHOLE_D: tl.constexpr):
+    """One query q [BD] and the keys from `begin` to `end`, all of which it sees: maximum [1], sum [1], weighted values [1, BD].
+
+    Each of BS lanes of keys has a softmax of its own, so that no step waits for threads to exchange anything; the next keys
+    and values are on their way meanwhile.
+    """
+    EXACT: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
+    lane = tl.arange(0, BS)
+    m, total = tl.full([BS], float("-inf"), tl.float32), tl.zeros([BS], tl.float32)
+    acc = tl.zeros([BS, BD], tl.float32)
+    q = q.to(tl.float32)[None]
+    next_k = _rows(k_ptr, begin + lane, end, R, D, stride_kr, BD, WHOLE_D)
+    next_v = _rows(v_ptr, begin + lane, end, R, D, stride_vr, BD, WHOLE_D)
+    for at in tl.range(begin, end, BS, loop_unroll_factor=1):
+        k, v, token = next_k, next_v, at + lane
+        next_k = _rows(k_ptr, token + BS, end, R, D, stride_kr, BD, WHOLE_D)
+        next_v = _rows(v_ptr, token + BS, end, R, D, stride_vr, BD, WHOLE_D)
+        scores = tl.where(token < end, tl.sum(k.to(tl.float32) * q, 1), float("-inf"))
+        top = tl.maximum(m, scores)
+        base = tl.where(top == float("-inf"), 0.0, top)  # a lane that has seen nothing
+        p, fade = exp(scores - base, EXACT), exp(m - base, EXACT)
+        m, total = top, total * fade + p
+        acc = acc * fade[:, None] + v.to(tl.float32) * p[:, None]
+    top = tl.max(m, 0)
+    weight = exp(m - tl.where(top == float("-inf"), 0.0, top), EXACT)
+    total, acc = tl.sum(total * weight, 0), tl.sum(acc * weight[:, None], 0)
+    return tl.full([1], top, tl.float32), tl.full([1], total, tl.float32), acc[None]
 
 
 @triton.jit
@@ -150,16 +165,16 @@ def attend(
     q = tl.load(q_at, mask=(offs_t < T)[:, None] & (offs_d < D)[None], other=0)  # [BT, BD]
     k_ptr += b64 * strides_k[0] + h64 * strides_k[1]
     v_ptr += b64 * strides_v[0] + h64 * strides_v[1]
-    m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
-    acc = tl.zeros([BT, BD], tl.float32)
     lo += split * SPLIT
-    if STEPS == 1:
-        m, total, acc = _absorb(
-            q, m, total, acc, k_ptr, v_ptr, lo + tl.arange(0, BS), hi, first + offs_t, window, R, D, strides_k[2],
-            strides_v[2], offs_d, BT, BD, BS, WHOLE_D,
+    end = tl.minimum(lo + SPLIT, hi)
+    if BT == 1:
+        m, total, acc = _one(
+            tl.reshape(q, [BD]), k_ptr, v_ptr, lo, end, R, D, strides_k[2], strides_v[2], BD, BS, WHOLE_D,
         )  # fmt: skip
     else:
-        for token in tl.range(lo, tl.minimum(lo + SPLIT, hi), BS, num_stages=STAGES):
+        m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
+        acc = tl.zeros([BT, BD], tl.float32)
+        for token in tl.range(lo, end, BS, num_stages=STAGES):
             m, total, acc = _absorb(
                 q, m, total, acc, k_ptr, v_ptr, token + tl.arange(0, BS), hi, first + offs_t, window, R, D, strides_k[2],
                 strides_v[2], offs_d, BT, BD, BS, WHOLE_D,
@@ -203,7 +218,7 @@ def decode_attention(
     launch.check("decode_attention", q, k_cache=k_cache, v_cache=v_cache)
     B, H, T, D = q.shape
     R = k_cache.shape[2]
-    t = tile(T, D, q.element_size(), window)
+    t = tile(T, D, q.element_size())
     out = launch.empty((B, T, H * D), q)
     tiles = B * H * launch.blocks(T, t.BT)
     visible = min(R, window + min(T, t.BT) - 1) if window else R  # the most keys that a tile sees
@@ -214,7 +229,7 @@ def decode_attention(
         attend, tiles * splits, q,
         q, k_cache, v_cache, (q.stride()[:3], k_cache.stride()[:3], v_cache.stride()[:3]), lengths, starts, out, parts, stats,
         tickets(tiles, q.device), H, T, R, D, window, splits, BT=t.BT, BD=BD, BS=t.BS, STEPS=t.steps, STAGES=t.stages,
-        WHOLE_D=BD == D, AT_ONCE=(32 if t.steps < 4 else 8) if t.BT == 1 else 1, num_warps=t.warps, num_stages=t.stages,
+        WHOLE_D=BD == D, AT_ONCE=8 if t.BT == 1 else 1, num_warps=t.warps, num_stages=t.stages,
         **launch.chained("decode_attention", q),
     )  # fmt: skip
     return out

@@ -16,22 +16,17 @@ from torch import Tensor
 
 from . import launch
 from .append import Cache, into_slots
-from .blocks import finish, moments, prefetch_range
+from .blocks import finish, moments
 
 
 class Tile(NamedTuple):
-    """rows x BK a load, `granules` of rows a program, `ahead` of them in flight before the wait, warps.
-
-    reach: a program that starts early asks L2 for what it reads later, and for what the program `reach` after it reads; 0
-    where all programs run at one time.
-    """
+    """rows x BK a load, `granules` of rows a program, `ahead` of them in flight before the wait, warps."""
 
     rows: int
     BK: int
     granules: int
     ahead: int
     warps: int
-    reach: int = 0
 
 
 # (kernel, K) in 16 bits. Each leaves at most 3.1 % of 132 SMs idle in its last wave, spills nothing on sm_80 and sm_90, and
@@ -100,9 +95,9 @@ def high(x, dtype: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["reach", "zero", "R", "lengths_ptr", "starts_ptr"])
+@triton.jit(do_not_specialize=["zero", "R", "lengths_ptr", "starts_ptr"])
 def gemv(
-    x_ptr, norm, w_ptrs, bias_ptr, residual_ptr, out_ptr, cache, lengths_ptr, starts_ptr, K, N, granules, reach, zero, R,
+    x_ptr, norm, w_ptrs, bias_ptr, residual_ptr, out_ptr, cache, lengths_ptr, starts_ptr, K, N, granules, zero, R,
     GELU: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr, PACKED: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -141,10 +136,6 @@ def gemv(
             )
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        prefetch_range(w_ptr, (first + AHEAD * ROWS).to(tl.int64) * K, limit.to(tl.int64) * K)
-        if reach > 0:
-            other = first + reach * granules * ROWS
-            prefetch_range(w_ptr, other.to(tl.int64) * K, tl.minimum(other + granules * ROWS, N).to(tl.int64) * K)
         tl.extra.cuda.gdc_wait()
 
     xs, held = (), ()  # float32 [WIDTH], even and odd columns in turn where they are packed
@@ -212,7 +203,7 @@ def run(
     slots, lengths, starts, _, R = Cache.arguments(cache)
     launch.run(
         gemv, programs * len(weights), x,
-        x, norm, weights, bias, residual, out, slots, lengths, starts, K, N, t.granules, t.reach, 0, R,
+        x, norm, weights, bias, residual, out, slots, lengths, starts, K, N, t.granules, 0, R,
         GELU=gelu, ROWS=t.rows, BK=t.BK, CHUNKS=launch.blocks(K, t.BK), AHEAD=t.ahead, PACKED=packed, EVEN_K=K % t.BK == 0,
         EVEN_N=N % (t.rows * t.granules) == 0, num_warps=t.warps, **launch.chained(kernel, x),
     )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptneo_fast.ops import vocabulary
 from gptneo_fast.ops.constants import LOGITS_ALIGN
 
 from . import launch, packed
@@ -15,7 +16,6 @@ from .packed import Packed, Weight
 CHUNK = 128 << 20  # bytes of logits that exist at one time
 UNPACKED = 32 << 20  # bytes of rows of a packed weight that are unpacked at one time
 BLOCK = 2048
-
 
 @triton.jit
 def _statistics(logits_ptr, stride, targets_ptr, logprob_ptr, rank_ptr, entropy_ptr, variance_ptr, V, BLOCK: tl.constexpr):
@@ -92,7 +92,7 @@ def logprob(x: Tensor, weight: Weight, targets: Tensor) -> tuple[Tensor, Tensor,
 def _multiply(x: Tensor, weight: Weight, out: Tensor) -> None:
     """out = x @ weight.T; of a packed weight some rows are unpacked at a time."""
     if not isinstance(weight, Packed):
-        torch.mm(x, weight.t(), out=out)
+        vocabulary.logits(x, weight, out)
         return
     V, C = weight.shape
     rows = max(1, UNPACKED // (C * x.element_size()))

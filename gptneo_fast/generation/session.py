@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..network.cache import KVCache
 from ..network.decoding import Greedy
+from ..network.masks import Rows, rows_of
 from .prompt import Prompt
 from .request import LanguageModel, Request
 
@@ -68,8 +69,8 @@ class Session:
             self.hides = not self._is_ragged_only()
         if self.prepares:
             logits = self._prepared(ids, keep)
-        elif self.begun and self.cache is not None and not self.hides and not self.trace and self.model.looked().forward:
-            logits = self._step(ids[:, self.seen :], keep)  # nothing to check: these are tokens of our own
+        elif self._is_plain() and self.model.looked().forward:
+            logits = self._step(ids[:, self.seen :], keep)  # nothing to check: these are tokens of our own, or a checked prompt
         else:
             logits = self._call(ids, keep)
         self.seen, self.begun = (T, True) if self.cache is not None else (-self.offset, False)
@@ -87,9 +88,20 @@ class Session:
             self.seen += found.shape[1]
         return found
 
+    def _is_plain(self) -> bool:
+        """Whether new columns are tokens, and nothing but logits is asked for: every draw sees these as `step` gives them, in
+        float32, those of the prompt, too."""
+        if self.cache is None or self.trace:
+            return False
+        if self.begun:
+            return not self.hides
+        fresh = self.prompt.cache is None and self.prompt.embeds is None and self.chunk is None
+        return fresh and type(self.cache) is KVCache
+
     def _step(self, ids: Tensor, keep: int) -> Tensor:
-        T, new = self.seen + ids.shape[1], ids.shape[1]
-        return self.model.step(ids, self._positions(T, new), self._types(T, new), self.cache, keep)
+        T, (B, new) = self.seen + ids.shape[1], ids.shape
+        rows = Rows() if self.begun else rows_of(self._mask(T), B, T, self.cache)
+        return self.model.step(ids, self._positions(T, new), self._types(T, new), self.cache, keep, rows)
 
     def _prepared(self, ids: Tensor, keep: int) -> Tensor:
         """Through the model's own `prepare_inputs_for_generation`."""

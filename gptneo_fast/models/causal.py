@@ -22,7 +22,7 @@ from ..network.fused import OURS
 from ..network.inputs import check_labels, check_unknown, select_positions
 from ..network.masks import Rows
 from ..network.outputs import CausalLMOutputWithPast
-from ..ops import backends, cpu, reference
+from ..ops import backends, cpu, reference, vocabulary
 from ..ops.constants import LOGITS_ALIGN
 from ..ops.quantized import QuantizedWeight
 from ..scoring import EmbeddingMixin, ScoringMixin
@@ -152,7 +152,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
             return logits
         V = head.weight.shape[0]
         logits = hidden.new_empty(*hidden.shape[:-1], V + -V % LOGITS_ALIGN)
-        torch.mm(hidden.flatten(0, -2), head.weight.t(), out=logits.view(-1, logits.shape[-1])[:, :V])  # [M, C] x [C, V]
+        vocabulary.logits(hidden.flatten(0, -2), head.weight, logits.view(-1, logits.shape[-1])[:, :V])
         return logits.narrow(-1, 0, V)
 
     def logprobs(

@@ -66,14 +66,11 @@ def test_attention_to_the_cache_is_the_reference_s(T, D, R, window, lengths, sta
     check("decode_attention", monkeypatch, args, dtypes=(torch.float32, torch.float16) if T < 3 else (torch.float32,))
 
 
-ROWS = [(row, one_split) for row in sorted({row for row, _ in attending.ONE}) for one_split in (0, 512)]
-
-
-@pytest.mark.parametrize(("row", "one_split"), ROWS)
+@pytest.mark.parametrize(("keys", "steps"), [(64, 1), (32, 2), (16, 8)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_every_row_of_attention_s_tiles_is_right(row, one_split, dtype, monkeypatch):
-    for name, value in (("GLOBAL", row), ("LOCAL", row), ("ONE_SPLIT", one_split)):
-        monkeypatch.setattr(attending, name, value)
+def test_attention_of_one_query_is_right_in_splits_of_any_size(keys, steps, dtype, monkeypatch):
+    tile = attending.ONE[dtype.itemsize]._replace(BS=keys, steps=steps)
+    monkeypatch.setitem(attending.ONE, dtype.itemsize, tile)
     for sample in testing.SAMPLES["decode_attention"]():
         assert testing.over_budget("decode_attention", kernels.decode_attention, sample.to(dtype)) is None
     for T, R, window, lengths in ((1, 384, 256, (0, 254, 255, 256, 1000)), (1, 600, 0, (64, 599)), (5, 384, 256, (251, 700))):
@@ -82,15 +79,12 @@ def test_every_row_of_attention_s_tiles_is_right(row, one_split, dtype, monkeypa
         check("decode_attention", monkeypatch, (q, *cache, int32(lengths), window), dtypes=(dtype,))
 
 
-@pytest.mark.parametrize("T", [1, 2, 16, 17, 129])
-def test_a_window_that_is_one_split_has_nothing_to_merge(T, monkeypatch):
-    monkeypatch.setattr(attending, "ONE_SPLIT", 512)
+def test_a_window_that_is_one_split_has_nothing_to_merge(monkeypatch):
     monkeypatch.setattr(attending, "arrives_last", lambda *_: pytest.fail("took a ticket"))
-    q, cache = torch.randn(1, 1, T, 4), (torch.randn(1, 1, 384, 4), torch.randn(1, 1, 384, 4))
+    q, cache = torch.randn(1, 1, 1, 4), (torch.randn(1, 1, 384, 4), torch.randn(1, 1, 384, 4))
     kernels.decode_attention(q, *cache, int32([1000]), 256)
-    if T < 17:
-        with pytest.raises(pytest.fail.Exception, match="took a ticket"):
-            kernels.decode_attention(q, *cache, int32([383 - T]), 0)
+    with pytest.raises(pytest.fail.Exception, match="took a ticket"):
+        kernels.decode_attention(q, *cache, int32([382]), 0)
 
 
 @pytest.mark.parametrize("B", [1, 2, 3, 8, 9, 16, 17, 33])
