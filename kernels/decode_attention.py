@@ -32,6 +32,7 @@ class Tile(NamedTuple):
 
 # One query, by bytes of the dtype, for head dims up to 64; wider ones have twice the warps. A split is 256 keys, all that a
 # local layer of the released models sees, so that these merge nothing.
+MOST_SPLITS = 4  # of one query, that a program takes where there are programs enough: fewer beginnings and ends
 ONE = {2: Tile(1, 32, 8, 2, 1), 4: Tile(1, 16, 16, 2, 1)}
 
 
@@ -78,23 +79,23 @@ def _rows(ptr, token, end, R, D, stride, BD: tl.constexpr, WHOLE_D: tl.constexpr
 
 
 @triton.jit
-def _one(q, k_ptr, v_ptr, begin, end, R, D, stride_kr, stride_vr, BD: tl.constexpr, BS: tl.constexpr, WHOLE_D: tl.constexpr):
-    """One query q [BD] and the keys from `begin` to `end`, all of which it sees: maximum [1], sum [1], weighted values [1, BD].
+def _one(
+    q, next_k, next_v, k_ptr, v_ptr, begin, end, stop, R, D, stride_kr, stride_vr,
+    BD: tl.constexpr, BS: tl.constexpr, WHOLE_D: tl.constexpr,
+):  # fmt: skip
+    """One query q [1, BD] and the keys from `begin` to `end`, all of which it sees: maximum, sum, weighted values [BD].
 
     Each of BS lanes of keys has a softmax of its own, so that no step waits for threads to exchange anything; the next keys
-    and values are on their way meanwhile.
+    and values, to those before `stop`, are on their way meanwhile: given for `begin`, returned for `end`.
     """
     EXACT: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
     lane = tl.arange(0, BS)
     m, total = tl.full([BS], float("-inf"), tl.float32), tl.zeros([BS], tl.float32)
     acc = tl.zeros([BS, BD], tl.float32)
-    q = q.to(tl.float32)[None]
-    next_k = _rows(k_ptr, begin + lane, end, R, D, stride_kr, BD, WHOLE_D)
-    next_v = _rows(v_ptr, begin + lane, end, R, D, stride_vr, BD, WHOLE_D)
     for at in tl.range(begin, end, BS, loop_unroll_factor=1):
         k, v, token = next_k, next_v, at + lane
-        next_k = _rows(k_ptr, token + BS, end, R, D, stride_kr, BD, WHOLE_D)
-        next_v = _rows(v_ptr, token + BS, end, R, D, stride_vr, BD, WHOLE_D)
+        next_k = _rows(k_ptr, token + BS, stop, R, D, stride_kr, BD, WHOLE_D)
+        next_v = _rows(v_ptr, token + BS, stop, R, D, stride_vr, BD, WHOLE_D)
         scores = tl.where(token < end, tl.sum(k.to(tl.float32) * q, 1), float("-inf"))
         top = tl.maximum(m, scores)
         base = tl.where(top == float("-inf"), 0.0, top)  # a lane that has seen nothing
@@ -103,12 +104,11 @@ def _one(q, k_ptr, v_ptr, begin, end, R, D, stride_kr, stride_vr, BD: tl.constex
         acc = acc * fade[:, None] + v.to(tl.float32) * p[:, None]
     top = tl.max(m, 0)
     weight = exp(m - tl.where(top == float("-inf"), 0.0, top), EXACT)
-    total, acc = tl.sum(total * weight, 0), tl.sum(acc * weight[:, None], 0)
-    return tl.full([1], top, tl.float32), tl.full([1], total, tl.float32), acc[None]
+    return top, tl.sum(total * weight, 0), tl.sum(acc * weight[:, None], 0), next_k, next_v
 
 
 @triton.jit
-def _merge(part_ptr, stat_ptr, splits, BT: tl.constexpr, BD: tl.constexpr, AT_ONCE: tl.constexpr):
+def _merge(part_ptr, stat_ptr, splits, BT: tl.constexpr, BD: tl.constexpr, AT_ONCE: tl.constexpr, EXACT: tl.constexpr):
     """The sum of all parts of a tile, in the order of the splits whoever arrived first. Returns total [BT] and acc [BT, BD]."""
     offs_t, offs_d, offs_s = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, AT_ONCE)
     m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
@@ -124,25 +124,26 @@ def _merge(part_ptr, stat_ptr, splits, BT: tl.constexpr, BD: tl.constexpr, AT_ON
         )
         top = tl.maximum(m, tl.max(m_s, 0))
         base = tl.where(top == float("-inf"), 0.0, top)
-        fade, weight = tl.exp2((m - base) * 1.4426950408889634), tl.exp2((m_s - base[None]) * 1.4426950408889634)
+        fade, weight = exp(m - base, EXACT), exp(m_s - base[None], EXACT)
         m, total = top, total * fade + tl.sum(l_s * weight, 0)
         acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
     return total, acc
 
 
-@triton.jit(do_not_specialize=["H", "T", "R", "window", "most", "lengths_ptr", "starts_ptr"])
+@triton.jit(do_not_specialize=["H", "T", "R", "window", "most", "each", "lengths_ptr", "starts_ptr"])
 def attend(
     q_ptr, k_ptr, v_ptr, strides, lengths_ptr, starts_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, H, T, R, D, window, most,
-    BT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    each, BT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
     WHOLE_D: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A split of the keys of one tile of queries; grid: B * H * tiles of T tiles, each of `most` splits.
+    """Some of the splits of the keys of one tile of queries; grid: B * H * tiles of T tiles, each of `most` splits, of which a
+    program takes `each`, one after the other.
 
     strides: of batch, head and column or slot, of q, k and v.
     """
     strides_q, strides_k, strides_v = strides
-    tiles_t = tl.cdiv(T, BT)
-    item, split = tl.program_id(0) // most, tl.program_id(0) % most
+    tiles_t, programs = tl.cdiv(T, BT), tl.cdiv(most, each)
+    item, split = tl.program_id(0) // programs, tl.program_id(0) % programs * each
     b, h, c = item // tiles_t // H, item // tiles_t % H, item % tiles_t * BT
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -165,32 +166,42 @@ def attend(
     q = tl.load(q_at, mask=(offs_t < T)[:, None] & (offs_d < D)[None], other=0)  # [BT, BD]
     k_ptr += b64 * strides_k[0] + h64 * strides_k[1]
     v_ptr += b64 * strides_v[0] + h64 * strides_v[1]
-    lo += split * SPLIT
-    end = tl.minimum(lo + SPLIT, hi)
-    if BT == 1:
-        m, total, acc = _one(
-            tl.reshape(q, [BD]), k_ptr, v_ptr, lo, end, R, D, strides_k[2], strides_v[2], BD, BS, WHOLE_D,
-        )  # fmt: skip
-    else:
-        m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
-        acc = tl.zeros([BT, BD], tl.float32)
-        for token in tl.range(lo, end, BS, num_stages=STAGES):
-            m, total, acc = _absorb(
-                q, m, total, acc, k_ptr, v_ptr, token + tl.arange(0, BS), hi, first + offs_t, window, R, D, strides_k[2],
-                strides_v[2], offs_d, BT, BD, BS, WHOLE_D,
-            )  # fmt: skip
-
     part_ptr += item.to(tl.int64) * most * BT * BD
     stat_ptr += item.to(tl.int64) * most * (2 * BT)
+    rows = tl.arange(0, BT)
+    stop = tl.minimum(split + each, splits)
+    if BT == 1:
+        lane, q = tl.arange(0, BS), q.to(tl.float32)
+        begin, after = lo + split * SPLIT, tl.minimum(lo + stop * SPLIT, hi)
+        next_k = _rows(k_ptr, begin + lane, after, R, D, strides_k[2], BD, WHOLE_D)
+        next_v = _rows(v_ptr, begin + lane, after, R, D, strides_v[2], BD, WHOLE_D)
+    m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
+    acc = tl.zeros([BT, BD], tl.float32)
+    for s in tl.range(split, stop, loop_unroll_factor=1):
+        begin = lo + s * SPLIT
+        end = tl.minimum(begin + SPLIT, hi)
+        m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
+        acc = tl.zeros([BT, BD], tl.float32)
+        if BT == 1:
+            top, all_p, all_v, next_k, next_v = _one(
+                q, next_k, next_v, k_ptr, v_ptr, begin, end, after, R, D, strides_k[2], strides_v[2], BD, BS, WHOLE_D,
+            )  # fmt: skip
+            m, total, acc = tl.full([BT], 0, tl.float32) + top, total + all_p, acc + all_v[None]
+        else:
+            for token in tl.range(begin, end, BS, num_stages=STAGES):
+                m, total, acc = _absorb(
+                    q, m, total, acc, k_ptr, v_ptr, token + tl.arange(0, BS), hi, first + offs_t, window, R, D, strides_k[2],
+                    strides_v[2], offs_d, BT, BD, BS, WHOLE_D,
+                )  # fmt: skip
+        if splits > 1:
+            tl.store(part_ptr + (s * BT + rows)[:, None] * BD + offs_d[None], acc)
+            tl.store(stat_ptr + s * (2 * BT) + rows, m)
+            tl.store(stat_ptr + s * (2 * BT) + BT + rows, total)
     mine = True
     if splits > 1:
-        rows = tl.arange(0, BT)
-        tl.store(part_ptr + (split * BT + rows)[:, None] * BD + offs_d[None], acc)
-        tl.store(stat_ptr + split * (2 * BT) + rows, m)
-        tl.store(stat_ptr + split * (2 * BT) + BT + rows, total)
-        mine = arrives_last(ticket_ptr + item, splits)
+        mine = arrives_last(ticket_ptr + item, tl.cdiv(splits, each))
         if mine:
-            total, acc = _merge(part_ptr, stat_ptr, splits, BT, BD, AT_ONCE)
+            total, acc = _merge(part_ptr, stat_ptr, splits, BT, BD, AT_ONCE, q_ptr.dtype.element_ty == tl.float32)
     if mine:
         out = acc / tl.where(total == 0, 1.0, total)[:, None]
         at = (b64 * T + offs_t)[:, None] * (H * D) + h * D + offs_d[None]
@@ -223,12 +234,13 @@ def decode_attention(
     tiles = B * H * launch.blocks(T, t.BT)
     visible = min(R, window + min(T, t.BT) - 1) if window else R  # the most keys that a tile sees
     splits = launch.blocks(visible, t.BS * t.steps)
+    each = max(1, min(MOST_SPLITS, round(tiles * splits / (2 * launch.multiprocessors(q))))) if T == 1 else 1
     BD = launch.power_of_2(D) if t.BT == 1 else max(16, launch.power_of_2(D))
     parts, stats = (launch.empty((tiles * splits if splits > 1 else 0, t.BT, n), q, torch.float32) for n in (BD, 2))
     launch.run(
-        attend, tiles * splits, q,
+        attend, tiles * launch.blocks(splits, each), q,
         q, k_cache, v_cache, (q.stride()[:3], k_cache.stride()[:3], v_cache.stride()[:3]), lengths, starts, out, parts, stats,
-        tickets(tiles, q.device), H, T, R, D, window, splits, BT=t.BT, BD=BD, BS=t.BS, STEPS=t.steps, STAGES=t.stages,
+        tickets(tiles, q.device), H, T, R, D, window, splits, each, BT=t.BT, BD=BD, BS=t.BS, STEPS=t.steps, STAGES=t.stages,
         WHOLE_D=BD == D, AT_ONCE=8 if t.BT == 1 else 1, num_warps=t.warps, num_stages=t.stages,
         **launch.chained("decode_attention", q),
     )  # fmt: skip

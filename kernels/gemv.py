@@ -36,7 +36,7 @@ TILES = {
     ("qkv", 2048): Tile(4, 1024, 4, 2, 4),
     ("qkv", 2560): Tile(4, 512, 5, 2, 4),
     ("norm_linear", 768): Tile(8, 256, 1, 1, 4),
-    ("norm_linear", 2048): Tile(4, 1024, 4, 2, 4),
+    ("norm_linear", 2048): Tile(8, 1024, 4, 1, 8),
     ("norm_linear", 2560): Tile(4, 512, 4, 2, 8),
     ("linear_add", 768): Tile(2, 256, 1, 1, 1),
     ("linear_add", 2048): Tile(2, 512, 1, 1, 2),

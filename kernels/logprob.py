@@ -17,6 +17,7 @@ CHUNK = 128 << 20  # bytes of logits that exist at one time
 UNPACKED = 32 << 20  # bytes of rows of a packed weight that are unpacked at one time
 BLOCK = 2048
 
+
 @triton.jit
 def _statistics(logits_ptr, stride, targets_ptr, logprob_ptr, rank_ptr, entropy_ptr, variance_ptr, V, BLOCK: tl.constexpr):
     """One row a program, read twice: for the largest, then for the sums."""

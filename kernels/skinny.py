@@ -49,10 +49,10 @@ TILES = {
     ("norm_linear", 768): Tile(16, 4, 64, 1, 4, 3),
     ("linear_add", 768): Tile(16, 2, 32, 4, 2, 3),
     ("linear_add", 3072): Tile(16, 2, 64, 8, 2, 3),
-    ("qkv", 2048): Tile(16, 4, 64, 1, 4, 3),
-    ("norm_linear", 2048): Tile(16, 4, 64, 1, 4, 3),
-    ("linear_add", 2048): Tile(16, 4, 64, 2, 4, 4),
-    ("linear_add", 8192): Tile(16, 4, 64, 4, 4, 4),
+    ("qkv", 2048): Tile(32, 4, 64, 1, 4, 3),
+    ("norm_linear", 2048): Tile(32, 4, 64, 1, 4, 3),
+    ("linear_add", 2048): Tile(32, 4, 64, 2, 4, 4),
+    ("linear_add", 8192): Tile(32, 4, 64, 4, 4, 4),
     ("qkv", 2560): Tile(16, 4, 64, 1, 4, 3),
     ("norm_linear", 2560): Tile(16, 4, 64, 1, 4, 3),
     ("linear_add", 2560): Tile(16, 2, 64, 4, 2, 4),
@@ -77,7 +77,7 @@ def tile(kernel: str, M: int, N: int, K: int, itemsize: int, sms: int, bits: int
     if bits:
         found = PACKED[bits, itemsize, M > NORM_ROWS]
     elif M > NORM_ROWS:
-        found = Tile(64, 1, 64, 1, 4, 3) if itemsize == 2 else Tile(32, 1, 32, 1, 8, 3)
+        found = Tile(64, 1, 128, 1, 4, 3) if itemsize == 2 else Tile(32, 1, 32, 1, 8, 3)
     elif itemsize == 4:
         found = Tile(16, 4, 32, 1, 8 if kernel == "linear_add" else 4, 1)  # four warps spill under triton 3.6
     elif (found := TILES.get((kernel, K), Tile(16, 4, 64, 1, 4, 3))).splits > 1:

@@ -53,13 +53,13 @@ class Part:
 
 
 PLAN = [  # in the order of what a first run must yield; the installation takes 30 to 50 seconds
-    Part(("exact", "paths", "models", "ops fp32", "ops fp16", "ops bf16"), 45, 85, 900),
-    Part(("card",), 15, 20, 40),
-    Part(("decode",), 25, 40, 300),
-    Part(("peers",), 20, 55, 600),
-    Part(("kernels",), 25, 40, 300),
-    Part(("few bits",), 0, 35, 300),
-    Part(("ours",), 0, 55, 500),
+    Part(("exact", "paths", "models", "ops fp32", "ops fp16", "ops bf16"), 40, 75, 900),
+    Part(("card",), 10, 15, 40),
+    Part(("decode",), 18, 25, 300),
+    Part(("kernels",), 20, 30, 300),
+    Part(("ours",), 25, 65, 500),
+    Part(("peers",), 50, 60, 600),
+    Part(("few bits",), 0, 50, 300),
     Part(("other peers",), 0, 25, 700),
     Part(("other kernels",), 0, 20, 400),
     Part(("profile",), 0, 15, 60),

@@ -227,17 +227,16 @@ def _gemvs(shapes: Shapes) -> Iterator[Sweep]:
 
 
 def _decode_attentions(shapes: Shapes) -> Iterator[Sweep]:
-    """Keys of a load and loads of a split, warps, stages where a split has several loads."""
+    """Keys of a load, loads of a split, warps; one row for every batch, context and layer, see the module."""
+    size = shapes.setting.dtype.itemsize
+    t = decode_attention.ONE[size]
+    others = [
+        t._replace(BS=BS, steps=n, warps=w) for BS, n, w in ((32, 4, 2), (32, 16, 2), (32, 8, 4), (64, 4, 4), (16, 16, 1))
+    ]
     for (batch, context), kind in itertools.product(shapes.setting.points[:3], shapes.layers):
-        t = decode_attention.tile(1, shapes.D, 2, shapes.config.window(shapes.layers[kind]))
-        others = [t._replace(BS=BS, steps=n) for BS, n in ((32, 1), (128, 1), (64, 2), (64, 4), (128, 2), (32, 8))]
-        others += [t._replace(BS=BS, steps=n, stages=s) for BS, n, s in ((64, 4, 2), (64, 4, 3), (64, 8, 3), (32, 16, 3))]
-        others += [t._replace(warps=w) for w in (2, 8)]
-        key = 1, shapes.D, 2, f"{kind} batch {batch}, context {context}"
         work = shapes.decode_attention(batch, context, kind)
-        yield Sweep(
-            shapes.shape, work, decode_attention, "tile", key, t, _first(shapes.setting, [o for o in others if o != t], 11)
-        )
+        tiles = _first(shapes.setting, [o for o in others if o != t], 5)
+        yield Sweep(shapes.shape, work, decode_attention, "ONE", size, t, tiles)
 
 
 def _skinnies(shapes: Shapes) -> Iterator[Sweep]:
