@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 # One query, by bytes of the dtype, for head dims up to 64; wider ones have twice the warps. A split is 256 keys, all that a
 # local layer of the released models sees, so that these merge nothing.
-MOST_SPLITS = 4  # of one query, that a program takes where there are programs enough: fewer beginnings and ends
+MOST_SPLITS = 2  # of one query, that a program takes where there are programs enough: fewer beginnings and ends
 ONE = {2: Tile(1, 32, 8, 2, 1), 4: Tile(1, 16, 16, 2, 1)}
 
 

@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 # keeps 32 KB of weights or all there are in flight an SM (tests/kernels/test_kernels_decode_tiles.py). Not yet timed.
 TILES = {
     ("qkv", 768): Tile(2, 256, 3, 3, 2),
-    ("qkv", 2048): Tile(4, 1024, 4, 2, 4),
+    ("qkv", 2048): Tile(8, 1024, 4, 1, 8),
     ("qkv", 2560): Tile(4, 512, 5, 2, 4),
     ("norm_linear", 768): Tile(8, 256, 1, 1, 4),
     ("norm_linear", 2048): Tile(8, 1024, 4, 1, 8),
