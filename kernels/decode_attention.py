@@ -31,9 +31,9 @@ class Tile(NamedTuple):
 
 
 # One query, by bytes of the dtype, for head dims up to 64; wider ones have twice the warps. A split is 256 keys, all that a
-# local layer of the released models sees, so that these merge nothing.
-MOST_SPLITS = 2  # of one query, that a program takes where there are programs enough: fewer beginnings and ends
-ONE = {2: Tile(1, 32, 8, 2, 1), 4: Tile(1, 16, 16, 2, 1)}
+# local layer of the released models sees, so that these merge nothing. Between what one row wants (short splits: more programs)
+# and 64 do (32 keys of 512 take 5.5 ms of a step of 1.3B where this takes 6.3): one tile must do for all, see above.
+ONE = {2: Tile(1, 64, 4, 4, 1), 4: Tile(1, 32, 8, 4, 1)}
 
 
 def tile(T: int, D: int, itemsize: int) -> Tile:
@@ -71,32 +71,34 @@ def _absorb(
 
 
 @triton.jit
-def _rows(ptr, token, end, R, D, stride, BD: tl.constexpr, WHOLE_D: tl.constexpr):
-    """Keys or values of tokens [BS] before `end`, [BS, BD], as they stand in memory."""
-    offs_d = tl.arange(0, BD)
-    mask = (token < end)[:, None] if WHOLE_D else (token < end)[:, None] & (offs_d < D)[None]
-    return tl.load(ptr + (token % R).to(tl.int64)[:, None] * stride + offs_d[None], mask=mask, other=0)
+def _rows(ptr, at, end, R, D, stride, BD: tl.constexpr, BS: tl.constexpr, WHOLE_D: tl.constexpr):
+    """Keys or values of the BS tokens from `at` on, of those before `end`, [BS, BD], as they stand in memory."""
+    lane, offs_d = tl.arange(0, BS), tl.arange(0, BD)
+    slot = at % R + lane  # below 2 R where it counts: no more than R tokens are held
+    slot = tl.where(slot >= R, slot - R, slot).to(tl.int64)
+    mask = (at + lane < end)[:, None] if WHOLE_D else (at + lane < end)[:, None] & (offs_d < D)[None]
+    return tl.load(ptr + slot[:, None] * stride + offs_d[None], mask=mask, other=0)
 
 
 @triton.jit
-def _one(
-    q, next_k, next_v, k_ptr, v_ptr, begin, end, stop, R, D, stride_kr, stride_vr,
-    BD: tl.constexpr, BS: tl.constexpr, WHOLE_D: tl.constexpr,
-):  # fmt: skip
-    """One query q [1, BD] and the keys from `begin` to `end`, all of which it sees: maximum, sum, weighted values [BD].
+def _one(q, k_ptr, v_ptr, begin, end, R, D, stride_kr, stride_vr, BD: tl.constexpr, BS: tl.constexpr, WHOLE_D: tl.constexpr):
+    """One query q [BD] and the keys from `begin` to `end`, all of which it sees: maximum [1], sum [1], weighted values [1, BD].
 
     Each of BS lanes of keys has a softmax of its own, so that no step waits for threads to exchange anything; the next keys
-    and values, to those before `stop`, are on their way meanwhile: given for `begin`, returned for `end`.
+    and values are on their way meanwhile.
     """
     EXACT: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
     lane = tl.arange(0, BS)
     m, total = tl.full([BS], float("-inf"), tl.float32), tl.zeros([BS], tl.float32)
     acc = tl.zeros([BS, BD], tl.float32)
+    q = q.to(tl.float32)[None]
+    next_k = _rows(k_ptr, begin, end, R, D, stride_kr, BD, BS, WHOLE_D)
+    next_v = _rows(v_ptr, begin, end, R, D, stride_vr, BD, BS, WHOLE_D)
     for at in tl.range(begin, end, BS, loop_unroll_factor=1):
-        k, v, token = next_k, next_v, at + lane
-        next_k = _rows(k_ptr, token + BS, stop, R, D, stride_kr, BD, WHOLE_D)
-        next_v = _rows(v_ptr, token + BS, stop, R, D, stride_vr, BD, WHOLE_D)
-        scores = tl.where(token < end, tl.sum(k.to(tl.float32) * q, 1), float("-inf"))
+        k, v = next_k, next_v
+        next_k = _rows(k_ptr, at + BS, end, R, D, stride_kr, BD, BS, WHOLE_D)
+        next_v = _rows(v_ptr, at + BS, end, R, D, stride_vr, BD, BS, WHOLE_D)
+        scores = tl.where(at + lane < end, tl.sum(k.to(tl.float32) * q, 1), float("-inf"))
         top = tl.maximum(m, scores)
         base = tl.where(top == float("-inf"), 0.0, top)  # a lane that has seen nothing
         p, fade = exp(scores - base, EXACT), exp(m - base, EXACT)
@@ -104,7 +106,8 @@ def _one(
         acc = acc * fade[:, None] + v.to(tl.float32) * p[:, None]
     top = tl.max(m, 0)
     weight = exp(m - tl.where(top == float("-inf"), 0.0, top), EXACT)
-    return top, tl.sum(total * weight, 0), tl.sum(acc * weight[:, None], 0), next_k, next_v
+    total, acc = tl.sum(total * weight, 0), tl.sum(acc * weight[:, None], 0)
+    return tl.full([1], top, tl.float32), tl.full([1], total, tl.float32), acc[None]
 
 
 @triton.jit
@@ -130,20 +133,19 @@ def _merge(part_ptr, stat_ptr, splits, BT: tl.constexpr, BD: tl.constexpr, AT_ON
     return total, acc
 
 
-@triton.jit(do_not_specialize=["H", "T", "R", "window", "most", "each", "lengths_ptr", "starts_ptr"])
+@triton.jit(do_not_specialize=["H", "T", "R", "window", "most", "lengths_ptr", "starts_ptr"])
 def attend(
     q_ptr, k_ptr, v_ptr, strides, lengths_ptr, starts_ptr, out_ptr, part_ptr, stat_ptr, ticket_ptr, H, T, R, D, window, most,
-    each, BT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
     WHOLE_D: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some of the splits of the keys of one tile of queries; grid: B * H * tiles of T tiles, each of `most` splits, of which a
-    program takes `each`, one after the other.
+    """A split of the keys of one tile of queries; grid: B * H * tiles of T tiles, each of `most` splits.
 
     strides: of batch, head and column or slot, of q, k and v.
     """
     strides_q, strides_k, strides_v = strides
-    tiles_t, programs = tl.cdiv(T, BT), tl.cdiv(most, each)
-    item, split = tl.program_id(0) // programs, tl.program_id(0) % programs * each
+    tiles_t = tl.cdiv(T, BT)
+    item, split = tl.program_id(0) // most, tl.program_id(0) % most
     b, h, c = item // tiles_t // H, item // tiles_t % H, item % tiles_t * BT
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -166,44 +168,34 @@ def attend(
     q = tl.load(q_at, mask=(offs_t < T)[:, None] & (offs_d < D)[None], other=0)  # [BT, BD]
     k_ptr += b64 * strides_k[0] + h64 * strides_k[1]
     v_ptr += b64 * strides_v[0] + h64 * strides_v[1]
-    part_ptr += item.to(tl.int64) * most * BT * BD
-    stat_ptr += item.to(tl.int64) * most * (2 * BT)
-    rows = tl.arange(0, BT)
-    stop = tl.minimum(split + each, splits)
+    lo += split * SPLIT
+    end = tl.minimum(lo + SPLIT, hi)
     if BT == 1:
-        lane, q = tl.arange(0, BS), q.to(tl.float32)
-        begin, after = lo + split * SPLIT, tl.minimum(lo + stop * SPLIT, hi)
-        next_k = _rows(k_ptr, begin + lane, after, R, D, strides_k[2], BD, WHOLE_D)
-        next_v = _rows(v_ptr, begin + lane, after, R, D, strides_v[2], BD, WHOLE_D)
-    m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
-    acc = tl.zeros([BT, BD], tl.float32)
-    for s in tl.range(split, stop, loop_unroll_factor=1):
-        begin = lo + s * SPLIT
-        end = tl.minimum(begin + SPLIT, hi)
+        m, total, acc = _one(
+            tl.reshape(q, [BD]), k_ptr, v_ptr, lo, end, R, D, strides_k[2], strides_v[2], BD, BS, WHOLE_D,
+        )  # fmt: skip
+    else:
         m, total = tl.full([BT], float("-inf"), tl.float32), tl.zeros([BT], tl.float32)
         acc = tl.zeros([BT, BD], tl.float32)
-        if BT == 1:
-            top, all_p, all_v, next_k, next_v = _one(
-                q, next_k, next_v, k_ptr, v_ptr, begin, end, after, R, D, strides_k[2], strides_v[2], BD, BS, WHOLE_D,
+        for token in tl.range(lo, end, BS, num_stages=STAGES):
+            m, total, acc = _absorb(
+                q, m, total, acc, k_ptr, v_ptr, token + tl.arange(0, BS), hi, first + offs_t, window, R, D, strides_k[2],
+                strides_v[2], offs_d, BT, BD, BS, WHOLE_D,
             )  # fmt: skip
-            m, total, acc = tl.full([BT], 0, tl.float32) + top, total + all_p, acc + all_v[None]
-        else:
-            for token in tl.range(begin, end, BS, num_stages=STAGES):
-                m, total, acc = _absorb(
-                    q, m, total, acc, k_ptr, v_ptr, token + tl.arange(0, BS), hi, first + offs_t, window, R, D, strides_k[2],
-                    strides_v[2], offs_d, BT, BD, BS, WHOLE_D,
-                )  # fmt: skip
-        if splits > 1:
-            tl.store(part_ptr + (s * BT + rows)[:, None] * BD + offs_d[None], acc)
-            tl.store(stat_ptr + s * (2 * BT) + rows, m)
-            tl.store(stat_ptr + s * (2 * BT) + BT + rows, total)
+
+    part_ptr += item.to(tl.int64) * most * BT * BD
+    stat_ptr += item.to(tl.int64) * most * (2 * BT)
     mine = True
     if splits > 1:
-        mine = arrives_last(ticket_ptr + item, tl.cdiv(splits, each))
+        rows = tl.arange(0, BT)
+        tl.store(part_ptr + (split * BT + rows)[:, None] * BD + offs_d[None], acc)
+        tl.store(stat_ptr + split * (2 * BT) + rows, m)
+        tl.store(stat_ptr + split * (2 * BT) + BT + rows, total)
+        mine = arrives_last(ticket_ptr + item, splits)
         if mine:
             total, acc = _merge(part_ptr, stat_ptr, splits, BT, BD, AT_ONCE, q_ptr.dtype.element_ty == tl.float32)
     if mine:
-        out = acc / tl.where(total == 0, 1.0, total)[:, None]
+        out = tl.div_rn(acc, tl.where(total == 0, 1.0, total)[:, None])
         at = (b64 * T + offs_t)[:, None] * (H * D) + h * D + offs_d[None]
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=(offs_t < T)[:, None] & (offs_d < D)[None])
 
@@ -234,13 +226,12 @@ def decode_attention(
     tiles = B * H * launch.blocks(T, t.BT)
     visible = min(R, window + min(T, t.BT) - 1) if window else R  # the most keys that a tile sees
     splits = launch.blocks(visible, t.BS * t.steps)
-    each = max(1, min(MOST_SPLITS, round(tiles * splits / (2 * launch.multiprocessors(q))))) if T == 1 else 1
     BD = launch.power_of_2(D) if t.BT == 1 else max(16, launch.power_of_2(D))
     parts, stats = (launch.empty((tiles * splits if splits > 1 else 0, t.BT, n), q, torch.float32) for n in (BD, 2))
     launch.run(
-        attend, tiles * launch.blocks(splits, each), q,
+        attend, tiles * splits, q,
         q, k_cache, v_cache, (q.stride()[:3], k_cache.stride()[:3], v_cache.stride()[:3]), lengths, starts, out, parts, stats,
-        tickets(tiles, q.device), H, T, R, D, window, splits, each, BT=t.BT, BD=BD, BS=t.BS, STEPS=t.steps, STAGES=t.stages,
+        tickets(tiles, q.device), H, T, R, D, window, splits, BT=t.BT, BD=BD, BS=t.BS, STEPS=t.steps, STAGES=t.stages,
         WHOLE_D=BD == D, AT_ONCE=8 if t.BT == 1 else 1, num_warps=t.warps, num_stages=t.stages,
         **launch.chained("decode_attention", q),
     )  # fmt: skip

@@ -39,15 +39,16 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         config: shapes and constants.
         backend: "auto", "triton" or "reference".
         early_launch: in steps of generation let each kernel start before the one before it has ended, and load weights
-            while it waits (programmatic dependent launch; GPUs of capability 9.0 and up). Off until a committed result
-            shows it right and faster; may be set on a model, too, before its first step.
+            while it waits (programmatic dependent launch; GPUs of capability 9.0 and up). None: in steps of one token of one
+            text, which it makes 13 to 19 % faster on an H200 (`benchmarks/results/gpu_h200.json`); more rows lose by it or
+            win nothing. Tokens are the same. May be set on a model, too, before its first step.
     """
 
     accepts_loss_kwargs: ClassVar[bool] = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
     loss_type: ClassVar[str] = "ForCausalLM"  # by which Trainer counts the shifted labels
 
-    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto", early_launch: bool = False) -> None:
+    def __init__(self, config: GPTNeoConfig, *, backend: str = "auto", early_launch: bool | None = None) -> None:
         super().__init__(config, backend=backend)
         self.early_launch = early_launch
         self.transformer = GPTNeoModel(config, backend=backend)
@@ -278,7 +279,8 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         head: Any = self.lm_head
         fusing = look.norm and look.head and not touch.observed(ids.device)
         call = partial(trunk.run, ids, position_ids, token_type_ids, rows, cache, look=look)
-        with backends.early_launches(self.backend) if self.early_launch else nullcontext():
+        early = backends.gains_by_early_launches(self.backend, ids) if self.early_launch is None else self.early_launch
+        with backends.early_launches(self.backend) if early else nullcontext():
             return call(head=head, keep=keep) if fusing else wide(head(call().narrow(1, T - keep, keep)))
 
     def greedy(self, ids: Tensor, position_ids: Tensor, cache: KVCache, how: Greedy) -> Tensor | None:

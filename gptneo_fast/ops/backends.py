@@ -110,6 +110,16 @@ def early_launches(choice: Choice) -> AbstractContextManager[None]:
     return launch.early_launches()
 
 
+def gains_by_early_launches(choice: Choice, ids: torch.Tensor) -> bool:
+    """Whether a step of these tokens is one that early launches make faster: one row, on a GPU that can."""
+    return choice.name == "triton" and ids.is_cuda and ids.numel() == 1 and _starts_early(ids.device)
+
+
+@functools.cache
+def _starts_early(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _warn(message: str) -> None:
     if not torch.compiler.is_compiling():  # a warning would break the graph
         warn_once(message)
