@@ -175,6 +175,27 @@ def test_the_line_of_a_compiler_that_says_most(setup):
     assert setup.last_line("") == "no message"
 
 
+@pytest.mark.skipif(COMPILER is None or shutil.which("nm") is None, reason="needs a C++ compiler and binutils")
+def test_the_c_plus_plus_library_is_torch_s_where_the_compiler_would_take_an_archive_of_it(setup, tmp_path):
+    compiler = tmp_path / "g++"  # as one in an image for CUDA was
+    compiler.write_text(f'#!/bin/sh\nexec {COMPILER} -static-libstdc++ "$@"\n')
+    compiler.chmod(0o755)
+    source = tmp_path / "words.cpp"
+    source.write_text(
+        '#include <sstream>\nextern "C" int words(int n) { std::ostringstream s; s << n; return s.str().size(); }\n'
+    )
+
+    def opened(*libraries):
+        library = tmp_path / "words.so"
+        subprocess.run([str(compiler), "-shared", "-fPIC", str(source), *libraries, "-o", str(library)], check=True)
+        names = subprocess.run(["nm", "-DC", "--defined-only", str(library)], capture_output=True, text=True, check=True).stdout
+        return {line.split(maxsplit=2)[2] for line in names.splitlines()}
+
+    assert any(name.startswith("std::locale::") for name in opened())
+    found = opened(*setup.libraries(setup.find_torch(), [str(compiler)]))
+    assert "words" in found and not any(name.startswith("std::locale::") for name in found)
+
+
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_a_build_is_kept_while_nothing_changes_and_leaves_nothing_behind_when_it_cannot_be_made(tmp_path):
     for name in ("setup.py", "csrc"):

@@ -87,7 +87,7 @@ def test_the_checks_see_what_is_wrong(plain):
     for change, words in [
         (dict(spills=4), "4 spills"),
         (dict(narrow_weight_loads=1), "not 128 bits"),
-        (dict(grid=133), "tail of"),
+        (dict(grid=133, blocks_per_sm=1), "tail of"),
         (dict(in_flight=16), "in flight"),
     ]:
         assert words in faults(good | change)[0]
