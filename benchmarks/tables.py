@@ -234,7 +234,7 @@ def measured() -> str:
     parts += [peers_table(json.loads(path.read_text())) for path in of_kinds("peers")]
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     gpu = [run for run in runs if isinstance(run, dict) and "stages" in run and not run["dry_run"]]  # of `make gpu`
-    parts += [gpu_table.summary(run) for run in gpu]
+    parts += [gpu_table.models(run) for run in gpu]
     if not gpu:
         parts.append("Speed on a GPU: not measured. `make gpu` measures it, with the floors and goals beside it.")
     return "\n\n".join(parts)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu.harness    # needs the extra [eval]; writes benchmarks/results/harness.json
 
-Answers are compared before anything is kept: greedy choices and texts are equal, log-probabilities within the budget of float32.
+Answers are compared before anything is kept: greedy choices and texts are equal, log-probabilities but for the order of sums.
 """
 
 from __future__ import annotations

@@ -53,17 +53,17 @@ class Part:
 
 
 PLAN = [  # in the order of what a first run must yield; the installation takes 30 to 50 seconds
-    Part(("exact", "paths", "models", "ops fp32", "ops fp16", "ops bf16"), 40, 75, 900),
-    Part(("card",), 10, 15, 40),
-    Part(("decode",), 18, 25, 300),
-    Part(("kernels",), 20, 30, 300),
-    Part(("ours",), 25, 65, 500),
-    Part(("peers",), 50, 60, 600),
-    Part(("few bits",), 0, 50, 300),
+    Part(("exact", "paths", "models", "ops fp32", "ops fp16", "ops bf16"), 38, 75, 900),
+    Part(("card",), 8, 15, 40),
+    Part(("decode",), 16, 25, 300),
+    Part(("kernels",), 18, 30, 300),
+    Part(("ours",), 20, 55, 400),
+    Part(("peers",), 35, 60, 600),
+    Part(("few bits",), 0, 40, 200),
     Part(("other peers",), 0, 25, 700),
     Part(("other kernels",), 0, 20, 400),
     Part(("profile",), 0, 15, 60),
-    Part(tuple(f"tiles {i + 1}/{COMPILERS}" for i in range(COMPILERS)), 0, 25, 500),
+    Part(tuple(f"tiles {i + 1}/{COMPILERS}" for i in range(COMPILERS)), 0, 25, 400),
     Part(("sweeps",), 0, 50, 500),
     Part(("sanitizers",), 0, 0, 550),
 ]

@@ -21,17 +21,32 @@ def summary(results: dict[str, Any]) -> str:
         parts.append("; ".join(f"{k} {v}" for k, v in card["machine"].items() if k != "case" and v is not None))
     rows = [[name, value, unit] for name, row in card.items() if name != "machine" for value, unit in [_measure(row)]]
     parts.append(as_table(["ceiling", "measured", "unit"], rows))
-
-    def rows_of(*names: str) -> list[dict[str, Any]]:
-        return [row for name in names for row in stages.get(name, {}).get("rows", [])]
-
-    parts.append(_models(rows_of("decode", "ours", "few bits", "peers", "other peers")))
-    parts.append(_kernels(rows_of("kernels", "other kernels")))
-    parts.append(_profiles(rows_of("profile")))
-    parts.append(_sweeps(rows_of("sweeps")))
+    parts.append(_models(_rows(stages, *_WHOLE)))
+    parts.append(_kernels(_rows(stages, "kernels", "other kernels")))
+    parts.append(_profiles(_rows(stages, "profile")))
+    parts.append(_sweeps(_rows(stages, "sweeps")))
     if results["dry_run"]:
         parts.append("Dry run on tiny shapes without a GPU: these figures mean nothing.")
     return "\n\n".join(part for part in parts if part)
+
+
+def models(results: dict[str, Any]) -> str:
+    """Whole models alone, under the card, its ceilings and what failed."""
+    stages = results["stages"]
+    card = {row["case"]: row for row in _rows(stages, "card")}
+    machine = card.pop("machine", {})
+    said = ", ".join(f"{name} {' '.join(_measure(row))}" for name, row in card.items())
+    names = ("torch", "triton", "transformers", "commit")
+    lines = [f"{machine.get('card')}: {said}. " + ", ".join(f"{name} {machine.get(name)}" for name in names) + "."]
+    lines += [f"Failed: {case}: {why}." for stage in stages.values() for case, why in stage["failures"].items()]
+    return "\n".join([*lines, "", _models(_rows(stages, *_WHOLE))])
+
+
+_WHOLE = ("decode", "ours", "few bits", "peers", "other peers")  # stages of whole models
+
+
+def _rows(stages: dict[str, Any], *names: str) -> list[dict[str, Any]]:
+    return [row for name in names for row in stages.get(name, {}).get("rows", [])]
 
 
 def _measure(row: dict[str, Any]) -> tuple[str, str]:
