@@ -5,10 +5,11 @@
 # make test-flax  the Flax classes, with jax of the index
 # make test-extras  the libraries that train and inspect models, newest, on our modules
 # make gpu  correctness and speed on this machine's GPU in 8 minutes, with the Python at hand; gpu-quick: 3; gpu-full: all
+# make docs  the pages of docs/ and the reference as a site in build/site, strictly
 # make sanitize  the extension under AddressSanitizer and UBSan, its threads under ThreadSanitizer
 # make budgets  the error budgets with every instruction set that this CPU has, with one thread and two
 # make install-matrix  plain and editable installs with and without torch, compilers, nvcc
-# make results  measure anew what benchmarks/results/cpu_<kind>.json holds, and the README's tables (make tables: these alone)
+# make results  measure anew what benchmarks/results/cpu_<kind>.json holds, and the pages' tables (make tables: these alone)
 # make peers  decoding beside other runtimes into benchmarks/results/peers_<kind>.json: 10 minutes, and llama.cpp is compiled first
 # make compile-report  every kernel compiled for GPUs that need not be here, with two tritons: registers, spills, loads
 # make compile-samples  every op sample compiled so (with -j2 in about 5 minutes)
@@ -21,7 +22,7 @@ OLDEST := $(VENV)/triton-3.6.0
 EXTRAS := $(VENV)/extras
 PEERS := $(VENV)/peers
 
-.PHONY: demo test test-slow fuzz fuzz-long test-flax test-extras lint bench results peers tables compile-report compile-samples compile-samples-newest compile-samples-oldest gpu gpu-quick gpu-full install-matrix budgets sanitize clean
+.PHONY: docs demo test test-slow fuzz fuzz-long test-flax test-extras lint bench results peers tables compile-report compile-samples compile-samples-newest compile-samples-oldest gpu gpu-quick gpu-full install-matrix budgets sanitize clean
 
 $(BIN)/gptneo-fast: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +70,10 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/lint.stamp
+	$(BIN)/python -m pip install -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m pytest benchmarks -q --benchmark-sort=name

@@ -1,6 +1,6 @@
-"""Results to tables: `python -m benchmarks.tables` reduces a run of `pytest benchmarks` and writes the README's tables.
+"""Results to tables: `python -m benchmarks.tables` reduces a run of `pytest benchmarks` and writes tables and plots of pages.
 
-python -m benchmarks.tables [--cpu RAW.json ...] [--peers RAW.json ...]   # of --benchmark-json; else the README is made anew
+python -m benchmarks.tables [--cpu RAW.json ...] [--peers RAW.json ...]   # of --benchmark-json; else the pages are made anew
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from gptneo_fast.tools.bench import bars
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+PLOTS = ROOT / "docs" / "plots"
 BEGIN, END = "<!-- measured: made by `make tables` -->", "<!-- end of measured -->"
 OURS, PEER = "gptneo_fast", "transformers eager"
 RUNTIMES = ("onnxruntime", "openvino", "ctranslate2", "llama-cpp-python", "nncf")  # distributions, where they are installed
@@ -223,32 +224,57 @@ def of_kinds(name: str) -> list[Path]:
     return sorted(RESULTS.glob(f"{name}_*.json"))
 
 
+def gpu_runs() -> list[dict[str, Any]]:
+    """The results of `make gpu` on cards."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return [run for run in runs if isinstance(run, dict) and "stages" in run and not run["dry_run"]]
+
+
+def headline() -> str:
+    """The README's section: decoding beside the peers in one table, and the plot of the last kind of CPU."""
+    lines = ["| tokens/s | transformers eager | the best other | gptneo_fast |", "|---|---|---|---|"]
+    for run in [max((json.loads(path.read_text()) for path in of_kinds("peers")), key=lambda run: run["when"])]:
+        speeds: dict[tuple[str, str], dict[str, float]] = {}
+        for r in run["rows"]:
+            speeds.setdefault((r["work"].partition(",")[0], r["dtype"]), {})[r["runner"]] = r["tokens_per_second"]
+        where = f"one CPU core ({run['cpu']})"
+        for (shape, dtype), found in speeds.items():
+            best = max(set(found) - {OURS, PEER}, key=lambda runner: found[runner])
+            cells = f"{found[PEER]:.0f}" if PEER in found else "-", f"{found[best]:.0f} ({best})", f"{found[OURS]:.0f}"
+            lines.append(f"| {shape}, {dtype}, {where} | {' | '.join(cells)} |")
+    for run in gpu_runs():
+        lines += gpu_table.headline(run)
+    plot = max(of_kinds("cpu"), key=lambda path: json.loads(path.read_text())["when"]).stem
+    note = "Greedy decoding of whole calls on the CPU (128 tokens, 64 new ones), of steps on the GPU, in bfloat16 there; "
+    note += "medians, tokens checked. Ratios differ between machines."
+    return "\n".join([*lines, "", note, "", f"![speed on a CPU, transformers = 1](docs/plots/{plot}.svg)"])
+
+
 def measured() -> str:
-    """The README's section, from the files in benchmarks/results."""
+    """The section of the page on performance, from the files in benchmarks/results."""
     parts = []
     for path in of_kinds("cpu"):
-        parts += [cpu_table(json.loads(path.read_text())), f"![CPU speeds](benchmarks/results/{path.stem}.svg)"]
+        parts += [cpu_table(json.loads(path.read_text())), f"![CPU speeds](plots/{path.stem}.svg)"]
     if not parts:
         parts.append("Speed on the CPU: not measured.")
     parts += [few_bits_table(json.loads(path.read_text())) for path in of_kinds("few_bits")]
     parts += [peers_table(json.loads(path.read_text())) for path in of_kinds("peers")]
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    gpu = [run for run in runs if isinstance(run, dict) and "stages" in run and not run["dry_run"]]  # of `make gpu`
+    gpu = gpu_runs()
     parts += [gpu_table.models(run) for run in gpu]
     if not gpu:
         parts.append("Speed on a GPU: not measured. `make gpu` measures it, with the floors and goals beside it.")
     return "\n\n".join(parts)
 
 
-def readme(text: str) -> str:
-    """The README with its tables made anew."""
+def renewed(text: str, tables: str) -> str:
+    """A page with its tables made anew."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{measured()}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{tables}\n{END}{tail}"
 
 
 def main() -> None:
-    """Reduce a raw file if there is one, then write the README."""
+    """Reduce a raw file if there is one, then write the README's and the performance page's tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     becomes = "becomes benchmarks/results/{}_<kind>.json; of several runs the last that has a measurement"
     parser.add_argument("--cpu", type=Path, nargs="+", help="pytest-benchmark's JSON, " + becomes.format("cpu"))
@@ -260,8 +286,9 @@ def main() -> None:
             kind = instructions().lower().replace(" with ", "_")
             (RESULTS / f"{name}_{kind}.json").write_text(json.dumps(kept, indent=1) + "\n")
     for path in of_kinds("cpu"):
-        cpu_plot(json.loads(path.read_text()), path.with_suffix(".svg"))
-    README.write_text(readme(README.read_text()))
+        cpu_plot(json.loads(path.read_text()), PLOTS / f"{path.stem}.svg")
+    README.write_text(renewed(README.read_text(), headline()))
+    PERFORMANCE.write_text(renewed(PERFORMANCE.read_text(), measured()))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,26 @@ def models(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _models(_rows(stages, *_WHOLE))])
 
 
+def headline(results: dict[str, Any]) -> list[str]:
+    """Rows of tokens/s of decoding: transformers, the best other, ours; its best way where it has two."""
+    card = next((row["card"] for row in _rows(results["stages"], "card") if row["case"] == "machine"), "a GPU")
+    found: dict[tuple[str, int, int], dict[str, float]] = {}
+    for r in _rows(results["stages"], *_WHOLE):
+        if r.get("work") == "decode":
+            speeds = found.setdefault((r["model"], r["batch"], r["context"]), {})
+            speeds[r["runner"]] = max(r["tokens/s"], speeds.get(r["runner"], 0.0))
+    lines = []
+    for (model, batch, context), speeds in found.items():
+        others = {runner: s for runner, s in speeds.items() if not runner.startswith(OURS)}
+        eager = others.pop("transformers eager", None)
+        if eager is None or OURS not in speeds:
+            continue
+        best = max(others, key=lambda runner: others[runner], default=None)
+        other = "-" if best is None else f"{others[best]:,.0f} ({best})"
+        lines.append(f"| {model}, {batch} x {context}, {card} | {eager:,.0f} | {other} | {speeds[OURS]:,.0f} |")
+    return lines
+
+
 _WHOLE = ("decode", "ours", "few bits", "peers", "other peers")  # stages of whole models
 
 

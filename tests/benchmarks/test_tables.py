@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed results."""
+"""The pages' figures are those of the committed results."""
 
 import json
 
@@ -7,9 +7,10 @@ import pytest
 from benchmarks import tables
 
 
-def test_the_readme_is_what_the_results_make_of_it():
-    text = tables.README.read_text()
-    assert tables.readme(text) == text, "run `make tables`"
+@pytest.mark.parametrize(("page", "made"), [(tables.README, tables.headline), (tables.PERFORMANCE, tables.measured)])
+def test_a_page_is_what_the_results_make_of_it(page, made):
+    text = page.read_text()
+    assert tables.renewed(text, made()) == text, "run `make tables`"
 
 
 @pytest.mark.parametrize("path", tables.of_kinds("cpu"), ids=lambda path: path.stem)
@@ -17,7 +18,7 @@ def test_the_plot_is_what_the_results_make_of_it(path, tmp_path):
     results = json.loads(path.read_text())
     tables.cpu_plot(results, tmp_path / "cpu.svg")
     drawn = (tmp_path / "cpu.svg").read_text()
-    committed = path.with_suffix(".svg").read_text()
+    committed = (tables.PLOTS / f"{path.stem}.svg").read_text()
     rows = [r for r in results["rows"] if "tokens_per_second" in r]
     peers = {(r["work"], r["dtype"], r["threads"]) for r in rows if r["runner"] == tables.PEER}
     ours = [r for r in rows if r["runner"] == tables.OURS and (r["work"], r["dtype"], r["threads"]) in peers]

@@ -2,9 +2,7 @@
 
 import pytest
 
-import gptneo_fast
-from gptneo_fast.demo import FOLDER
-from tests import test_readme
+from tests import test_docs
 from tests.test_examples import run
 
 
@@ -23,24 +21,31 @@ def test_a_cluster_scores_embeds_and_continues(capsys, monkeypatch):
     assert said.count("Once upon a time there was a") == 4 and "256 numbers" in said
 
 
-def test_the_readme_s_block_of_a_cluster_runs(tmp_path):
+def test_the_pages_blocks_of_a_cluster_run(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
     ray.init(num_cpus=4, log_to_driver=False)
     try:
-        ray.data.from_items([{"text": "Once upon a time", "id": i} for i in range(6)]).write_parquet(str(tmp_path / "texts"))
-        [block] = [block for block in test_readme.OF_EXTRAS if "import ray" in block]
-        block = block.replace("s3://bucket", str(tmp_path)).replace("num_gpus=1", "num_cpus=0.2")
-        names = test_readme.run(block, {})
-        found = ray.data.read_parquet(str(tmp_path / "scores")).take_all()
+        for column in ("text", "prompt"):
+            rows = ray.data.from_items([{"text": "Once upon a time", "id": i} for i in range(6)])
+            rows.write_parquet(str(tmp_path / f"{column}s"))
+        scoring, generating = (
+            block.replace("num_gpus=1", "num_cpus=0.2").replace("s3://bucket", str(tmp_path)).replace("128", "8")
+            for block in test_docs.OF_EXTRAS
+            if "import ray" in block
+        )
+        assert "Scorer" in test_docs.run(scoring, {}) and "Generator" in test_docs.run(generating, {})
+        scores, texts = (ray.data.read_parquet(str(tmp_path / name)).take_all() for name in ("scores", "continuations"))
     finally:
         ray.shutdown()
-    assert "Scorer" in names and sorted(row["id"] for row in found) == list(range(6)) and found[0]["total"] < 0
+    assert sorted(row["id"] for row in scores) == list(range(6)) and scores[0]["total"] < 0
+    assert sorted(row["id"] for row in texts) == list(range(6))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_readme_s_block_of_a_graph_runs(tmp_path, monkeypatch):
+def test_the_page_s_block_of_a_graph_runs(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
-    [block] = [block for block in test_readme.OF_EXTRAS if "onnx" in block]
-    test_readme.run(block, {"model": gptneo_fast.load(FOLDER, dtype="float32")})
+    [block] = [block for block in test_docs.OF_EXTRAS if "onnx" in block]
+    test_docs.run(block, {})
     assert (tmp_path / "model.onnx").stat().st_size > 1000
