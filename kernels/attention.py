@@ -139,7 +139,7 @@ def _attention_kernel(
         first, start, end, 0, R, WINDOW, False, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
-    y = tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)[:, None])
+    y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     y_ptrs = y_ptr + ((b * T + offs_m) * H + h)[:, None] * D + offs_d[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < T)[:, None] & mask_d[None, :])
 
