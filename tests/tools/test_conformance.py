@@ -8,7 +8,7 @@ import torch
 
 import gptneo_fast
 from gptneo_fast.errors import InputError, SetupError
-from gptneo_fast.tools.conformance import BEFORE, ENGINES, NEW, check, main, random_model, table
+from gptneo_fast.tools.conformance import ENGINES, NEW, check, main, random_model, table
 
 WINDOW = 16
 ME = __name__
@@ -23,29 +23,43 @@ def reference(folder, **changes):
     return gptneo_fast.GPTNeoForCausalLM.from_pretrained(folder, backend="reference", dtype=torch.float32, **changes).eval()
 
 
+@torch.no_grad()
+def logits(folder, ids, **changes):
+    return reference(folder, **changes)(torch.tensor([ids])).logits[0]
+
+
+# Engines, as a user would write them
+
+
 def right(folder, ids):
-    with torch.no_grad():
-        return reference(folder)(torch.tensor([ids])).logits[0].tolist()
+    return logits(folder, ids).tolist()
 
 
 def without_a_window(folder, ids):
-    with torch.no_grad():
-        return reference(folder, window_size=96)(torch.tensor([ids])).logits[0]
+    return logits(folder, ids, window_size=len(ids))
+
+
+def one_key_too_few(folder, ids):
+    return logits(folder, ids, window_size=WINDOW - 1)
+
+
+def one_key_too_many(folder, ids):
+    return logits(folder, ids, window_size=WINDOW + 1)
 
 
 def not_a_number_at_five(folder, ids):
-    logits = torch.tensor(right(folder, ids))
-    logits[5, 7] = float("nan")
-    return logits
+    found = logits(folder, ids)
+    found[5, 7] = float("nan")
+    return found
 
 
 def one_short(folder, ids):
-    return right(folder, ids)[1:]
+    return logits(folder, ids)[1:]
 
 
 def greedy(folder, ids, **changes):
     model = reference(folder, **changes)
-    out = model.generate(torch.tensor([ids]), max_new_tokens=40, min_new_tokens=40, do_sample=False, eos_token_id=None)
+    out = model.generate(torch.tensor([ids]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None)
     return out[0, len(ids) :].numpy()
 
 
@@ -86,8 +100,8 @@ def test_a_static_cache_longer_than_the_window_is_wrong_from_the_first_token(fol
         assert f.past > 1000 * f.allowed
 
 
-def test_a_static_cache_no_longer_than_the_window_is_right(tmp_path):
-    """What the engine is judged wrong for is the window, not its cache: here all the layers see everything."""
+def test_a_static_cache_is_right_for_a_model_without_local_layers(tmp_path):
+    """So what it is judged wrong for is the window."""
     pytest.importorskip("transformers")
     model = gptneo_fast.GPTNeoForCausalLM.from_pretrained(random_model(tmp_path, WINDOW, 96))
     model.config.attention_layers = ["global"] * 3
@@ -108,13 +122,17 @@ def test_an_engine_without_the_window_is_wrong_from_the_first_position_past_it(f
     assert found.first_wrong == WINDOW and found.before <= found.allowed < 1e-3 * found.past
 
 
+def test_a_window_that_is_off_by_one_is_told_apart(folder):
+    assert [check(f"{ME}:one_key_too_{n}", folder)[0].first_wrong for n in ("few", "many")] == [WINDOW - 1, WINDOW]
+
+
 def test_a_function_that_returns_tokens(folder):
     after, across = check(f"{ME}:greedy", folder)
     assert after.first_wrong is across.first_wrong is None
     assert after.before is None and after.past <= after.allowed and across.before <= across.allowed
     after, across = check(f"{ME}:greedy_without_a_window", folder)
     assert after.first_wrong >= WINDOW and after.past > after.allowed
-    assert across.first_wrong >= WINDOW > WINDOW - BEFORE and across.before <= across.allowed
+    assert across.first_wrong >= WINDOW - 1 and across.before <= across.allowed
 
 
 @pytest.mark.parametrize(
@@ -167,15 +185,10 @@ def test_the_command(folder, tmp_path, capsys):
 
 
 def test_the_command_has_models_of_its_own_of_which_one_has_the_window_of_256(capsys):
-    assert main([f"{ME}:without_a_window_of_any_model"]) == 1
+    assert main([f"{ME}:without_a_window"]) == 1
     rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(row[2], row[4]) for row in rows[:2]] == [("random, window 16", "16"), ("random, window 256", "256")]
     assert rows[2][2] == "embedded, window 256" and int(rows[2][4]) >= 256
-
-
-def without_a_window_of_any_model(folder, ids):
-    with torch.no_grad():
-        return reference(folder, window_size=len(ids))(torch.tensor([ids])).logits[0]
 
 
 def test_a_table_says_where_nothing_was_measured(folder):
