@@ -152,7 +152,7 @@ def peers_table(results: dict[str, Any]) -> str:
         f"({results['cpu']}); {versions}; commit {results['commit']}, {results['when']}. Tokens/s of whole greedy calls, "
         "medians of rounds in turn, and in brackets which share of a step is its floor: bytes that it must read over that "
         f'run\'s read bandwidth, {min(rates):.1f} to {max(rates):.1f} GB/s. "As GPT-2": the runtime knows no GPT-Neo; GPT-2 '
-        "computes the same as long as a text fits the window, and errs past it. So does transformers' static cache.",
+        "computes the same as long as a text fits the window, and errs past it.",
         "",
         f"| CPU | dtype | {' | '.join(runners)} |",
         "|---|---|" + "---|" * len(runners),
