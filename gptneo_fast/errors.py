@@ -9,7 +9,7 @@ from typing import Any
 
 
 class GPTNeoFastError(Exception):
-    """Base of every error that gptneo_fast raises on purpose."""
+    """Base of every error that gptneo_fast raises on purpose; docs/errors.md has cause and way out of each."""
 
 
 class ModelNotFoundError(GPTNeoFastError, FileNotFoundError):
