@@ -40,8 +40,8 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         backend: "auto", "triton" or "reference".
         early_launch: in steps of generation let each kernel start before the one before it has ended, and load weights
             while it waits (programmatic dependent launch; GPUs of capability 9.0 and up). None: in steps of one token of one
-            text, which it makes 13 to 19 % faster on an H200 (`benchmarks/results/gpu_h200.json`); more rows lose by it or
-            win nothing. Tokens are the same. May be set on a model, too, before its first step.
+            text through untouched blocks, which it makes 7 to 19 % faster on an H200 (`benchmarks/results/gpu_h200.json`);
+            more rows lose by it or win nothing. Tokens are the same. May be set on a model, too, before its first step.
     """
 
     accepts_loss_kwargs: ClassVar[bool] = True
@@ -279,7 +279,9 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         head: Any = self.lm_head
         fusing = look.norm and look.head and not touch.observed(ids.device)
         call = partial(trunk.run, ids, position_ids, token_type_ids, rows, cache, look=look)
-        early = backends.gains_by_early_launches(self.backend, ids) if self.early_launch is None else self.early_launch
+        early = self.early_launch
+        if early is None:  # not beside others' kernels: what these write to a weight may be read too early
+            early = fusing and all(look.blocks) and backends.gains_by_early_launches(self.backend, ids)
         with backends.early_launches(self.backend) if early else nullcontext():
             return call(head=head, keep=keep) if fusing else wide(head(call().narrow(1, T - keep, keep)))
 

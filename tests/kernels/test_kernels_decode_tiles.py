@@ -144,6 +144,20 @@ def test_one_row_is_launched_early_on_a_gpu_that_can(monkeypatch):
     backends._starts_early.cache_clear()
 
 
+def test_steps_beside_somebody_else_s_modules_are_not_launched_early_by_themselves(monkeypatch):
+    config = gptneo_fast.GPTNeoConfig(
+        vocab_size=17, hidden_size=16, num_layers=2, num_heads=1, attention_types=[[["global"], 2]], max_position_embeddings=8
+    )
+    model, asked = gptneo_fast.GPTNeoForCausalLM(config).eval(), []
+    monkeypatch.setattr(backends, "gains_by_early_launches", lambda choice, ids: asked.append(ids.shape) and False)
+    model.generate(torch.tensor([[1]]), max_new_tokens=3, eos_token_id=None, return_dict_in_generate=True)
+    assert asked
+    asked.clear()
+    model.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: out)  # which might write to a weight
+    model.generate(torch.tensor([[1]]), max_new_tokens=3, eos_token_id=None, return_dict_in_generate=True)
+    assert not asked
+
+
 def test_an_early_launch_is_refused_where_it_cannot_be():
     config = gptneo_fast.GPTNeoConfig(
         vocab_size=17, hidden_size=16, num_layers=1, num_heads=1, attention_types=[[["global"], 1]], max_position_embeddings=8
