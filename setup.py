@@ -186,11 +186,12 @@ class Plan:
     line: str
     objects: dict[str, list[str]]
     link: list[str]
-    torch: str
+    torch: Torch
 
     def key(self) -> str:
-        """The same for the same sources, commands and torch."""
-        digest = hashlib.sha256(repr((self.objects, self.link, self.torch)).encode())
+        """The same for the same sources, commands and version of torch, wherever it lies."""
+        commands = repr((self.objects, self.link)).replace(str(self.torch.folder), "torch")
+        digest = hashlib.sha256((commands + self.torch.version).encode())
         for name in (*CPU_SOURCES, *CUDA_SOURCES, *HEADERS):
             digest.update((ROOT / "csrc" / name).read_bytes())
         return digest.hexdigest()[:16]
@@ -206,7 +207,7 @@ def plan_cpu(torch: Torch, compiler: list[str], why_not_cuda: str) -> Plan:
         command = [*compiler, *flags, *sets, f"-DGPTNEO_FAST_LANES={lanes.partition('.')[0]}", "csrc/decode_lanes.cpp"]
         objects[f"decode_lanes.cpp.{lanes}"] = command
     line = f"built for the CPU only: {why_not_cuda}"
-    return Plan("cpu", line, objects, [*compiler, "-shared", *libraries(torch, compiler)], torch.version)
+    return Plan("cpu", line, objects, [*compiler, "-shared", *libraries(torch, compiler)], torch)
 
 
 def plan_cuda(torch: Torch, compiler: list[str]) -> Plan:
@@ -219,7 +220,7 @@ def plan_cuda(torch: Torch, compiler: list[str]) -> Plan:
     common = [nvcc, *host, "-c", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DGPTNEO_FAST_CUDA"]
     objects |= {name: [*common, "--threads=0", *flags, f"csrc/{name}"] for name in CUDA_SOURCES}
     line = f"built for CUDA ({names}; nvcc {release[1] if release else 'of unknown version'}) and the CPU"
-    return Plan("cuda", line, objects, [nvcc, *host, "-shared", "-cudart=static", *libraries(torch, compiler)], torch.version)
+    return Plan("cuda", line, objects, [nvcc, *host, "-shared", "-cudart=static", *libraries(torch, compiler)], torch)
 
 
 def libraries(torch: Torch, compiler: list[str]) -> list[str]:
@@ -270,7 +271,7 @@ class BuildExtension(build_ext):
 
     def make(self, plan: Plan, folder: Path) -> dict[str, str]:
         """Run a plan's commands, unless the library that is there came of the same ones."""
-        report = {"built": plan.kind, "line": plan.line, "torch": plan.torch, "key": plan.key()}
+        report = {"built": plan.kind, "line": plan.line, "torch": plan.torch.version, "key": plan.key()}
         if not self.force and (folder / LIBRARY).is_file() and read_report(folder).get("key") == report["key"]:
             return report
         work = Path(self.build_temp).resolve()

@@ -61,13 +61,13 @@ def statistics(x_ptr, rows, mask, K, eps, BK: tl.constexpr):
 
 @triton.jit
 def exp(x, EXACT: tl.constexpr):
-    """e to the power of x <= 0, by the GPU's power of 2, which errs by 4 ulp; EXACT: by its series, to one.
+    """e to the power of x <= 0, by the GPU's approximate power of 2; EXACT: by its series, to an ulp. NaN stays NaN.
 
     2^n e^r, where n is whole and |r| <= ln(2) / 2, which two parts of ln(2) leave without an error.
     """
     if not EXACT:
         return tl.exp2(x * 1.4426950408889634)
-    x = tl.maximum(x, -87.0)  # less is no normal number
+    x = tl.where(x < -87.0, -87.0, x)  # less is no normal number; a maximum would hide NaN
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     r = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, x))
     p = tl.fma(r, 1.0 / 5040, 1.0 / 720)

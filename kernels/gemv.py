@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 # (kernel, K) in 16 bits. What takes several waves leaves at most 3.1 % of 132 SMs idle in its last one; each spills nothing on
 # sm_80 and sm_90, and keeps 32 KB of weights or all there are in flight an SM (tests/kernels/test_kernels_decode_tiles.py).
-# Those of 2048 and 8192 are the fastest of a dozen each in whole steps of 1.3B on an H200; the others are not timed.
+# Those of 2048 and 8192 are the fastest that whole steps of 1.3B showed on an H200 (benchmarks/NOTES.md); others are not timed.
 TILES = {
     ("qkv", 768): Tile(2, 256, 3, 3, 2),
     ("qkv", 2048): Tile(8, 1024, 4, 1, 8),

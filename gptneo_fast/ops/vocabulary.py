@@ -11,8 +11,9 @@ WHOLE = 128  # columns of a tile of the library
 def logits(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [N, V] = x @ weight.T by the library.
 
-    For an odd V it takes kernels that store one element at a time: 1.1 ms for 512 rows of 1.3B on an H200, of which whole tiles
-    take a fifth. The last rows of the weight go alone.
+    For a V that 8 does not divide its kernels are several times slower: 512 rows of 1.3B and their loss take it 1.19 ms on an
+    H200, where `logprob`, with whole tiles apart from the last rows of the weight, takes 0.29
+    (`benchmarks/results/gpu_h200.json`).
 
     Args:
         x: [N, C]. weight: [V, C]. out: [N, V], of any row stride.

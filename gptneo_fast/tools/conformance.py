@@ -51,7 +51,7 @@ from ..demo import FOLDER
 from ..errors import GPTNeoFastError, InputError, SetupError, nearest, short
 from ..models.causal import GPTNeoForCausalLM
 from ..models.load import load
-from .verify import _reordered, twin
+from .verify import reordered, twin
 
 ORDERS = 16  # in which plain torch computes; over 60 short texts right paths came to 0.81 of what is allowed, with 4 to 0.93
 NEW = 16  # tokens that there is room for after the longest text
@@ -100,7 +100,7 @@ def check(name: str, folder: Path, *, model: str = "", dtype: str = "float32", d
     if room <= window:
         raise InputError(f"{folder} has {room + NEW} positions; a window of {window} takes more than {window + NEW} to check")
     plain = twin(ours, ours.dtype)
-    models = (twin(ours, torch.float64), plain, *(_reordered(plain, order) for order in range(1, ORDERS)))
+    models = (twin(ours, torch.float64), plain, *(reordered(plain, order) for order in range(1, ORDERS)))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(ours.config.vocab_size, (min(2 * window + 24, room),), generator=generator).to(ours.device)
     return [_finding(name, model or str(folder), window, *measured) for measured in engine(folder, models, ids)]

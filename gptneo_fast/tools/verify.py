@@ -98,7 +98,7 @@ def verify(model: Any, *, rows: int = 3, new_tokens: int = 64, seed: int = 0) ->
     fast, usual = (_logits(m, ids, mask) for m in (model, plain))
     exact = _logits(twin(model, torch.float64), ids, mask)
     rounding = (exact.to(model.dtype).double() - exact).abs()
-    orders = (usual, *(_logits(_reordered(plain, order), ids, mask) for order in range(1, ORDERS)))
+    orders = (usual, *(_logits(reordered(plain, order), ids, mask) for order in range(1, ORDERS)))
     error, may = (fast - exact).abs(), [(logits - exact).abs() + rounding for logits in orders]
     most, mean = (max(getattr(t, kind)().item() for t in may) for kind in ("max", "mean"))
     numbers = error.max().item(), 2 * most, error.mean().item(), 1.5 * mean
@@ -123,7 +123,7 @@ def twin(model: Any, dtype: torch.dtype) -> Any:
     return twin.eval()
 
 
-def _reordered(model: Any, seed: int) -> Any:
+def reordered(model: Any, seed: int) -> Any:
     """A twin whose hidden axis C lies in another order: it adds the same numbers in another order."""
     other, state = twin(model, model.dtype), {}
     for name, p in model.state_dict().items():

@@ -8,11 +8,13 @@ import random
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder
 
 from benchmarks.static.counting import Traffic
 from gptneo_fast import kernels
-from gptneo_fast.kernels import launch, skinny, tickets
+from gptneo_fast.kernels import blocks, launch, skinny, tickets
 from gptneo_fast.ops import reference, testing
 from gptneo_fast.ops.testing import Sample
 from tests.support.interpreting import watched
@@ -77,6 +79,32 @@ def test_attention_of_one_query_is_right_in_splits_of_any_size(keys, steps, dtyp
         q = rand(len(lengths), 1, T, 8)
         cache = rand(len(lengths), 1, R, 8), rand(len(lengths), 1, R, 8)
         check("decode_attention", monkeypatch, (q, *cache, int32(lengths), window), dtypes=(dtype,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_what_is_no_number_is_not_hidden(where, dtype):
+    q, k, v = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 384, 8), torch.randn(1, 1, 384, 8)
+    {"q": q, "k": k, "v": v}[where][0, 0, 0 if where == "q" else 5] = float("nan")
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    assert kernels.decode_attention(q, k, v, int32([300]), 0).isnan().all()
+    seen = kernels.decode_attention(q, k, v, int32([300]), 256).isnan()
+    assert seen.all() if where == "q" else not seen.any()  # token 5 has left the window
+
+
+@triton.jit
+def _exponentials(x_ptr, y_ptr, EXACT: tl.constexpr):
+    at = tl.arange(0, 4096)
+    tl.store(y_ptr + at, blocks.exp(tl.load(x_ptr + at), EXACT))
+
+
+def test_exponentials_of_float32_are_right_to_an_ulp():
+    x = torch.cat([torch.linspace(-86.9, 0, 4094), torch.tensor([-float("inf"), float("nan")])])
+    y = torch.empty(4096)
+    _exponentials[(1,)](x, y, EXACT=True)
+    exact = x[:-2].double().exp()
+    assert ((y[:-2].double() - exact).abs() / exact).max() < 2**-23
+    assert y[-2] == 0 and y[-1].isnan()
 
 
 def test_a_window_that_is_one_split_has_nothing_to_merge(monkeypatch):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gptneo_fast.ops import ops, reference
+from gptneo_fast.ops import ops, reference, vocabulary
 from gptneo_fast.ops.testing import SAMPLES, over_budget
 
 CASES = [(name, sample) for name in ops.NAMES for sample in SAMPLES[name]()]
@@ -118,3 +118,11 @@ def test_attention_holds_no_tensor_of_all_scores(window):
     with Watch():
         reference.attention(*torch.randn(3, 1, 2, T, 4).unbind(0), window)
     assert 0 < max(seen) <= 2 * 256 * (T if window == 0 else 512)
+
+
+@pytest.mark.parametrize("V", [5, 8, 127, 128, 129, 256, 301, 1240])
+def test_logits_in_pieces_are_the_product_and_nothing_is_written_beside_them(V):
+    x, weight, wide = torch.randn(3, 16), torch.randn(V, 16), torch.full((3, V + 7), 9.0)
+    vocabulary.logits(x, weight, wide[:, :V])
+    torch.testing.assert_close(wide[:, :V], x @ weight.t())
+    assert (wide[:, V:] == 9).all()

@@ -85,6 +85,6 @@ def test_another_order_of_the_sums_is_the_same_model(model):
     exact = verification.twin(model, torch.float64)
     ids = torch.arange(40)[None]
     for order in (1, 2):
-        logits = verification._reordered(exact, order)(ids).logits
+        logits = verification.reordered(exact, order)(ids).logits
         assert not torch.equal(logits, exact(ids).logits)
         assert (logits - exact(ids).logits).abs().max() < 1e-9
