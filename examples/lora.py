@@ -13,13 +13,13 @@ tokenizer.pad_token = tokenizer.eos_token
 adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 adapted.print_trainable_parameters()
 
-lines = ["Tom the robot lived on the moon.", "Tom the robot had a red ship.", "Tom the robot flew home."]
+lines = ["Tom the robot lived on the moon.", "Ann the fox had a red ship.", "Max the owl flew home."]
 rows = tokenizer([line + tokenizer.eos_token for line in lines], return_tensors="pt", padding=True)
 labels = rows.input_ids.masked_fill(rows.attention_mask == 0, -100)
 optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
 adapted.train()
 losses = []
-for _ in range(80):
+for _ in range(120):
     loss = adapted(**rows, labels=labels).loss
     loss.backward()
     optimizer.step()

@@ -115,8 +115,8 @@ def instead_of_config(folder: Path | None) -> str:
         return "it is an adapter of peft: load the model that it was trained on, then PeftModel.from_pretrained(model, folder)"
     if folder is not None and (folder / "training_args.bin").is_file():
         return (
-            "transformers' Trainer wrote it, which keeps the configuration of a PreTrainedModel only: give from_pretrained "
-            "config=, that of the model that was trained; to have whole checkpoints, train accelerate(model.to_transformers())"
+            "transformers' Trainer wrote it and did not know the model as a PreTrainedModel, as where it was wrapped: give "
+            "from_pretrained config=, that of the model that was trained"
         )
     return (
         "a GPT-Neo checkpoint is config.json, weights (model.safetensors or pytorch_model.bin) and a tokenizer "

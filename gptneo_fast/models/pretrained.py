@@ -23,6 +23,7 @@ from ..network.cache import cache_bytes
 from ..ops import backends
 from ..ops.quantized import QuantizedWeight
 from . import loading, quantizing, resizing, saving
+from .kinship import make_kin
 from .quantizing import Quantizing
 from .training import Training
 
@@ -398,3 +399,6 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
             UnknownOptionError: save to a folder, then upload it with huggingface_hub.
         """
         raise UnknownOptionError("push_to_hub is not offered; save_pretrained(folder), then huggingface_hub.upload_folder")
+
+
+make_kin(GPTNeoPreTrainedModel)
