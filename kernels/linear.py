@@ -7,7 +7,7 @@
     more     `gemm`     `layer_norm` before   2, without a norm 1
 
 More rows in 16 bits of `norm_linear` go to cuBLASLt on a GPU; of `lm_head`, all but one go to `skinny`. Weights in few bits
-(`packed`) have their own `gemv`, are a variant of `skinny`, and for more rows are unpacked before, which is a launch more.
+(`packed`) have their own `gemv` and are a variant of the other two; beyond 512 rows they are unpacked before, a launch more.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ def norm_linear(
         _few_rows("norm_linear", rows, (weight,), y.view(-1, F), norm=norm, bias=bias, gelu=gelu)
         return y
     rows = norms.layer_norm(rows, norm_weight, norm_bias, eps)
-    weight = packed.unpacked(weight, x)
-    if launch.INTERPRETED or rows.dtype == torch.float32:
+    if launch.INTERPRETED or rows.dtype == torch.float32 or gemm.stays_packed(weight, len(rows)):
         gemm.run(rows, (weight,), (y,), bias=bias, gelu=gelu)
     else:
-        by_library(rows, weight, bias, gelu, y.view(-1, F))
+        by_library(rows, packed.unpacked(weight, x), bias, gelu, y.view(-1, F))
     return y
 
 
@@ -85,8 +84,7 @@ def norm_qkv(
     launch.expect("norm_qkv", like=x, **{name: (w, (wq.shape[0], C)) for name, w in (("wq", wq), ("wk", wk), ("wv", wv))})
     rows = launch.as_rows(x)
     q, k, v = (launch.empty((*x.shape[:-1], wq.shape[0]), x) for _ in range(3))
-    weights = tuple(packed.unpacked(w, x) for w in (wq, wk, wv))
-    gemm.run(norms.layer_norm(rows, norm_weight, norm_bias, eps), weights, (q, k, v))
+    gemm.run(norms.layer_norm(rows, norm_weight, norm_bias, eps), (wq, wk, wv), (q, k, v))
     return q, k, v
 
 
@@ -158,7 +156,7 @@ def linear_add(x: Tensor, weight: Weight, bias: Tensor, residual: Tensor) -> Ten
     if rows.shape[0] <= skinny.MOST_ROWS:
         _few_rows("linear_add", rows, (weight,), y.view(-1, C), bias=bias, residual=residual)
     else:
-        gemm.run(rows, (packed.unpacked(weight, x),), (y,), bias=bias, residual=residual)
+        gemm.run(rows, (weight,), (y,), bias=bias, residual=residual)
     return y
 
 

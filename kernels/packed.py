@@ -5,7 +5,8 @@ half 16 / BITS numbers, from its lowest bits up, and `in_order` gives what of x 
 by their bits: put in the place where a mantissa ends, an unsigned integer is what the float has too much. That is a logic
 operation and a subtraction a number, and no conversion, of which an SM does a quarter as many.
 
-2 to 64 rows are a variant of `skinny`; for more a weight is unpacked as a whole, into memory that lives for one product.
+2 to 64 rows are a variant of `skinny`, some hundreds one of `gemm`; for more, whose tiles would each unpack a weight again, it
+is unpacked as a whole, into memory that lives for one product.
 """
 
 from __future__ import annotations
@@ -101,12 +102,13 @@ def of(op: str, name: str, weight: Any, like: Tensor) -> Weight:
 
 @triton.jit
 def number(word, PLACE: tl.constexpr, BITS: tl.constexpr):
-    """The numbers in a place of the lower halves of words, int32, in float32. Of 8 bits the signs have been turned over."""
+    """The numbers in a place of the lower halves of words, int32, in float32; of 4 bits they lie there 8 too large."""
     LOW: tl.constexpr = PLACE * BITS  # its lowest bit
     MASK: tl.constexpr = ((1 << BITS) - 1) << LOW
-    EXPONENT: tl.constexpr = (127 + 23 - LOW) << 23  # where that bit counts as one
+    SIGN: tl.constexpr = 1 << (LOW + BITS - 1) if BITS == 8 else 0  # turned over, a number of two's complement is unsigned
+    EXPONENT: tl.constexpr = ((127 + 23 - LOW) << 23) | SIGN  # where that lowest bit counts as one
     EXCESS: tl.constexpr = (1 << (23 - LOW)) + (1 << (BITS - 1))
-    return ((word & MASK) | EXPONENT).to(tl.float32, bitcast=True) - EXCESS
+    return ((word & MASK) ^ EXPONENT).to(tl.float32, bitcast=True) - EXCESS
 
 
 @triton.jit
@@ -163,6 +165,45 @@ def scales_of(ptr, rows, first, mask_n, groups, MASKED: tl.constexpr, UNITS: tl.
         else:
             found = found + (tl.load(at),)
     return found
+
+
+@triton.jit
+def scales_of_blocks(ptrs, block, blocks, GROUP: tl.constexpr):
+    """Of the first and the last two places of words of 4 bits in a block, float32; an axis for these words follows the others.
+
+    ptrs: where rows have their scales. block: which; the two broadcast.
+    """
+    mask = block < blocks
+    if GROUP == 32:
+        low = tl.load(ptrs + 2 * block, mask=mask, other=0)
+        high = tl.load(ptrs + 2 * block + 1, mask=mask, other=0)
+    else:
+        low = tl.load(ptrs + block // (GROUP // 64), mask=mask, other=0)
+        high = low
+    return tl.expand_dims(low.to(tl.float32), -1), tl.expand_dims(high.to(tl.float32), -1)
+
+
+@triton.jit
+def in_bytes(w, dtype: tl.constexpr):
+    """Words of 8 bits, int32 [..., W], as numbers [..., 4 W] in their order, before their scale."""
+    even = tl.join(number(w, 0, 8).to(dtype), number(w >> 16, 0, 8).to(dtype))
+    odd = tl.join(number(w, 1, 8).to(dtype), number(w >> 16, 1, 8).to(dtype))
+    return tl.reshape(tl.join(even, odd), w.shape[:-1] + (4 * w.shape[-1],))
+
+
+@triton.jit
+def in_nibbles(w, low, high, dtype: tl.constexpr):
+    """Words of 4 bits, int16 [N, W] of whole blocks, as weights [N, 4 W] in their order.
+
+    low, high: `scales_of_blocks`, [N, W / 16, 1].
+    """
+    N: tl.constexpr = w.shape[0]
+    W: tl.constexpr = w.shape[1]
+    word = tl.reshape(w, (N, W // 16, 16)).to(tl.int32)
+    first = tl.join((number(word, 0, 4) * low).to(dtype), (number(word, 2, 4) * high).to(dtype))
+    second = tl.join((number(word, 1, 4) * low).to(dtype), (number(word, 3, 4) * high).to(dtype))
+    places = tl.permute(tl.join(first, second), (0, 1, 3, 4, 2))  # [N, blocks, 2, 2, 16]
+    return tl.reshape(places, (N, 4 * W))
 
 
 @triton.jit(do_not_specialize=["granules", "zero", "R", "lengths_ptr", "starts_ptr"])
@@ -231,8 +272,6 @@ def packed_gemv(
         acc = tl.zeros([ROWS, UNITS], tl.float32)
         for c in tl.static_range(CHUNKS):
             w = ws[c] ^ gate[None] if norm is None else ws[c]
-            if BITS == 8:
-                w ^= -2139062144  # 0x80808080
             total = tl.zeros([ROWS, WIDTH], tl.float32)
             for p in tl.static_range(PLACES):
                 if GROUP == 32 and p == 2:
@@ -289,7 +328,8 @@ def tile(N: int, words_of_row: int, bits: int, sms: int) -> Tile:
     WIDTH = min(widths, key=lambda w: (launch.blocks(words_of_row, w) * w, -w))
     rows = 4
     granules = max(1, min(8, N // (rows * _PROGRAMS * sms)))
-    return Tile(rows, WIDTH, launch.blocks(words_of_row, WIDTH), granules, min(2, granules), WIDTH // 128)
+    chunks = launch.blocks(words_of_row, WIDTH)
+    return Tile(rows, WIDTH, chunks, granules, 1 if chunks > 1 else min(2, granules), WIDTH // 128)
 
 
 def gemv(

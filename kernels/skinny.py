@@ -20,7 +20,7 @@ from torch import Tensor
 from . import launch
 from .append import Cache, into_slots
 from .blocks import finish, prefetch, statistics
-from .packed import BLOCK, Packed, Weight, number
+from .packed import BLOCK, Packed, Weight, in_bytes, number, scales_of_blocks
 from .tickets import arrives_last, tickets
 
 MOST_ROWS = 64  # more go to `gemm`; not timed yet
@@ -64,12 +64,12 @@ TILES = {
 PACKED = {  # (bits, bytes of x, whether there are more than NORM_ROWS); a slice of 4 bits is BLOCK numbers. Not yet timed.
     (4, 2, False): Tile(16, 4, BLOCK, 1, 4, 4),
     (4, 2, True): Tile(64, 1, BLOCK, 1, 4, 4),
-    (4, 4, False): Tile(16, 4, BLOCK, 1, 8, 1),
-    (4, 4, True): Tile(32, 1, BLOCK, 1, 8, 3),
+    (4, 4, False): Tile(32, 4, BLOCK, 1, 8, 2),
+    (4, 4, True): Tile(64, 1, BLOCK, 1, 4, 3),
     (8, 2, False): Tile(16, 4, BLOCK, 1, 4, 4),
     (8, 2, True): Tile(64, 1, BLOCK, 1, 4, 4),
     (8, 4, False): Tile(16, 2, BLOCK, 1, 4, 1),
-    (8, 4, True): Tile(32, 1, BLOCK, 1, 8, 3),
+    (8, 4, True): Tile(32, 1, 2 * BLOCK, 1, 8, 2),
 }
 
 
@@ -90,19 +90,6 @@ def tile(kernel: str, M: int, N: int, K: int, itemsize: int, sms: int, bits: int
             if launch.blocks(N, found.BM) * splits >= sms:
                 break
     return found
-
-
-@triton.jit
-def _scales(ptrs, block, blocks, GROUP: tl.constexpr):
-    """Of blocks [SK, 1] or [1] of rows [BM], for the first and the last two places: float32 [SK, BM, 1] or [BM, 1]."""
-    mask = block < blocks
-    if GROUP == 32:
-        low = tl.load(ptrs + 2 * block, mask=mask, other=0)
-        high = tl.load(ptrs + 2 * block + 1, mask=mask, other=0)
-    else:
-        low = tl.load(ptrs + block // (GROUP // 64), mask=mask, other=0)
-        high = low
-    return tl.expand_dims(low.to(tl.float32), -1), tl.expand_dims(high.to(tl.float32), -1)
 
 
 @triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "T", "R", "lengths_ptr", "starts_ptr"])
@@ -174,7 +161,7 @@ def skinny(
     if BITS == 4:
         groups = blocks * 64 // GROUP
         scale_ptrs = scale_ptr + tl.minimum(offs_n, N - 1).to(tl.int64) * groups  # [BM]
-        ahead_low, ahead_high = _scales(scale_ptrs, begin // 64 + offs_b, blocks, GROUP)
+        ahead_low, ahead_high = scales_of_blocks(scale_ptrs, begin // 64 + offs_b, blocks, GROUP)
     for k in range(begin, end, SK * BK):
         at_w = k // 64 * (64 // PER) if BITS else k  # so written, the compiler sees that 16 divide it
         if EVEN_K:
@@ -184,7 +171,7 @@ def skinny(
             w = tl.load(w_ptrs + at_w, mask=held_w, other=0, eviction_policy="evict_first")
         if BITS == 4:
             low, high = ahead_low, ahead_high
-            ahead_low, ahead_high = _scales(scale_ptrs, (k + SK * BK) // 64 + offs_b, blocks, GROUP)
+            ahead_low, ahead_high = scales_of_blocks(scale_ptrs, (k + SK * BK) // 64 + offs_b, blocks, GROUP)
         for p in tl.static_range(PLACES):
             at = k + 16 * p
             held = tl.expand_dims(offs_k < end - at, -2)
@@ -196,10 +183,7 @@ def skinny(
             if BITS == 4:
                 y = (number(w.to(tl.int32), p, 4) * (low if p < 2 else high)).to(dtype)
             elif BITS == 8:
-                u = w ^ -2139062144  # 0x80808080
-                even = tl.join(number(u, 0, 8).to(dtype), number(u >> 16, 0, 8).to(dtype))
-                odd = tl.join(number(u, 1, 8).to(dtype), number(u >> 16, 1, 8).to(dtype))
-                y = tl.reshape(tl.join(even, odd), w.shape[:-1] + (BK,))
+                y = in_bytes(w, dtype)
             else:
                 y = w
             if SK == 1:

@@ -40,6 +40,7 @@ from gptneo_fast.ops.quantized import Format
 
 RESULTS = Path(__file__).parents[1] / "results"
 PREFILL, CONTEXT, BATCHES = 2048, 2048, (1, 8, 64)
+PACKED_PREFILL = 256  # beside it where weights are in few bits: `gemm` unpacks them itself
 MATMUL_OPS = ("norm_qkv", "norm_linear", "linear_add", "attention")  # of a prefill: these run on tensor cores
 VECTOR_SHARE = 0.95
 _INSPECTION = "3"  # of what aot.inspect looks for; older findings on disk are not read
@@ -126,7 +127,8 @@ def launches(shape: str, dtype: torch.dtype, sm: int, how: Format | None = None)
         if how is not None:
             quantizing.prepare(model, how, device="cuda")
         with torch.no_grad():
-            for batch, tokens, past in ((1, PREFILL, 0), *((batch, 1, CONTEXT - 1) for batch in BATCHES)):
+            prompts = [PREFILL] if how is None else [PREFILL, PACKED_PREFILL]
+            for batch, tokens, past in (*((1, T, 0) for T in prompts), *((batch, 1, CONTEXT - 1) for batch in BATCHES)):
                 phase = f"prefill {batch}x{tokens}" if past == 0 else f"decode {batch}"
                 before = len(pad.launches)
                 _step(model, batch, tokens, past, namespace(pad))

@@ -20,10 +20,10 @@ from ..files.hub import Source
 from ..generation.config import GenerationConfig
 from ..network import decoding
 from ..network.cache import cache_bytes
+from ..network.kinship import make_kin
 from ..ops import backends
 from ..ops.quantized import QuantizedWeight
 from . import loading, quantizing, resizing, saving
-from .kinship import make_kin
 from .quantizing import Quantizing
 from .training import Training
 
@@ -67,7 +67,6 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
     supports_gradient_checkpointing: ClassVar[bool] = True
     is_parallelizable: ClassVar[bool] = False
     accepts_loss_kwargs: ClassVar[bool] = False  # whether `forward` divides a loss by num_items_in_batch
-    model_tags: list[str] = []  # noqa: RUF012 (replaced, not changed)
     _no_split_modules: ClassVar[list[str]] = ["GPTNeoBlock"]  # names that accelerate, FSDP and peft ask for
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _keep_in_fp32_modules: ClassVar[list[str]] = []
@@ -152,11 +151,6 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
         """Initialise every module afresh and tie the head."""
         self.apply(self._init_weights)
         self.tie_weights()
-
-    def add_model_tags(self, tags: str | list[str]) -> None:
-        """Labels for a model card, kept in `model_tags`."""
-        new = [tags] if isinstance(tags, str) else tags
-        self.model_tags = [*self.model_tags, *(tag for tag in new if tag not in self.model_tags)]
 
     def warn_if_padding_and_no_attention_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         """Warn of ids that begin or end with the pad token where no mask hides it."""
@@ -401,4 +395,4 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
         raise UnknownOptionError("push_to_hub is not offered; save_pretrained(folder), then huggingface_hub.upload_folder")
 
 
-make_kin(GPTNeoPreTrainedModel)
+make_kin(GPTNeoPreTrainedModel, "transformers.modeling_utils", "PreTrainedModel")

@@ -1,4 +1,4 @@
-"""What training asks of a model beside its forward pass: blocks that are computed again, inputs that pass gradients on."""
+"""What training asks of a model beside its forward pass: blocks computed again, inputs that pass gradients on, tags."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..network.touch import Watched
 class Training(Watched):
     """Gradient checkpointing and gradients of inputs, under the names of transformers."""
 
+    model_tags: list[str] = []  # noqa: RUF012 (replaced, not changed)
     _require_grads_hook: Any = None
     base_model: Any
 
@@ -50,6 +51,11 @@ class Training(Watched):
     ) -> None:
         """As gradient_checkpointing_enable."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def add_model_tags(self, tags: str | list[str]) -> None:
+        """Labels for a model card, kept in `model_tags`."""
+        new = [tags] if isinstance(tags, str) else tags
+        self.model_tags = [*self.model_tags, *(tag for tag in new if tag not in self.model_tags)]
 
     def enable_input_require_grads(self) -> None:
         """Make the embeddings' output require gradients, so that they reach adapters over frozen weights."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .cache import KVCache
+from .kinship import make_kin
 
 
 class ModelOutput(OrderedDict[str, Any]):
@@ -75,6 +76,9 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __reduce__(self) -> Any:
         return _rebuilt, (type(self), dict(self))
+
+
+make_kin(ModelOutput, "transformers.utils.generic", "ModelOutput")
 
 
 def _rebuilt(kind: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:

@@ -71,7 +71,7 @@ def check(name, monkeypatch, args, dtypes=DTYPES, mutates=()):
 @pytest.mark.parametrize("how", FORMATS, ids=str)
 @pytest.mark.parametrize(("rows", "K", "N"), [
     *((1, 20, 37), (1, 768, 21), (1, 1100, 9), (2, 200, 33), (7, 768, 21), (16, 20, 37), (17, 200, 33), (64, 130, 37)),
-    *((65, 200, 33), (130, 20, 37)),
+    *((65, 200, 33), (130, 20, 37), (520, 20, 37)),
 ])  # fmt: skip
 def test_products_of_packed_weights(rows, K, N, how, monkeypatch):
     x, w, bias = rand(rows, 1, K), weight(N, K, how), rand(N)
@@ -81,9 +81,19 @@ def test_products_of_packed_weights(rows, K, N, how, monkeypatch):
     check("lm_head", monkeypatch, (x, *norm(K), w, EPS), dtypes=DTYPES[1 - rows % 2 :][:1])
 
 
+@pytest.mark.parametrize(
+    ("rows", "ran"), [(1, "packed_gemv"), (64, "skinny"), (65, "gemm"), (512, "gemm"), (513, "_unpack gemm")]
+)
+def test_what_takes_packed_weights(rows, ran):
+    x, w = torch.randn(rows, 20), weight(24, 20, FORMATS[rows % 4])
+    with Launches() as seen:
+        kernels.linear_add(x, kernels.Packed(w.values, w.scales, 20), torch.ones(24), torch.randn(rows, 24))
+    assert [name for name in seen.launches if not name.startswith("aten")] == ran.split()
+
+
 def test_packed_weights_in_bfloat16(monkeypatch):
     with bfloat16(monkeypatch):
-        for rows, how in ((1, FORMATS[0]), (5, FORMATS[1]), (17, FORMATS[2])):
+        for rows, how in ((1, FORMATS[0]), (5, FORMATS[1]), (17, FORMATS[2]), (70, FORMATS[0]), (70, FORMATS[3])):
             args = (rand(rows, 1, 200), weight(33, 200, how), rand(33), rand(rows, 1, 33))
             check("linear_add", monkeypatch, args, dtypes=[torch.bfloat16])
 
@@ -101,7 +111,7 @@ def test_q_k_and_v_of_packed_weights_and_their_slots(B, T, starts, how, monkeypa
     args = (rand(B, T, C), *norm(C), *weights, EPS)
     caches = rand(B, H, R, D), rand(B, H, R, D)
     check("norm_qkv_append", monkeypatch, (*args, *caches, lengths, begin), dtypes=DTYPES[T % 2 :][:1], mutates=(7, 8))
-    if B == 2:
+    if B * T > 64:
         check("norm_qkv", monkeypatch, args)
 
 
@@ -215,7 +225,7 @@ def test_packed_kernels_of_125m_compile_without_spills_and_with_wide_loads(quant
         [sys.executable, *command, quantize], capture_output=True, text=True, timeout=600, check=False, cwd=REPO, env=env
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
-    assert {"packed_gemv", "skinny", "_unpack"} <= {
+    assert {"packed_gemv", "skinny", "gemm", "_unpack"} <= {
         line.split("|")[5].strip() for line in done.stdout.splitlines() if "|" in line
     }
 
