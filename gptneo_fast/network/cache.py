@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import GPTNeoConfig, is_int
 from ..errors import CacheError, InputError, short
-from ..ops import reference
+from .layer_cache import LayerCache, LayerView
 from .touch import is_readable
 
 SLACK = 128  # slots of a ring beyond its window
@@ -87,6 +87,7 @@ class KVCache:
         self._seen = 0  # columns
         self._written = 0  # the most columns ever written; crop does not lower it
         self._ahead = [0] * len(self.windows)  # columns that a layer was given by hand and the others were not yet
+        self._shown = [0] * len(self.windows)  # columns of which somebody may hold a view
         self._slots = [ring_slots(config, window) for window in self.windows]
         with lasting():
             empty = torch.empty(batch_size, config.num_heads, 0, config.head_dim, dtype=dtype, device=device)
@@ -127,6 +128,8 @@ class KVCache:
         if self._seen < self._oldest():
             raise CacheError("an earlier call failed midway and overwrote keys that are still needed; start a new cache")
         self._ahead = [0] * len(self.windows)  # a forward pass that failed midway
+        for layer in range(len(self)):
+            self._keep_shown(layer, self._seen, T)
         self.allocate(end)
         self._written = max(self._written, end)
 
@@ -142,6 +145,7 @@ class KVCache:
         T, seen, limit = key_states.shape[2], self.get_seq_length(layer_idx), self.config.max_position_embeddings
         if seen + T > limit:
             raise CacheError(f"{seen} cached + {T} new tokens exceed the model's {limit} positions")
+        self._keep_shown(layer_idx, seen, T)
         self.allocate(seen + T)
         self._written = max(self._written, seen + T)
         found = LayerCache(self, layer_idx).update(key_states, value_states, layer_idx)
@@ -167,12 +171,60 @@ class KVCache:
 
     def in_order(self, layer: int) -> tuple[Tensor, Tensor]:
         """Copies [B, H, P, D] of the newest P = min(seen, R) columns, oldest first; a padding column holds garbage."""
-        seen, lengths = self._seen + self._ahead[layer], self.lengths + self._ahead[layer]
-        P = min(seen, self._slots[layer])
-        token = lengths[:, None] - P + torch.arange(P, device=lengths.device)  # [B, P]
-        k, v = self.past(layer, P)
-        slots = token.remainder(max(P, 1))[:, None, :, None].expand_as(k)
-        return k.gather(2, slots), v.gather(2, slots)
+        index, used = self._slots_in_order(layer)
+        k, v = self.past(layer, used)
+        return k.gather(2, _over(index, k)), v.gather(2, _over(index, v))
+
+    def _slots_in_order(self, layer: int) -> tuple[Tensor, int]:
+        """([B, P] the slots of the newest P = min(seen, R) columns, oldest first; P)."""
+        lengths = self.lengths + self._ahead[layer]
+        P = min(self.get_seq_length(layer), self._slots[layer])
+        token = lengths[:, None] - P + torch.arange(P, device=lengths.device)
+        return token.remainder(max(P, 1)), P
+
+    def columns(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, D] of all S columns that a layer has seen, to look at and to edit.
+
+        What stands in order is a view of the memory, so that an edit counts; what comes later leaves it as it is. Where rows
+        are padded or a ring has dropped columns, which are zeros here, it is a copy, which `replace` takes back.
+        """
+        seen = self.get_seq_length(layer)
+        if not self.ragged and seen <= self._slots[layer]:
+            self._shown[layer] = max(self._shown[layer], seen)
+            return self.past(layer, seen)
+        pair = self.in_order(layer)
+        gone = seen - pair[0].shape[2]
+        return tuple(torch.cat([t.new_zeros(*t.shape[:2], gone, t.shape[3]), t], 2) if gone else t for t in pair)  # type: ignore[return-value]
+
+    def _keep_shown(self, layer: int, seen: int, T: int) -> None:
+        """Before T columns are written behind `seen`: leave slots that a view shows to the view, and go on with a copy."""
+        shown = self._shown[layer]
+        if shown and (seen < shown or seen + T > self._slots[layer]):
+            with lasting():
+                self.keys[layer], self.values[layer] = self.keys[layer].clone(), self.values[layer].clone()
+            self._shown[layer] = 0
+
+    def replace(self, layer: int, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        """Put others in the place of a layer's `columns`; of a ring, the newest that it holds count.
+
+        Raises:
+            CacheError: another shape.
+        """
+        seen = self.get_seq_length(layer)
+        for name, new, slots in (("keys", keys, self.keys), ("values", values, self.values)):
+            if new is None:
+                continue
+            B, H, _, D = slots[layer].shape
+            if tuple(new.shape) != (B, H, seen, D):
+                raise CacheError(
+                    f"{name} of layer {layer} has shape {list(new.shape)}, expected {[B, H, seen, D]}: rows, heads, columns "
+                    "seen and their size; crop() forgets columns, reorder_cache() picks rows"
+                )
+            index, used = self._slots_in_order(layer)
+            new = new[:, :, seen - index.shape[1] :].to(slots[layer])
+            slots[layer] = torch.cat(
+                [slots[layer][:, :, :used].scatter(2, _over(index, new), new), slots[layer][:, :, used:]], 2
+            )
 
     def advance(self, T: int, starts: Tensor | None) -> None:
         """Count T columns, of which `starts` [B] were left padding, once every layer has appended them."""
@@ -247,7 +299,7 @@ class KVCache:
         other.__dict__.update(self.__dict__)
         other.lengths = self.lengths.clone()
         other.keys, other.values = [t.clone() for t in self.keys], [t.clone() for t in self.values]
-        other._ahead = list(self._ahead)
+        other._ahead, other._shown = list(self._ahead), [0] * len(self)
         return other
 
     def rows(self, B: int, held: Sequence[int] = ()) -> KVCache:
@@ -255,7 +307,7 @@ class KVCache:
         other = object.__new__(KVCache)
         other.__dict__.update(self.__dict__)
         other.keys, other.values = [t[:B] for t in self.keys], [t[:B] for t in self.values]
-        other.lengths = self.lengths[:B]
+        other.lengths, other._shown = self.lengths[:B], [0] * len(self)
         other.reset()
         if held:
             other.lengths = torch.tensor(held, dtype=torch.int32, device=self.lengths.device)
@@ -323,10 +375,10 @@ class KVCache:
         return len(self.windows)
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.in_order(range(len(self))[layer])
+        return self.columns(range(len(self))[layer])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, see `in_order`."""
+        """Keys and values of each layer, see `columns`."""
         return (self[layer] for layer in range(len(self)))
 
     def __bool__(self) -> bool:
@@ -341,57 +393,6 @@ def kind(value: object) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-class LayerView:
-    """One layer of a KVCache to look at."""
-
-    def __init__(self, cache: KVCache, layer: int) -> None:
-        self.cache, self.layer = cache, layer
-
-    @property
-    def keys(self) -> Tensor:
-        """A copy [B, H, P, D] of the newest P columns, see `KVCache.in_order`."""
-        return self.cache.in_order(self.layer)[0]
-
-    @property
-    def values(self) -> Tensor:
-        """As `keys`."""
-        return self.cache.in_order(self.layer)[1]
-
-    @property
-    def is_sliding(self) -> bool:
-        """Whether the layer keeps the newest columns only."""
-        return bool(self.cache.windows[self.layer])
-
-    def get_seq_length(self) -> int:
-        """Columns seen."""
-        return self.cache.get_seq_length(self.layer)
-
-    def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """As KVCache.update."""
-        return self.cache.update(key_states, value_states, self.layer)
-
-
-class LayerCache:
-    """One layer of a KVCache in the hands of a block that calls its modules: it appends, then sees all columns."""
-
-    def __init__(self, cache: KVCache, layer: int, starts: Tensor | None = None) -> None:
-        self.cache, self.layer, self.starts = cache, layer, starts
-
-    def get_seq_length(self, layer_idx: int | None = None) -> int:
-        """Columns seen before."""
-        return self.cache.get_seq_length(self.layer)
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int | None = None) -> tuple[Tensor, Tensor]:
-        """As KVCache.update, of this layer, whatever the index; the cache counts the columns once all layers have them."""
-        cache, layer = self.cache, self.layer
-        keys, values = cache.in_order(layer)
-        slots = cache.writable(layer)
-        lengths, slot = cache.lengths + cache._ahead[layer], slots[0]  # a block may be of another dtype, or device
-        reference.kv_append(*slots, key_states.to(slot), value_states.to(slot), lengths, self.starts)
-        B, H, _, D = key_states.shape
-        gone = cache.get_seq_length(layer) - keys.shape[2]
-        hidden = [key_states.new_zeros(B, H, gone, D)] if gone else []
-        return (
-            torch.cat([*hidden, keys.to(key_states), key_states], 2),
-            torch.cat([*hidden, values.to(value_states), value_states], 2),
-        )
+def _over(index: Tensor, like: Tensor) -> Tensor:
+    """Slots [B, P] for every head and number of [B, H, P, D]."""
+    return index[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from gptneo_fast import GPTNeoConfig, KVCache, cache_bytes
+from gptneo_fast import GPTNeoConfig, GPTNeoForCausalLM, KVCache, cache_bytes
 from gptneo_fast.errors import CacheError, InputError
 from tests.support.peers import peers
 
@@ -333,3 +333,80 @@ def test_rows_of_different_age_are_replaced_and_moved_without_touching_the_other
     batch.copy_row(0, batch, 2, tokens=40)
     step([2, 3])
     assert {t.shape[2] for t in batch.keys[1:]} == {135}  # what local layers hold of the longest row
+
+
+def _held(model, ids, how):
+    """A cache after all but the last token, edited."""
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    for i, layer in enumerate(cache.layers):
+        if how == "in place":
+            layer.values[:, :, 3] = 0
+            layer.keys.mul_(0.5)
+        elif how == "walked":
+            for j, (k, v, *_) in enumerate(cache):
+                if j == i:
+                    k.mul_(0.5)
+                    v[:, :, 3] = 0
+        elif how == "set":
+            edited = layer.values.clone()
+            edited[:, :, 3] = 0
+            layer.values = edited
+            layer.keys = layer.keys * 0.5
+    return cache
+
+
+@pytest.mark.parametrize("how", ["in place", "walked", "set"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_what_is_edited_in_a_cache_counts_as_in_transformers(how, backend):
+    theirs, _ = peers()
+    ours = GPTNeoForCausalLM(GPTNeoConfig(**theirs.config.to_dict()), backend=backend).eval()
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.randint(97, (2, 12))
+    with torch.no_grad():
+        found, plain = ([m(ids[:, -1:], past_key_values=_held(m, ids, h)).logits for m in (ours, theirs)] for h in (how, ""))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    assert (found[0] - plain[0]).abs().max() > 0.03  # fifty times the tolerance: the edit shows
+
+
+@pytest.mark.parametrize("T", [9, 200], ids=["in the window", "past the ring"])
+def test_keys_and_values_that_are_set_where_no_view_shows_them(T):
+    theirs, ours = peers()
+    ids = torch.randint(97, (2, T))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        logits = []
+        for model in (theirs, ours):
+            cache = model(ids[:, :-1], **{k: v[:, :-1] for k, v in given.items()}, use_cache=True).past_key_values
+            for layer in cache.layers:
+                assert layer.keys.shape[2] == T - 1  # all columns, whether a ring still has them
+                edited = layer.values.clone()
+                edited[:, :, -3] *= 2
+                layer.values = edited
+            last = given["position_ids"][:, -1:]
+            logits.append(model(ids[:, -1:], past_key_values=cache, attention_mask=mask, position_ids=last).logits)
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+        for shape in ((2, 4, T - 2, 8), (1, 4, T - 1, 8)):
+            with pytest.raises(CacheError, match=r"keys of layer 0 has shape .*crop\(\) forgets columns"):
+                cache.layers[0].keys = torch.zeros(shape)
+
+
+def test_a_view_of_a_cache_keeps_what_it_shows():
+    _, ours = peers()
+    ids = torch.randint(97, (1, 300))
+    with torch.no_grad():
+        cache = ours(ids[:, :100], use_cache=True).past_key_values
+        shown = [t for pair in cache for t in pair]
+        kept = [t.clone() for t in shown]
+        for i in range(100, 300, 50):  # rings wrap
+            ours(ids[:, i : i + 50], past_key_values=cache)
+        assert all(map(torch.equal, shown, kept))
+        cache = ours(ids[:, :100], use_cache=True).past_key_values
+        shown = [t for pair in cache for t in pair]
+        cache.crop(60)
+        ours(ids[:, 200:220], past_key_values=cache)
+        assert all(map(torch.equal, shown, kept))
+        other = ours(torch.cat([ids[:, :60], ids[:, 200:220]], 1), use_cache=True).past_key_values
+        for pair, expected in zip(cache, other, strict=True):
+            torch.testing.assert_close(pair, expected, rtol=1e-4, atol=1e-4)
