@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,27 @@ __all__ = sorted(name for name, home in _HOME_OF.items() if "flax" not in home) 
 def __getattr__(name: str) -> Any:
     home = _HOME_OF.get(name)
     if home is None:
-        from .errors import nearest
-
-        raise AttributeError(f"module 'gptneo_fast' has no attribute {name!r}{nearest(name, list(_HOME_OF))}")
+        return _of_transformers(name)
     value = getattr(import_module(home, __name__), name)
     globals()[name] = value
     return value
+
+
+def _of_transformers(name: str) -> Any:
+    """What transformers has under a name that we have not, beside models: Trainer, collators, and what else a script imports
+    from one place.
+
+    Raises:
+        AttributeError: nothing, or of another architecture; names what is near.
+    """
+    from .errors import nearest
+
+    if name[:1].isupper() and find_spec("transformers") is not None:
+        found = getattr(import_module("transformers"), name, None)
+        home = getattr(found, "__module__", "")
+        if found is not None and not home.startswith(("transformers.models.", "transformers.utils.dummy_")):
+            return found
+    raise AttributeError(f"module 'gptneo_fast' has no attribute {name!r}{nearest(name, list(_HOME_OF))}")
 
 
 def __dir__() -> list[str]:

@@ -71,6 +71,12 @@ from .models.pipelines import TextGenerationPipeline as TextGenerationPipeline, 
 from .models.pretrained import GPTNeoPreTrainedModel as GPTNeoPreTrainedModel
 from .network.cache import KVCache as KVCache, cache_bytes as cache_bytes
 from .network.dynamic_cache import DynamicCache as DynamicCache
+from .network.modules import (
+    GPTNeoAttention as GPTNeoAttention,
+    GPTNeoBlock as GPTNeoBlock,
+    GPTNeoMLP as GPTNeoMLP,
+    GPTNeoSelfAttention as GPTNeoSelfAttention,
+)
 from .scoring import Score as Score
 from .tokenizer import BatchEncoding as BatchEncoding, GPT2Tokenizer as GPT2Tokenizer, GPT2TokenizerFast as GPT2TokenizerFast
 from .tools.verify import verify as verify

@@ -23,6 +23,10 @@ from .weight_file import Stored
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TRUNK = ("wte.", "wpe.", "h.", "ln_f.")  # what names of the trunk's parameters begin with; others are of heads
+_RELEASED = re.compile(  # parameters that every trunk has: what a subclass adds starts afresh
+    r"(wte|wpe)\.weight|ln_f\.(weight|bias)|h\.\d+\.(ln_1|ln_2|mlp\.c_fc|mlp\.c_proj|attn\.attention\.out_proj)\.(weight|bias)"
+    r"|h\.\d+\.attn\.attention\.[qkv]_proj\.weight"
+)
 HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.")
 _MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.attention\.(bias|masked_bias)")
 
@@ -47,9 +51,10 @@ class LoadReport:
         }
 
 
-def canonical(name: str) -> str | None:
-    """A tensor's name without the `transformer.` prefix, which base-model files lack; None for a mask buffer."""
-    name = name.removeprefix("transformer.")
+def canonical(name: str, prefix: str = "") -> str | None:
+    """A tensor's name without the `transformer.` prefix, or the model's own, which base-model files lack; None for a mask
+    buffer."""
+    name = name.removeprefix("transformer.").removeprefix(prefix)
     return None if _MASK_BUFFERS.fullmatch(name) else name
 
 
@@ -83,7 +88,7 @@ def load_into(
     """
     held, owners = dict(_held(model)), _owners(model)
     packed = {key: held[key].dtype for key in owners if not held[key].is_floating_point() or key.endswith(".weight.scales")}
-    plan = _Plan(where, {key: tuple(held[key].shape) for key in owners}, packed, _tied_head(owners))
+    plan = _Plan(where, {key: tuple(held[key].shape) for key in owners}, packed, _tied_head(owners), _prefix(model))
     for tensor in tensors:
         plan.add(tensor)
     report = plan.check(strict, ignore_mismatched_sizes)
@@ -137,6 +142,7 @@ class _Plan:
     shapes: dict[str, tuple[int, ...]]  # of the parameters
     packed: dict[str, torch.dtype]  # of integers and scales, which are taken as they are
     tied_head: bool
+    prefix: str
     taken: dict[str, Stored] = field(default_factory=dict)
     heads: dict[str, Stored] = field(default_factory=dict)  # lm_head where it is tied, by the key of what it is tied to
     surplus: list[str] = field(default_factory=list)
@@ -146,7 +152,7 @@ class _Plan:
 
     def add(self, tensor: Stored) -> None:
         """Find the parameter of one tensor."""
-        key = canonical(tensor.name)
+        key = canonical(tensor.name, self.prefix)
         if key is None:
             return
         if key in self.taken:
@@ -187,7 +193,7 @@ class _Plan:
             )
         if fault := check_shapes(self.taken, self.shapes):
             faults.append(fault)
-        if trunk := [k for k in missing if (k.startswith(TRUNK) or k in self.packed) and k not in mismatched]:
+        if trunk := [k for k in missing if (_RELEASED.fullmatch(k) or k in self.packed) and k not in mismatched]:
             faults.append(f"no tensor for {some(trunk)}{layers_hint(self.taken, self.surplus, self.shapes)}")
         if self.surplus and strict:
             faults.append(f"{some(self.surplus)} fit no parameter{layers_hint(self.taken, self.surplus, self.shapes)}")
@@ -202,10 +208,10 @@ class _Plan:
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Canonical name of each parameter, and of what weights in few bits hold; what is tied comes twice."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name.removeprefix("transformer."), parameter
+        yield canonical(name, _prefix(model)) or name, parameter
     for name, weight in quantized.weights(model).items():
         for own, tensor in weight.named_buffers():
-            yield f"{name.removeprefix('transformer.')}.weight.{own}", tensor
+            yield f"{canonical(name, _prefix(model))}.weight.{own}", tensor
 
 
 def _owners(model: nn.Module) -> dict[str, list[str]]:
@@ -219,7 +225,7 @@ def _owners(model: nn.Module) -> dict[str, list[str]]:
 
 def _places(model: nn.Module) -> set[str]:
     """Canonical names of the weights that are kept in few bits where a model is."""
-    return {f"{name.removeprefix('transformer.')}.weight" for name, _ in quantized.places(model)}
+    return {f"{canonical(name, _prefix(model))}.weight" for name, _ in quantized.places(model)}
 
 
 def _tied_head(owners: dict[str, list[str]]) -> bool:
@@ -241,7 +247,13 @@ def _place(model: nn.Module, keys: list[str], value: Tensor | QuantizedWeight) -
 
 
 def _path(model: nn.Module, key: str) -> str:
-    return f"transformer.{key}" if hasattr(model, "transformer") and key.startswith(TRUNK) else key
+    prefix = _prefix(model)
+    return f"{prefix}{key}" if hasattr(model, prefix[:-1]) and key.startswith(TRUNK) else key
+
+
+def _prefix(model: nn.Module) -> str:
+    """What the names of the trunk's parameters begin with in a model with a head."""
+    return f"{getattr(model, 'base_model_prefix', 'transformer')}."
 
 
 def _check_tied(

@@ -8,32 +8,16 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..errors import ConfigError, short
-from ..files import atomic
-from ..files.hub import Source
-from ..files.strict_json import read_object
+from ..errors import ConfigError, InputError, short
 from .dtype import Dtype, name_of
-from .rules import (
-    GENERATION,
-    LIMITS,
-    NOT_KEPT,
-    SHAPE,
-    as_list,
-    expanded_types,
-    fault_of,
-    instead_of_config,
-    is_int,
-    structure_faults,
-)
-
-_MAX_BYTES = 16 << 20  # of config.json; a hundred thousand labels have less
+from .files import ConfigFiles
+from .rules import GENERATION, LIMITS, NOT_KEPT, SHAPE, as_list, expanded_types, fault_of, is_int, structure_faults
 
 
 @dataclass(init=False)
-class GPTNeoConfig:
+class GPTNeoConfig(ConfigFiles):
     """What a GPT-Neo checkpoint says of itself, with the names and defaults of its `config.json`.
 
     The fields that shape the weights are read-only once built (`replace` makes another configuration); token ids, labels
@@ -172,6 +156,11 @@ class GPTNeoConfig:
         return self
 
     @property
+    def per_layer_config(self) -> list[GPTNeoConfig]:
+        """This configuration for each layer, as caches of transformers ask for it."""
+        return [self] * self.num_layers
+
+    @property
     def use_return_dict(self) -> bool:
         """An old name of `return_dict`."""
         return self.return_dict
@@ -246,6 +235,22 @@ class GPTNeoConfig:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     @classmethod
+    def like(cls, config: Any) -> GPTNeoConfig:
+        """A configuration, or one of transformers as one of ours, or that of a folder or hub id.
+
+        Raises:
+            InputError: anything else.
+        """
+        if isinstance(config, (str, os.PathLike)):
+            found: GPTNeoConfig = cls.from_pretrained(config)
+            return found
+        if isinstance(config, GPTNeoConfig):
+            return config
+        if getattr(config, "model_type", None) == cls.model_type and hasattr(config, "to_dict"):
+            return cls.from_dict(config.to_dict())
+        raise InputError(f"config is {short(config)} ({type(config).__name__}); give a gptneo_fast.GPTNeoConfig")
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GPTNeoConfig:
         """A configuration from the keys of a `config.json`; keys that no field has are kept, and saved again.
 
@@ -274,47 +279,6 @@ class GPTNeoConfig:
         for name in kept.keys() - names:  # as they stand, near to a field's name or not
             config._keep(name, kept[name])
         return config
-
-    def to_json_file(self, path: str | os.PathLike[str]) -> None:
-        """Write the text of `config.json` to a file, whole or not at all.
-
-        Raises:
-            ConfigError: it cannot be written there, or holds what JSON has not.
-        """
-        place = Path(path)
-        atomic.write(place.parent, {place.name: self.to_json_string()}, ConfigError)
-
-    @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> GPTNeoConfig:
-        """The configuration in one `config.json`."""
-        values = read_object(Path(path), ConfigError, _MAX_BYTES)
-        try:
-            return cls.from_dict(values, **overrides)
-        except ConfigError as error:
-            raise ConfigError(f"{os.fspath(path)}: {error}") from None
-
-    @classmethod
-    def from_source(cls, source: Source, **overrides: Any) -> GPTNeoConfig:
-        """The configuration of a folder or hub repository."""
-        path = source.file("config.json")
-        if path is None:
-            raise ConfigError(f"{source.name!r} holds no config.json ({source.holdings()}); {instead_of_config(source.folder)}")
-        with source.reading():
-            return cls.from_json_file(path, **({"name_or_path": source.name} | overrides))
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> GPTNeoConfig:
-        """The configuration of a folder or hub id; options are `Source`'s (revision, token, ...) or fields to override."""
-        source = Source.of(name_or_path, **{k: options.pop(k) for k in Source.OPTIONS if k in options})
-        return cls.from_source(source, **options)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `config.json` into `folder`, which is made where it is missing.
-
-        Raises:
-            ConfigError: it cannot be written there; what was there still is.
-        """
-        atomic.write(folder, {"config.json": self.to_json_string()}, ConfigError)
 
 
 def _check_extra(name: str) -> None:

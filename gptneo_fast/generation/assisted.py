@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..network.cache import SLACK
+from .config import GenerationConfig
 from .processors import MinLengthLogitsProcessor
 from .prompt import Prompt
 from .request import LanguageModel, Record, Request, non_finite
@@ -70,7 +71,7 @@ class Assistant(Drafter):
     """A smaller model with the same tokenizer."""
 
     def __init__(self, model: LanguageModel, request: Request) -> None:
-        prompt, own = request.prompt, model.generation_config.resolved()
+        prompt, own = request.prompt, GenerationConfig.like(model.generation_config).resolved()
         self.request = request
         self.count = own.num_assistant_tokens
         self.schedule = own.num_assistant_tokens_schedule

@@ -90,3 +90,27 @@ def tokens_of(allowed: Callable[[int, Tensor], Any], row: int, ids: Tensor, voca
 def named(function: Any) -> str:
     """A function's name, or its class's."""
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+_NOT_CALLED = (
+    *("_sample", "_beam_search", "_assisted_decoding", "_prefill", "_get_logits_processor", "_get_stopping_criteria"),
+    *("_prepare_attention_mask_for_generation", "_prepare_position_ids_for_generation", "_prepare_cache_for_generation"),
+    *("_prepare_generation_config", "_prepare_generated_length", "_prepare_model_inputs", "_expand_inputs_for_generation"),
+)
+
+
+def check_methods(model: Any) -> None:
+    """Refuse what somebody put in the place of a part of transformers' `generate`, and would see dropped.
+
+    Raises:
+        InputError: such a method.
+    """
+    for name in _NOT_CALLED:
+        if hasattr(type(model), name) or name in vars(model):
+            owner = next((c for c in type(model).__mro__ if name in vars(c)), None)
+            if owner is None or name in vars(model) or not owner.__module__.startswith("transformers."):
+                raise InputError(
+                    f"{type(model).__name__}.{name} is a part of transformers' generate, which this one does not call; "
+                    "override generate, forward or prepare_inputs_for_generation, or pass logits_processor or "
+                    "stopping_criteria"
+                )

@@ -135,6 +135,11 @@ class GenerationConfig:
         return cls(**{k: v for k, v in values.items() if k in names or not ignore_unknown})
 
     @classmethod
+    def like(cls, config: Any) -> GenerationConfig:
+        """A config, or one of transformers as one of ours."""
+        return config if isinstance(config, GenerationConfig) else cls().under(config)
+
+    @classmethod
     def from_model_config(cls, config: GPTNeoConfig) -> Self:
         """The token ids of a model's configuration, and what a `config.json` of old says of generation; a warning names what of
         that is not offered.

@@ -22,7 +22,7 @@ from ..network.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnly
 from . import captured
 from .assisted import assisted
 from .beams import beams
-from .callbacks import check_functions
+from .callbacks import check_functions, check_methods
 from .config import OFF, GenerationConfig, Options, total_length
 from .processors import Context, processors_of
 from .prompt import Prompt, prompt_of
@@ -97,6 +97,7 @@ class GenerationMixin:
         """
         model = cast(LanguageModel, self)
         with _telling(streamer):
+            check_methods(model)
             if inputs is not None and input_ids is not None:
                 raise InputError("inputs and input_ids are two names of one argument; give one")
             if not (logits_to_keep is None or (is_int(logits_to_keep) and logits_to_keep >= 0)):
@@ -170,7 +171,8 @@ def settle(model: LanguageModel, config: GenerationConfig | None, said: dict[str
     """
     if config is not None and not hasattr(config, "to_dict"):
         raise InputError(f"generation_config is {short(config)}; give a GenerationConfig, or the options as keywords")
-    own = model.generation_config if config is None else model.generation_config.under(config)
+    own = GenerationConfig.like(model.generation_config)
+    own = own if config is None else own.under(config)
     options, vocabulary = GenerationConfig.of(said), model.config.vocab_size
     for token in options.eos_ids:
         if not 0 <= token < vocabulary and token != -1:  # which ends no text, as in transformers
@@ -218,6 +220,7 @@ def request_of(
         total=total,
         vocabulary=model.config.vocab_size,
         starts=starts,
+        embedded=embedded if prompt.embeds is not None else 0,
         unconditional=_Guide(model, prompt, *negative, new=total - P) if guided else None,
         prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
         own=own,
@@ -374,7 +377,9 @@ class _Guide:
                 f"negative_prompt_ids has {self.ids.shape[1]} tokens and {new} new ones make {total}, past the model's {limit} "
                 "positions; shorten it, or ask for fewer new tokens"
             )
-        self._begin = functools.partial(Session, model, Prompt(self.ids, mask), total)
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)  # counted whatever the mask says
+        places = None if mask is None else columns
+        self._begin = functools.partial(Session, model, Prompt(self.ids, mask, position_ids=places), total)
 
     @functools.cached_property
     def session(self) -> Session:

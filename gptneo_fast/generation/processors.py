@@ -332,13 +332,14 @@ class Context:
     """What processors are built from beside the options.
 
     prompt: columns of the prompts, padding included. total: columns at most. vocabulary: V.
-    starts: int64 [B], columns of left padding, or None.
+    starts: int64 [B], columns of left padding, or None. embedded: columns of embeddings that stand in the place of ids.
     """
 
     prompt: int
     total: int
     vocabulary: int
     starts: Tensor | None = None
+    embedded: int = 0
     unconditional: Callable[[Tensor], Tensor] | None = None
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None
     own: Sequence[Callable[..., Any]] = ()  # the user's
@@ -363,7 +364,7 @@ def processors_of(options: Options, about: Context) -> LogitsProcessorList:
         out.append(NoRepeatNGramLogitsProcessor(o.no_repeat_ngram_size))
     if o.bad_words_ids is not None:
         out.append(NoBadWordsLogitsProcessor([_within(ids, about, "bad_words_ids") for ids in o.bad_words_ids], eos))
-    shortest = o.min_length if o.min_new_tokens is None else about.prompt + o.min_new_tokens
+    shortest = max(o.min_length - about.embedded, 0) if o.min_new_tokens is None else about.prompt + o.min_new_tokens
     if shortest > 0 and eos:
         out.append(MinLengthLogitsProcessor(shortest, eos))
     if about.prefix_allowed_tokens_fn is not None:

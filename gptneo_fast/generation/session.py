@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,9 +48,10 @@ class Session:
         self.seen = -self.offset  # columns of ids that the cache holds; below 0 where some of embeddings are to come
         if self.cache is not None:
             self.seen += self.cache.get_seq_length()
-        elif use_cache and not self.prepares:  # else it comes with the first call
+        elif use_cache and not self.prepares and hasattr(model.transformer, "new_cache"):  # else it comes with the first call
             self.cache = model.transformer.new_cache(B, total + self.offset - 1)
         self.hides = prompt.mask is not None  # whether some column must be hidden at every call
+        self.last: tuple[Any, dict[str, Any]] | None = None  # output and keywords of the last call that was prepared for
         self.attentions: tuple[Tensor, ...] | None = None
         self.hidden_states: tuple[Tensor, ...] | None = None
 
@@ -109,19 +111,22 @@ class Session:
         new = T - self.seen
         embeds = None if self.begun or self.prompt.embeds is None else self.prompt.embeds[:, -new:]
         mask = self._mask(T)
+        given: dict[str, Any] = {
+            "attention_mask": self._ones(T) if mask is None else mask,
+            "position_ids": self._positions(T, new),
+            "token_type_ids": self._types(T, new),
+            "use_cache": self.use_cache,
+        }
+        if self.last is not None:
+            before, kept = self.last
+            given |= self.model._update_model_kwargs_for_generation(before, kept, num_new_tokens=new)
+        given["past_key_values"] = self.cache
         inputs = self.model.prepare_inputs_for_generation(
-            ids,
-            next_sequence_length=new,
-            past_key_values=self.cache,
-            attention_mask=torch.ones(len(ids), T + self.offset, dtype=torch.long, device=ids.device) if mask is None else mask,
-            inputs_embeds=embeds,
-            is_first_iteration=not self.begun,
-            position_ids=self._positions(T, new),
-            token_type_ids=self._types(T, new),
-            use_cache=self.use_cache,
+            ids, next_sequence_length=new, inputs_embeds=embeds, is_first_iteration=not self.begun, **given
         )
-        asked = {"output_attentions": "attentions" in self.trace, "output_hidden_states": "hidden_states" in self.trace}
+        asked = {f"output_{name}": True for name in self.trace}
         out = self.model(**(asked | inputs | {"return_dict": True}))
+        self.last = (out, given) if self.use_cache else None
         self.cache = out.past_key_values if self.use_cache else None
         self.attentions, self.hidden_states = out.attentions, out.hidden_states
         return cast(Tensor, out.logits[:, -keep:])
@@ -132,27 +137,47 @@ class Session:
         for end in ends:
             new = end - first
             embeds = None if self.begun else self._embeds(end, new)
-            out = self.model(
-                None if embeds is not None else ids[:, first:end],
-                inputs_embeds=embeds,
-                past_key_values=self.cache,
-                attention_mask=self._mask(end),
-                position_ids=self._positions(end, new),
-                token_type_ids=self._types(end, new),
-                logits_to_keep=keep,
-                use_cache=self.cache is not None,
-                output_attentions="attentions" in self.trace,
-                output_hidden_states="hidden_states" in self.trace,
-                return_dict=True,
-            )
+            asked = {
+                "inputs_embeds": embeds,
+                "past_key_values": self.cache,
+                "attention_mask": self._mask(end),
+                "position_ids": self._positions(end, new),
+                "token_type_ids": self._types(end, new),
+                "logits_to_keep": keep,
+                "use_cache": self.use_cache,
+                "output_attentions": "attentions" in self.trace,
+                "output_hidden_states": "hidden_states" in self.trace,
+                "return_dict": True,
+            }
+            out = self.model(None if embeds is not None else ids[:, first:end], **self._named(asked, end))
             first = end
+            if self.use_cache and self.cache is None:
+                self.cache = out.past_key_values
         self.attentions, self.hidden_states = out.attentions, out.hidden_states
         return out.logits[:, -keep:]
 
+    def _named(self, asked: dict[str, Any], T: int) -> dict[str, Any]:
+        """Keywords for `forward`: where it is somebody's own, those that transformers would give it."""
+        if self.model.looked().forward:
+            return asked
+        names = inspect.signature(self.model.forward).parameters
+        if asked["attention_mask"] is None and "attention_mask" in names:
+            asked["attention_mask"] = self._ones(T)
+        unless_named = ("logits_to_keep", "position_ids")
+        return {k: v for k, v in asked.items() if k in names or (v is not None and v is not False and k not in unless_named)}
+
+    def _ones(self, T: int) -> Tensor:
+        """A mask of T columns of ids, and of the offset's, that hides nothing."""
+        return torch.ones(len(self.prompt.ids), T + self.offset, dtype=torch.long, device=self.prompt.ids.device)
+
     def crop(self, columns: int) -> None:
         """Forget the columns of ids from this one on."""
-        if self.cache is not None:
-            self.cache.crop(columns + self.offset)
+        cache: Any = self.cache
+        if cache is not None:
+            if isinstance(cache, KVCache):
+                cache.crop(columns + self.offset)
+            elif columns < self.seen:  # transformers', which takes what is to go only
+                cache.crop(columns - self.seen)
             self.seen = min(self.seen, columns)
 
     def reorder(self, rows: Tensor) -> None:

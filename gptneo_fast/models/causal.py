@@ -50,11 +50,11 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto", early_launch: bool | None = None) -> None:
         super().__init__(config, backend=backend)
+        config = self.config
         self.early_launch = early_launch
         self.transformer = GPTNeoModel(config, backend=backend)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._init_weights(self.lm_head)
-        self.tie_weights()
+        self.init_weights()
         self.generation_config = GenerationConfig.from_model_config(config)
 
     @returns_output
@@ -89,7 +89,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         check_unknown(unknown, type(self), position_ids)
         single = isinstance(input_ids, Tensor) and input_ids.dim() == 1
         out = self.transformer(
-            input_ids=input_ids.unsqueeze(0) if single and input_ids is not None else input_ids,
+            input_ids.unsqueeze(0) if single and input_ids is not None else input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -192,12 +192,13 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
     def look(self) -> touch.Look:
         """Which parts are untouched now."""
         head: Any = self.lm_head
-        trunk = self.transformer
+        trunk: Any = self.transformer
+        own = isinstance(trunk, GPTNeoModel)  # and no wrapper of somebody's
         return replace(
-            trunk.look(),
+            trunk.look() if own else touch.Look((), False, False),
             head=_is_plain_head(head) and _goes_with(head, self.dtype) and head.weight.shape[0] == self.config.vocab_size,
-            forward=touch.own_forward(self, GPTNeoForCausalLM) and touch.own_forward(trunk, GPTNeoModel),
-            prepare=touch.has_own(self, GPTNeoForCausalLM, "prepare_inputs_for_generation"),
+            forward=touch.own_forward(self, GPTNeoForCausalLM) and own and touch.own_forward(trunk, GPTNeoModel),
+            prepare=all(touch.has_own(self, GPTNeoForCausalLM, name) for name in _LOOP),
         )
 
     def looked(self, anew: bool = False) -> touch.Look:
@@ -299,7 +300,8 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         return decoding.Few(trunk, cache, rows, OURS).greedy(head, ids, position_ids, how)
 
 
-touch.ours(GPTNeoForCausalLM, methods=("forward", "prepare_inputs_for_generation", "step"))
+_LOOP = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")  # of transformers' loop: an override counts
+touch.ours(GPTNeoForCausalLM, methods=("forward", "step", *_LOOP))
 
 
 def _is_plain_head(head: Any) -> bool:

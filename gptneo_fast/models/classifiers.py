@@ -22,10 +22,11 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
         super().__init__(config, backend=backend)
+        config = self.config
         self.transformer = GPTNeoModel(config, backend=backend)
         self.num_labels = config.num_labels
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self._init_weights(self.score)
+        self.init_weights()
 
     @returns_output
     def forward(
@@ -60,7 +61,7 @@ class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
                 "(tokenizer.pad_token_id), or pass one row at a time"
             )
         out = self.transformer(
-            input_ids=input_ids,
+            input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -109,11 +110,12 @@ class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
         super().__init__(config, backend=backend)
+        config = self.config
         self.transformer = GPTNeoModel(config, backend=backend)
         self.num_labels = config.num_labels
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self._init_weights(self.classifier)
+        self.init_weights()
 
     @returns_output
     def forward(
@@ -134,7 +136,7 @@ class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
         """Logits [B, T, num_labels], and with labels (integer [B, T], -100 ignored) the loss."""
         check_unknown(unknown, type(self), position_ids)
         out = self.transformer(
-            input_ids=input_ids,
+            input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -158,10 +160,11 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
         super().__init__(config, backend=backend)
+        config = self.config
         self.transformer = GPTNeoModel(config, backend=backend)
         self.num_labels = config.num_labels  # for those who ask: an answer has two ends
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self._init_weights(self.qa_outputs)
+        self.init_weights()
 
     @returns_output
     def forward(
@@ -186,7 +189,7 @@ class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
         """
         check_unknown(unknown, type(self), position_ids)
         out = self.transformer(
-            input_ids=input_ids,
+            input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,

@@ -140,6 +140,11 @@ class AutoConfig(_Auto):
 
     _stands_for = GPTNeoConfig
 
+    @classmethod
+    def for_model(cls, model_type: str, **values: Any) -> GPTNeoConfig:
+        """A new configuration."""
+        return GPTNeoConfig(model_type=model_type, **values)
+
 
 class AutoTokenizer(_Auto):
     """GPT2Tokenizer."""

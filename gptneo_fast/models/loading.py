@@ -55,8 +55,7 @@ def origin(
     Raises:
         InputError: config is none, or weights come from nowhere or from two places.
     """
-    if not isinstance(config, GPTNeoConfig | None):
-        raise InputError(f"config is {short(config)}; give a GPTNeoConfig, or None for the checkpoint's own")
+    config = None if config is None else GPTNeoConfig.like(config)
     if name is not None and state_dict is not None:
         raise InputError(f"weights come from {short(name)} or from state_dict; give None in place of the one")
     if name is None and (config is None or state_dict is None):
@@ -114,11 +113,20 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def built(cls: Any, config: GPTNeoConfig, backend: str) -> Any:
-    """A model to load weights into: without memory where our `__init__` makes it, else as its own `__init__(config)` does."""
+def own_arguments(cls: Any, others: dict[str, Any]) -> dict[str, Any]:
+    """Keywords that an `__init__` of somebody's own names, out of those of `from_pretrained`."""
+    if cls.__init__.__module__.startswith(f"{__package__}."):
+        return {}
+    names = inspect.signature(cls.__init__).parameters
+    return {name: others.pop(name) for name in list(others) if name in names and name != "config"}
+
+
+def built(cls: Any, config: GPTNeoConfig, backend: str, own: Mapping[str, Any]) -> Any:
+    """A model to load weights into: without memory where our `__init__` makes it, else as its own `__init__` does."""
     if cls.__init__.__module__.startswith(f"{__package__}."):
         with torch.device("meta"), _NoInitialValues():
             return cls(config, backend=backend)
-    model = cls(config)
+    model = cls(config, **own)
     model.base_model.requested_backend = backend
+    model.tie_weights()
     return model

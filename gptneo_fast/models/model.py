@@ -36,6 +36,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel, EmbeddingMixin):
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto") -> None:
         super().__init__(config, backend=backend)
+        config = self.config
         self.embed_dim = config.hidden_size
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -44,7 +45,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel, EmbeddingMixin):
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.requested_backend = backend
         self._layers = config.attention_layers, config.window_size  # what the blocks are known to agree with
-        self.apply(self._init_weights)
+        self.init_weights()
         if vars(config).pop("gradient_checkpointing", False):  # of config.json files of old, which say it once
             self.gradient_checkpointing_enable()
 

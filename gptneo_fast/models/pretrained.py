@@ -18,12 +18,12 @@ from ..device import as_device, as_dtype
 from ..errors import InputError, UnknownOptionError, warn_once
 from ..files.hub import Source
 from ..generation.config import GenerationConfig
+from ..kinship import make_kin
 from ..network import decoding
 from ..network.cache import cache_bytes
-from ..network.kinship import make_kin
 from ..ops import backends
-from ..ops.quantized import QuantizedWeight
 from . import loading, quantizing, resizing, saving
+from .initialising import INITIALIZED, Initialising
 from .quantizing import Quantizing
 from .training import Training
 
@@ -56,7 +56,7 @@ def returns_output(forward: Forward) -> Forward:
     return cast(Forward, call)
 
 
-class GPTNeoPreTrainedModel(Training, Quantizing):
+class GPTNeoPreTrainedModel(Training, Quantizing, Initialising):
     """Base of the five classes."""
 
     base_model_prefix: ClassVar[str] = "transformer"
@@ -71,15 +71,13 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _keep_in_fp32_modules: ClassVar[list[str]] = []
     _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
-    _tied_weights_keys: ClassVar[dict[str, str]] = {}
     config: GPTNeoConfig
     tokenizer: Any = None  # attached by `load`
 
     def __init__(self, config: GPTNeoConfig, *, backend: str = "auto", attn_implementation: str | None = None) -> None:
         super().__init__()
         loading.check_attention(attn_implementation)
-        if not isinstance(config, GPTNeoConfig):
-            raise InputError(f"config is a {type(config).__name__}; give a gptneo_fast.GPTNeoConfig")
+        config = GPTNeoConfig.like(config)
         backends.check(backend)  # an impossible request fails here, not in the first call
         config.check()
         object.__setattr__(config, "in_use", True)
@@ -127,7 +125,8 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
         Raises:
             SetupError: backend="triton" was asked for and cannot be had there.
         """
-        return backends.choose(self.base_model.requested_backend, self.device, self.dtype)
+        asked = getattr(self.base_model, "requested_backend", "auto")  # of a trunk in somebody's wrapper, which says nothing
+        return backends.choose(asked, self.device, self.dtype)
 
     def cache_bytes(self, batch: int, length: int) -> int:
         """Bytes of the key-value cache for `batch` rows of `length` tokens."""
@@ -142,15 +141,6 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
     def name_or_path(self) -> str:
         """What the model was loaded from."""
         return self.config.name_or_path
-
-    def post_init(self) -> None:
-        """The end of an `__init__` of transformers, where it initialises; here modules are initialised when they are made,
-        and what a checkpoint misses once it is loaded."""
-
-    def init_weights(self) -> None:
-        """Initialise every module afresh and tie the head."""
-        self.apply(self._init_weights)
-        self.tie_weights()
 
     def warn_if_padding_and_no_attention_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         """Warn of ids that begin or end with the pad token where no mask hides it."""
@@ -190,13 +180,6 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
         """The language-model head, where the class has one."""
         return getattr(self, "lm_head", None)
 
-    def tie_weights(self, **how: Any) -> None:
-        """Make the head share the embedding's weight where the configuration ties them."""
-        head, wte = self.get_output_embeddings(), self.base_model.wte
-        weight = getattr(wte, "weight", None)
-        if head is not None and self.config.tie_word_embeddings and isinstance(weight, nn.Parameter | QuantizedWeight):
-            head.weight = weight  # type: ignore[assignment]
-
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
@@ -209,17 +192,6 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
                 False draws them as a fresh model does.
         """
         return resizing.resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """The initialisation of transformers: normal weights, zero biases, ones for norms."""
-        if isinstance(weight := getattr(module, "weight", None), QuantizedWeight):
-            raise InputError(f"weights in {weight.how} cannot be initialised afresh; build another model")
-        if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm) and not module.weight.is_meta:
-            module.reset_parameters()
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False) -> None:
         """Accept "eager", and "sdpa" with a warning: `backend` chooses either way.
@@ -281,6 +253,7 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
         Raises:
             ModelNotFoundError, CheckpointError, ConfigError, InputError, SetupError: each says what to do.
         """
+        own = loading.own_arguments(cls, others)
         overrides = loading.screen(others, attn_implementation, cls.from_pretrained)
         source, config = loading.origin(
             pretrained_model_name_or_path,
@@ -297,7 +270,7 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
         wanted = dtype if dtype is not None else torch_dtype
         chosen = as_dtype("auto" if wanted is None else wanted) or as_dtype(config.dtype or "auto")
         said, rounding = quantizing.asked(config, quantize)
-        model = loading.built(cls, config, backend)
+        model = loading.built(cls, config, backend, own)
         if said is not None:
             quantizing.prepare(model, said)
         device = as_device(device_map)
@@ -317,6 +290,8 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
             config.quantization_config = quantizing.described(rounding)
         for key in report.missing_keys:
             model._init_weights(model.get_submodule(key.rpartition(".")[0]))
+        for module in model.modules():
+            vars(module)[INITIALIZED] = True
         config.dtype = str(model.dtype).removeprefix("torch.")
         if model.can_generate() and source is not None:
             setattr(model, "generation_config", GenerationConfig.from_source(source, config))  # noqa: B010 (not of every class)
@@ -395,4 +370,4 @@ class GPTNeoPreTrainedModel(Training, Quantizing):
         raise UnknownOptionError("push_to_hub is not offered; save_pretrained(folder), then huggingface_hub.upload_folder")
 
 
-make_kin(GPTNeoPreTrainedModel, "transformers.modeling_utils", "PreTrainedModel")
+make_kin(GPTNeoPreTrainedModel, "transformers.modeling_utils", "PreTrainedModel", "PeftAdapterMixin")

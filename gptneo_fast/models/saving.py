@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..errors import CheckpointError, InputError, SetupError, UnknownOptionError, warn_once
+from ..errors import InputError, SetupError, UnknownOptionError, warn_once
 from ..generation.config import GenerationConfig
 from ..network import quantized
 from . import quantizing
@@ -31,7 +31,7 @@ def save(
                 f"save_pretrained does not offer {name}; save to a folder, then huggingface_hub.upload_folder"
             )
     if not others.pop("safe_serialization", True):
-        raise CheckpointError("safe_serialization=False would write a pickle; safetensors are all that is written")
+        warn_once("safe_serialization=False would write a pickle: safetensors are written, as transformers does from 5 on")
     if unknown := others.keys() - {"token", "save_peft_format", "use_auth_token", "repo_id", "private"}:
         raise UnknownOptionError(f"save_pretrained has no option {sorted(unknown)[0]!r}")
     if not is_main_process:
@@ -58,8 +58,8 @@ def save(
                 )
         config.quantization_config = quantizing.described(how)
     texts = {"config.json": config.to_json_string()}
-    if isinstance(generation := getattr(model, "generation_config", None), GenerationConfig):
-        texts["generation_config.json"] = generation.file_text()
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        texts["generation_config.json"] = GenerationConfig.like(generation).file_text()
     checkpoint.save(tensors, folder, max_shard_size, texts)
 
 
@@ -88,7 +88,7 @@ def as_transformers(model: Any) -> Any:
     for block, own in zip(made.base_model.h, model.base_model.h, strict=True):
         block.attn.attention.bias = own.attn.attention.visible()  # the one thing besides weights that a block holds
     made.tie_weights()
-    if made.can_generate() and isinstance(generation := getattr(model, "generation_config", None), GenerationConfig):
+    if made.can_generate() and (generation := getattr(model, "generation_config", None)) is not None:
         made.generation_config = transformers.GenerationConfig.from_dict(generation.to_dict())
     return made.train(model.training)
 

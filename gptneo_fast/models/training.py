@@ -21,7 +21,7 @@ class Training(Watched):
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether blocks are recomputed in the backward pass."""
-        return self.base_model.gradient_checkpointing
+        return any(block.recompute is not None for block in self.modules() if isinstance(block, GPTNeoBlock))
 
     is_gradient_checkpointing = is_activation_checkpointing
 

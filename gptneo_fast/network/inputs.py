@@ -53,12 +53,12 @@ def check_ids(name: str, ids: Tensor, limit: int, device: torch.device) -> Tenso
         raise InputError(f"{name} has shape {list(ids.shape)}; expected [B, T] with T of at least 1")
     if ids.device != device:
         raise InputError(f"{name} is on {ids.device}, the model on {device}; move it with .to({str(device)!r})")
-    ids = ids.view(1, -1) if ids.dim() == 1 else ids
+    ids = (ids.view(1, -1) if ids.dim() == 1 else ids).long()  # a small dtype may not hold the limit
     # Out of range, a gather is an assertion on the device that ends the process, or silent garbage.
     if is_readable() and bool(((ids < 0) | (ids >= limit)).any()):
         row, column = ((ids < 0) | (ids >= limit)).nonzero()[0].tolist()
         raise InputError(f"{name}[{row}, {column}] is {int(ids[row, column])}; it must be from 0 to {limit - 1}")
-    return ids.long()
+    return ids
 
 
 def check_embeds(embeds: Any, config: GPTNeoConfig, dtype: torch.dtype | None) -> Tensor:
@@ -175,6 +175,11 @@ def check_cache(cache: Any, model: Any, given: Any) -> Any:
     if not isinstance(cache, KVCache):
         if cache is not None and not (hasattr(cache, "update") and hasattr(cache, "get_seq_length")):
             raise CacheError(f"past_key_values is a {type(cache).__name__}; pass the KVCache that an earlier call returned")
+        if getattr(cache, "is_compileable", False):  # as a block's own mask does not know it
+            raise CacheError(
+                f"past_key_values is a {type(cache).__name__}, whose keys are as long as it may ever get; leave it out, or "
+                "give a DynamicCache"
+            )
         return cache
     if isinstance(cache, DynamicCache):
         rows = len(given) if isinstance(given, Tensor) and given.dim() > 1 else 1

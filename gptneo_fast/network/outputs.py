@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..kinship import make_kin
 from .cache import KVCache
-from .kinship import make_kin
 
 
 class ModelOutput(OrderedDict[str, Any]):

@@ -108,7 +108,7 @@ def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     own = vars(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
-    return has_own(module, kind, "forward")
+    return has_own(module, kind, "forward") and type(module).__call__ is _methods[nn.Module, "__call__"]
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from ..errors import InputError, SetupError, TokenizerError, short
+from ..errors import InputError, SetupError, TokenizerError, short, warn_once
 from .arguments import flag, listed, mapping
 
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_MARK = "mark_of_generation"  # the name of a mark in a template's context
 _OF_WHOLE = ("add_generation_prompt", "tokenize", "return_dict", "return_tensors")
 _NONE = (
     "this tokenizer has no chat template: GPT-Neo was trained to continue text, not on talk; write the prompt as text, "
@@ -92,14 +95,19 @@ def _compiled(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}, which marks what an assistant says and changes no text."""
+        """{% generation %} ... {% endgeneration %}: what an assistant says, between marks where a caller wants them."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's way)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
+            call = self.call_method("_between_marks", [nodes.ContextReference()])
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _between_marks(self, context: Any, caller: Any) -> str:
+            mark = context.get(_MARK, "")
+            return f"{mark}{caller()}{mark}"
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
@@ -116,6 +124,21 @@ def _compiled(template: str) -> Any:
     sandbox.globals["raise_exception"] = refuse
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return sandbox.from_string(template)
+
+
+def _mask_of(out: Any, row: int, parts: Sequence[str]) -> list[int]:
+    """1 for each token of a row that lies in every second part of its text."""
+    mask = [0] * len(out.encodings[row].ids)
+    begin = 0
+    for i, part in enumerate(parts):
+        end = begin + len(part)
+        first = out.char_to_token(row, begin) if i % 2 and part else None
+        if first is not None:
+            last = out.char_to_token(row, end - 1)  # None where truncation has cut it off
+            behind = len(mask) if last is None else last + 1
+            mask[first:behind] = [1] * (behind - first)
+        begin = end
+    return mask
 
 
 class Conversations:
@@ -139,6 +162,7 @@ class Conversations:
         return_tensors: str | None = None,
         return_dict: bool = True,
         tokenizer_kwargs: dict[str, Any] | None = None,
+        return_assistant_tokens_mask: bool = False,
         **names: Any,
     ) -> Any:
         """The text of a conversation, or its tokens, by the template that a fine-tune ships; the same as in transformers.
@@ -151,6 +175,8 @@ class Conversations:
             continue_final_message: end with the last message, open for continuation.
             tokenize: False for the text. return_dict: False for the ids alone.
             padding, truncation, max_length, return_tensors, tokenizer_kwargs: as in a call.
+            return_assistant_tokens_mask: give assistant_masks, too: 1 for tokens that the template puts between
+                {% generation %} and {% endgeneration %}.
             names: what the template sees besides.
 
         Raises:
@@ -161,7 +187,14 @@ class Conversations:
                 raise InputError(f"{name} is a {type(value).__name__}; give a list, or leave it out")
         template = self.get_chat_template(chat_template, tools)
         several = isinstance(conversation, (list, tuple)) and bool(conversation) and isinstance(conversation[0], (list, tuple))
+        masked = flag("return_assistant_tokens_mask", return_assistant_tokens_mask)
+        if masked and not (return_dict and tokenize):
+            raise InputError("return_assistant_tokens_mask needs return_dict=True and tokenize=True, which are the defaults")
+        if masked and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            warn_once("the chat template marks nothing with {% generation %}: assistant_masks are zeros")
         seen = self.special_tokens_map | {"tools": tools, "documents": documents} | names
+        if masked:
+            seen[_MARK] = mark = f"<{uuid.uuid4().hex}>"
         texts = [
             render(
                 template,
@@ -172,6 +205,9 @@ class Conversations:
             )
             for messages in (conversation if several else [conversation])
         ]
+        if masked:
+            parts = [text.split(mark) for text in texts]  # every second one is an assistant's
+            texts = ["".join(found) for found in parts]
         given = texts if several else texts[0]
         if not flag("tokenize", tokenize):
             return given
@@ -185,6 +221,10 @@ class Conversations:
             return_tensors=return_tensors,
             **mapping("tokenizer_kwargs", tokenizer_kwargs),
         )
+        if masked:
+            rows = [_mask_of(out, i, found) for i, found in enumerate(parts)]
+            out["assistant_masks"] = rows if several or return_tensors else rows[0]
+            out.convert_to_tensors(return_tensors)
         return out if flag("return_dict", return_dict) else out["input_ids"]
 
     def get_chat_template(self, chat_template: str | None = None, tools: list[dict[str, Any]] | None = None) -> str:

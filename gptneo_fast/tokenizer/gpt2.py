@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest, short, warn_once
 from ..files.hub import Source
+from ..kinship import make_kin
 from . import saving
 from .arguments import checked_text, checked_tokens, flag, mapping, shape_of
 from .chat import Conversations
@@ -353,4 +354,5 @@ class GPT2Tokenizer(Decoding, Padding, Conversations):
         return f"{type(self).__name__}({len(self)} tokens, {special})"
 
 
+make_kin(GPT2Tokenizer, "transformers.tokenization_utils_tokenizers", "TokenizersBackend", "PreTrainedTokenizerBase")
 GPT2TokenizerFast = GPT2Tokenizer  # transformers has one class under both names as well

@@ -7,6 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import gptneo_fast
+from gptneo_fast.errors import CacheError
 from tests.support.peers import field_names, peers
 from tests.support.prompts import PROMPTS, V, prompt
 
@@ -364,3 +365,47 @@ def test_a_loop_of_ones_own_over_prepared_inputs_gives_the_tokens_of_generate(pa
             keywords = ours._update_model_kwargs_for_generation(out, keywords)
         assert torch.equal(text, expected)
         assert out.past_key_values.get_seq_length() == 14 and keywords["attention_mask"].shape == text.shape
+
+
+def test_a_negative_prompt_is_counted_in_columns_whatever_its_mask_hides():
+    theirs, ours = peers()
+    ids, negative = torch.randint(3, 97, (2, 12)), torch.randint(3, 97, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    how = dict(negative_prompt_ids=negative, negative_prompt_attention_mask=mask, guidance_scale=2.0, max_new_tokens=12)
+    assert torch.equal(ours.generate(ids, do_sample=False, **how), theirs.generate(ids, do_sample=False, **how))
+
+
+@pytest.mark.parametrize("shortest", [5, 14])
+def test_the_columns_of_embeddings_count_to_a_shortest_length(shortest):
+    theirs, ours = peers()
+    ids = torch.randint(3, 97, (2, 12))
+    how = dict(min_length=shortest, eos_token_id=list(range(50)), pad_token_id=0, max_new_tokens=20, do_sample=False)
+    found = [model.generate(inputs_embeds=model.get_input_embeddings()(ids), **how) for model in (theirs, ours)]
+    assert torch.equal(found[1], found[0])
+
+
+def test_a_generation_config_of_transformers_may_stand_on_the_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = peers()
+    ids = torch.randint(3, 97, (2, 5))
+    for model in (theirs, ours):
+        model.generation_config = transformers.GenerationConfig(max_new_tokens=7, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours.generate(ids), theirs.generate(ids))
+    ours.generation_config.max_new_tokens = 3  # the user's own object
+    assert ours.generate(ids).shape == (2, 8)
+    ours.save_pretrained(tmp_path)
+    assert gptneo_fast.GPTNeoForCausalLM.from_pretrained(tmp_path).generation_config.max_new_tokens == 3
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_drafts_over_a_cache_of_transformers(config):
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = peers()
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": ours}, {}):
+        cache = transformers.DynamicCache(**({"config": ours.config} if config else {}))
+        found = ours.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=cache, **how)
+        assert torch.equal(found, theirs.generate(ids, max_new_tokens=20, do_sample=False))
+    static = transformers.StaticCache(config=theirs.config, max_cache_len=64)
+    with pytest.raises(CacheError, match="StaticCache, whose keys are as long as it may ever get"):
+        ours(ids, past_key_values=static)

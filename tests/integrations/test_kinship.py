@@ -31,7 +31,8 @@ def test_a_model_is_a_pretrained_model_whose_methods_are_ours(cls):
     assert isinstance(ours, transformers.PreTrainedModel) and issubclass(type(ours), transformers.PreTrainedModel)
     assert not isinstance(ours, getattr(transformers, cls)) and type(type(ours)) is type
     last = type(ours).__mro__.index(object)
-    assert type(ours).__mro__[last + 1 :] == (transformers.PreTrainedModel,)  # behind all that is ours or torch's
+    behind = type(ours).__mro__[last + 1 :]  # all that is ours or torch's
+    assert behind[0] is transformers.PreTrainedModel and [kind.__name__ for kind in behind[1:]] == ["PeftAdapterMixin"]
     for found in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert type(found) is type(ours)
         torch.testing.assert_close(found(torch.tensor([[1, 2]]))[0], ours(torch.tensor([[1, 2]]))[0])
@@ -80,6 +81,63 @@ def test_pefts_all_linear_spares_the_head_as_for_transformers(cls, task):
     ]
     assert found[0] and not [n for n in found[1] if ("lora" in n and "score" in n) or ("lora" in n and "lm_head" in n)]
     assert [n for n in found[1] if n.endswith("lora_A.default")] == [n for n in found[0] if n.endswith("lora_A.default")]
+
+
+def test_a_tokenizer_is_one_of_transformers_and_keeps_its_names():
+    ours = gptneo_fast.GPT2Tokenizer.from_pretrained(FOLDER)
+    for kind in (transformers.PreTrainedTokenizerFast, transformers.PreTrainedTokenizerBase):
+        assert isinstance(ours, kind) and isinstance(pickle.loads(pickle.dumps(ours)), kind)
+    assert ours.encode("a fox") == transformers.AutoTokenizer.from_pretrained(FOLDER).encode("a fox")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        ours.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("make", [lambda: peers()[1], lambda: gptneo_fast.GPT2Tokenizer.from_pretrained(FOLDER)])
+def test_no_property_of_theirs_hides_what_an_object_of_ours_holds(make):
+    ours = make()
+    for name, value in vars(ours).items():
+        assert getattr(ours, name) is value, name
+
+
+def test_asking_where_the_module_is_does_not_end_the_watch():
+    script = """
+import importlib.util
+import gptneo_fast
+gptneo_fast.GPTNeoForCausalLM
+assert importlib.util.find_spec("transformers.modeling_utils")
+import transformers
+assert issubclass(gptneo_fast.GPTNeoForCausalLM, transformers.PreTrainedModel)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_adapters_of_peft_go_on_by_the_methods_of_transformers():
+    peft = pytest.importorskip("peft")
+    ids, found = torch.tensor([[5, 6, 7, 8]]), []
+    for model in peers():
+        torch.manual_seed(2)
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "c_fc"], r=4, init_lora_weights=False))
+        with torch.no_grad():
+            on = model(ids).logits
+            model.disable_adapters()
+            off = model(ids).logits
+        model.enable_adapters()
+        found.append((on, off, model.generate(ids, max_new_tokens=5, do_sample=False), model.active_adapters()))
+        assert (on - off).abs().max() > 0.1
+    torch.testing.assert_close(found[1][:3], found[0][:3], rtol=1e-3, atol=1e-4)
+    assert found[1][3] == found[0][3]
+
+
+def test_names_that_scripts_import_beside_ours_are_those_of_transformers():
+    from gptneo_fast import DataCollatorForLanguageModeling, GPTNeoBlock, StaticCache, TrainingArguments
+    from gptneo_fast.models.gpt_neo import configuration_gpt_neo, modeling_gpt_neo
+
+    assert TrainingArguments is transformers.TrainingArguments and StaticCache is transformers.StaticCache
+    assert DataCollatorForLanguageModeling is transformers.DataCollatorForLanguageModeling
+    assert modeling_gpt_neo.GPTNeoBlock is GPTNeoBlock and configuration_gpt_neo.GPTNeoConfig is gptneo_fast.GPTNeoConfig
+    for name in ("LlamaForCausalLM", "Nonsense", "trainer"):
+        with pytest.raises(AttributeError, match=f"module 'gptneo_fast' has no attribute '{name}'"):
+            getattr(gptneo_fast, name)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

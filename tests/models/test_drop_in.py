@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import gptneo_fast
-from gptneo_fast.errors import CacheError, CheckpointError, DeviceError, InputError, UnknownOptionError
+from gptneo_fast.errors import CacheError, DeviceError, GPTNeoFastWarning, InputError, UnknownOptionError
 from tests.support.peers import peers
 
 transformers = pytest.importorskip("transformers")
@@ -210,8 +210,9 @@ def test_what_callers_of_save_pretrained_pass(pair, tmp_path):
     ):
         with pytest.raises(UnknownOptionError, match=error):
             ours.save_pretrained(tmp_path, **option)
-    with pytest.raises(CheckpointError, match="safetensors are all that is written"):
-        ours.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.warns(GPTNeoFastWarning, match="safetensors are written, as transformers does"):
+        ours.save_pretrained(tmp_path / "no pickle", safe_serialization=False)
+    assert {path.name for path in (tmp_path / "no pickle").iterdir()} >= {"model.safetensors", "config.json"}
 
 
 def test_a_head_that_came_apart_from_the_embedding_is_saved_and_loaded(pair, tmp_path):
@@ -284,7 +285,7 @@ def test_a_shard_size_that_is_none_is_named_and_nothing_is_written(pair, tmp_pat
     ("options", "error", "words"),
     [
         ({"use_safetensors": "x"}, InputError, "use_safetensors is 'x'"),
-        ({"config": {}}, InputError, "config is {}; give a GPTNeoConfig"),
+        ({"config": {}}, InputError, r"config is {} \(dict\); give a gptneo_fast.GPTNeoConfig"),
         ({"config": 5}, InputError, "config is 5"),
         ({"device_map": "meta"}, DeviceError, "'meta' has no memory"),
         ({"device_map": "mps"}, DeviceError, "device 'mps' was asked for, but torch has none here"),
@@ -361,3 +362,27 @@ def test_deterministic_algorithms_compute_the_same(quantize):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_a_configuration_may_be_of_transformers_or_a_folder(pair, tmp_path):
+    theirs, ours = pair
+    ours.save_pretrained(tmp_path)
+    made = gptneo_fast.GPTNeoForCausalLM(theirs.config)
+    assert isinstance(made.config, gptneo_fast.GPTNeoConfig) and made.config is made.transformer.config
+    assert made.config.attention_layers == ours.config.attention_layers
+    for config in (theirs.config, tmp_path, str(tmp_path)):
+        loaded = gptneo_fast.GPTNeoForCausalLM.from_pretrained(tmp_path, config=config)
+        torch.testing.assert_close(loaded(IDS).logits, ours(IDS).logits)
+    config, unused = gptneo_fast.GPTNeoConfig.from_pretrained(tmp_path, window_size=9, foo=5, return_unused_kwargs=True)
+    assert (config.window_size, unused) == (9, {"foo": 5}) and "foo" not in config
+    assert gptneo_fast.GPTNeoConfig.get_config_dict(tmp_path, foo=5) == (
+        ours.config.to_dict() | {"architectures": ["GPTNeoForCausalLM"], "dtype": "float32"},
+        {"foo": 5},
+    )
+    assert gptneo_fast.AutoConfig.for_model("gpt_neo", num_layers=2).num_layers == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_small_dtypes_are_compared_with_a_limit_that_they_cannot_hold(dtype):
+    _, ours = peers(vocab_size=50000)
+    torch.testing.assert_close(ours(IDS.to(dtype)).logits, ours(IDS).logits)

@@ -107,6 +107,28 @@ def test_a_passed_config_stands_over_defaults_and_instead_of_what_the_pipeline_w
     assert results[0] == results[1]
 
 
+def test_a_config_of_transformers_is_one():
+    config = transformers.GenerationConfig(do_sample=False, max_new_tokens=6)
+    theirs, ours = (made(library) for library in (transformers, gptneo_fast))
+    assert ours(TEXT, generation_config=config) == theirs(TEXT, generation_config=config)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", ["one", "list", "iterator", "conversations"])
+def test_the_same_seed_draws_what_it_draws_in_transformers(kind, size):
+    found = []
+    for library in (transformers, gptneo_fast):
+        pipe = made(library)
+        pipe.tokenizer.padding_side = "right"
+        pipe = made(library)  # sets it, and leaves it so
+        assert pipe.tokenizer.padding_side == "left"
+        prompts = {"one": TEXT, "list": TEXTS, "iterator": (text for text in TEXTS), "conversations": [ASKED, BEGUN]}[kind]
+        library.set_seed(3)
+        out = pipe(prompts, max_new_tokens=6, batch_size=size)
+        found.append((list(out) if kind == "iterator" else out, torch.rand(1)))
+    assert found[0] == found[1]
+
+
 def test_what_generate_returns_besides_stands_in_each_result(both):
     options = {"do_sample": False, "max_new_tokens": 4, "num_beams": 2, "num_return_sequences": 2}
     options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gptneo_fast
-from gptneo_fast.errors import InputError, TokenizerError
+from gptneo_fast.errors import GPTNeoFastWarning, InputError, TokenizerError
 
 transformers = pytest.importorskip("transformers")
 DEMO = Path(gptneo_fast.__file__).parent / "demo" / "model"
@@ -63,6 +63,35 @@ def test_a_conversation_gives_what_transformers_gives(tmp_path, options, as_file
         if options.get("return_tensors") and talk is not TALK:
             continue
         assert str(ours.apply_chat_template(talk, **options)) == str(theirs.apply_chat_template(talk, **options))
+
+
+MARKED = TALK[:3] + [{"role": "user", "content": "more"}, {"role": "assistant", "content": "once upon a time"}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"return_tensors": "pt"},
+        {"max_length": 9, "truncation": True},
+        {"add_generation_prompt": True},
+        {"chat_template": TEMPLATE.replace("{% generation %}", "{%- generation -%}")},
+    ],
+    ids=str,
+)
+def test_tokens_of_the_assistant_are_marked_as_in_transformers(tmp_path, options):
+    theirs, ours = pair(tmp_path, TEMPLATE)
+    for talk in (MARKED, [MARKED, TALK[1:2]]):
+        if options.get("return_tensors") and talk is not MARKED:
+            continue
+        asked = options | {"return_assistant_tokens_mask": True, "return_dict": True}
+        want, got = (dict(tokenizer.apply_chat_template(talk, **asked)) for tokenizer in (theirs, ours))
+        assert str(got) == str(want) and "1" in str(got["assistant_masks"])
+    with pytest.raises(InputError, match="return_assistant_tokens_mask needs return_dict=True"):
+        ours.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=False)
+    with pytest.warns(GPTNeoFastWarning, match="marks nothing"):
+        out = ours.apply_chat_template(TALK, chat_template="{{ messages[1].content }}", return_assistant_tokens_mask=True)
+    assert set(out["assistant_masks"]) == {0}
 
 
 def test_several_templates_have_names(tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...network.cache import SLACK, lasting
 from ...ops.constants import BROKEN, COUNT, FINISHED, PLACE, STATUS, TOKEN
+from ..config import GenerationConfig
 from ..request import Request
 from . import capturing
 from .capturing import Step, current_stream, event_of, on_stream
@@ -208,7 +209,7 @@ def draft_length(request: Request) -> int:
     """Tokens of a draft: what the options or the assistant's own say, and at most what a ring keeps apart."""
     if request.assistant is None:
         return min(request.options.prompt_lookup_num_tokens or 0, SLACK)
-    return min(request.assistant.generation_config.resolved().num_assistant_tokens, SLACK)
+    return min(GenerationConfig.like(request.assistant.generation_config).resolved().num_assistant_tokens, SLACK)
 
 
 def why_not_drafts(request: Request) -> str | None:

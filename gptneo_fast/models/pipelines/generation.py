@@ -79,6 +79,11 @@ class TextGenerationPipeline(Pipeline):
     task = "text-generation"
     serves = GPTNeoForCausalLM
 
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__(model, **options)
+        if self.tokenizer is not None:
+            self.tokenizer.padding_side = "left"  # as transformers' pipeline leaves it
+
     def __call__(self, text_inputs: Any, **options: Any) -> Any:
         """Texts with their continuations: a list of dicts for a prompt, a list of such lists for a list of prompts.
 
@@ -104,10 +109,11 @@ class TextGenerationPipeline(Pipeline):
             text_inputs = list(text_inputs) if first and _is_message(first[0]) else text_inputs
         run = self._runner(options)
         if isinstance(text_inputs, Iterator):
-            return run(text_inputs)
+            return run(_drawn(text_inputs))
         single = isinstance(text_inputs, str) or _is_chat(text_inputs)
-        results = list(run([text_inputs] if single else items("text_inputs", text_inputs)))
-        return results[0] if single else results
+        if single:
+            return next(run([text_inputs]))
+        return list(run(_drawn(items("text_inputs", text_inputs))))
 
     def _runner(self, options: dict[str, Any]) -> Callable[[Iterable[Any]], Iterator[list[dict[str, Any]]]]:
         """Prompts to their results under these options, which are checked now."""
@@ -146,8 +152,8 @@ class TextGenerationPipeline(Pipeline):
 
     def _with_defaults(self, said: dict[str, Any]) -> tuple[dict[str, Any], GenerationConfig]:
         """(options of `generate` with the pipeline's defaults among them, all that is said of lengths and sampling)."""
-        own, passed = self.model.generation_config, said.get("generation_config")
-        full = own.under(passed) if isinstance(passed, GenerationConfig) else own
+        own, passed = GenerationConfig.like(self.model.generation_config), said.get("generation_config")
+        full = own.under(GenerationConfig.like(passed)) if hasattr(passed, "to_dict") else own
         names = {*full.to_dict(), *said}
         added = {k: v for k, v in _DEFAULTS.items() if k not in names and not (k == "max_new_tokens" and "max_length" in names)}
         if not said.get("do_sample", full.do_sample if full.do_sample is not None else added.get("do_sample")):
@@ -229,6 +235,13 @@ class TextGenerationPipeline(Pipeline):
         if way.continues(prompt):
             return {"generated_text": [*before, {"role": last["role"], "content": last["content"] + text}]}
         return {"generated_text": [*before, last, {"role": "assistant", "content": text}]}
+
+
+def _drawn(prompts: Iterable[Any]) -> Iterator[Any]:
+    """Prompts, before the first of which torch draws the number that transformers' data loader draws: then the same seed gives
+    the same texts."""
+    torch.empty((), dtype=torch.int64).random_()
+    yield from prompts
 
 
 def _is_message(value: Any) -> bool:
