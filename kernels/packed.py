@@ -328,8 +328,8 @@ def tile(N: int, words_of_row: int, bits: int, sms: int) -> Tile:
     WIDTH = min(widths, key=lambda w: (launch.blocks(words_of_row, w) * w, -w))
     rows = 4
     granules = max(1, min(8, N // (rows * _PROGRAMS * sms)))
-    chunks = launch.blocks(words_of_row, WIDTH)
-    return Tile(rows, WIDTH, chunks, granules, 1 if chunks > 1 else min(2, granules), WIDTH // 128)
+    # One granule ahead is 8 KB of 8 bits or 4 KB of 4 a program; two spill here and there.
+    return Tile(rows, WIDTH, launch.blocks(words_of_row, WIDTH), granules, 1, WIDTH // 128)
 
 
 def gemv(

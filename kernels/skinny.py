@@ -69,7 +69,7 @@ PACKED = {  # (bits, bytes of x, whether there are more than NORM_ROWS); a slice
     (8, 2, False): Tile(16, 4, BLOCK, 1, 4, 4),
     (8, 2, True): Tile(64, 1, BLOCK, 1, 4, 4),
     (8, 4, False): Tile(16, 2, BLOCK, 1, 4, 1),
-    (8, 4, True): Tile(32, 1, 2 * BLOCK, 1, 8, 2),
+    (8, 4, True): Tile(32, 1, 2 * BLOCK, 1, 8, 1),
 }
 
 

@@ -65,7 +65,7 @@ def test_a_conversation_gives_what_transformers_gives(tmp_path, options, as_file
         assert str(ours.apply_chat_template(talk, **options)) == str(theirs.apply_chat_template(talk, **options))
 
 
-MARKED = TALK[:3] + [{"role": "user", "content": "more"}, {"role": "assistant", "content": "once upon a time"}]
+MARKED = [*TALK[:3], {"role": "user", "content": "more"}, {"role": "assistant", "content": "once upon a time"}]
 
 
 @pytest.mark.parametrize(
