@@ -38,15 +38,16 @@ def __getattr__(name: str) -> Any:
 
 
 def _of_transformers(name: str) -> Any:
-    """What transformers has under a name that we have not, beside models: Trainer, collators, and what else a script imports
-    from one place.
+    """What transformers has under a name that we have not, beside models: Trainer, collators, schedules, and what else a
+    script imports from one place.
 
     Raises:
         AttributeError: nothing, or of another architecture; names what is near.
     """
     from .errors import nearest
 
-    if name[:1].isupper() and find_spec("transformers") is not None:
+    ours = name.startswith("_") or find_spec(f"{__name__}.{name}") is not None  # a room, which `from` imports next
+    if not ours and find_spec("transformers") is not None:
         found = getattr(import_module("transformers"), name, None)
         home = getattr(found, "__module__", "")
         if found is not None and not home.startswith(("transformers.models.", "transformers.utils.dummy_")):

@@ -106,6 +106,7 @@ class GenerationMixin:
                 past_key_values = options.pop("cache", None)  # its name from 5.24 on
             if None not in (options.get("max_length"), options.get("max_new_tokens")):
                 warn_once("max_length has no say beside max_new_tokens in one call; leave one of them out")
+            options = {k: v for k, v in options.items() if v is not None or k in GenerationConfig.__dataclass_fields__}
             settled = settle(model, generation_config, options | {"synced_gpus": synced_gpus})
             given = prompt_of(
                 model,

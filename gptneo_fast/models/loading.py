@@ -37,8 +37,9 @@ def screen(others: dict[str, Any], attn_implementation: str | None, loader: Call
         raise InputError(f"{asked[0]} is not offered; use quantize='int8' or 'int4', or dtype=torch.bfloat16")
     for harmless in (*_HARMLESS, *_QUANTISED):
         others.pop(harmless, None)
-    if others.get("variant") is None:
-        others.pop("variant", None)
+    for name in ("variant", "from_tf"):
+        if not others.get(name):
+            others.pop(name, None)
     fields = {*GPTNeoConfig.__dataclass_fields__, *GPTNeoConfig.aliases, "num_labels"}
     options = inspect.signature(loader).parameters
     for name in others:

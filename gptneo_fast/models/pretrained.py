@@ -248,11 +248,13 @@ class GPTNeoPreTrainedModel(Training, Quantizing, Initialising):
             output_loading_info: return (model, info) with sets of the keys missing, unexpected and mismatched, as transformers.
             attn_implementation: "eager" or None; other kernels are chosen by `backend`.
             quantize: "int8" or "int4", see `quantize_`, each layer as soon as it is read; a checkpoint saved so needs no word.
-            others: fields of the configuration to override (num_labels=3, pad_token_id=50256, ...).
+            others: fields of the configuration to override (num_labels=3, pad_token_id=50256, ...); generation_config, in the
+                place of the folder's.
 
         Raises:
             ModelNotFoundError, CheckpointError, ConfigError, InputError, SetupError: each says what to do.
         """
+        generation = others.pop("generation_config", None)
         own = loading.own_arguments(cls, others)
         overrides = loading.screen(others, attn_implementation, cls.from_pretrained)
         source, config = loading.origin(
@@ -294,7 +296,7 @@ class GPTNeoPreTrainedModel(Training, Quantizing, Initialising):
             vars(module)[INITIALIZED] = True
         config.dtype = str(model.dtype).removeprefix("torch.")
         if model.can_generate() and source is not None:
-            setattr(model, "generation_config", GenerationConfig.from_source(source, config))  # noqa: B010 (not of every class)
+            setattr(model, "generation_config", generation or GenerationConfig.from_source(source, config))  # noqa: B010 (not of every class)
         model.eval()
         assert model.backend  # a request that this device cannot fulfil fails here, not in the first call
         return (model, report.as_info()) if output_loading_info else model

@@ -128,8 +128,9 @@ class KVCache:
         if self._seen < self._oldest():
             raise CacheError("an earlier call failed midway and overwrote keys that are still needed; start a new cache")
         self._ahead = [0] * len(self.windows)  # a forward pass that failed midway
-        for layer in range(len(self)):
-            self._keep_shown(layer, self._seen, T)
+        if any(self._shown):
+            for layer in range(len(self)):
+                self._keep_shown(layer, self._seen, T)
         self.allocate(end)
         self._written = max(self._written, end)
 

@@ -72,7 +72,10 @@ class ModelOutput(OrderedDict[str, Any]):
         self[key] = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
+        if name in self.fields or name == "cache":
+            self[name] = value
+        else:  # somebody's own, beside the fields
+            object.__setattr__(self, name, value)
 
     def __reduce__(self) -> Any:
         return _rebuilt, (type(self), dict(self))

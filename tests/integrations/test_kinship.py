@@ -129,13 +129,24 @@ def test_adapters_of_peft_go_on_by_the_methods_of_transformers():
 
 
 def test_names_that_scripts_import_beside_ours_are_those_of_transformers():
-    from gptneo_fast import DataCollatorForLanguageModeling, GPTNeoBlock, StaticCache, TrainingArguments
+    from gptneo_fast import (
+        DataCollatorForLanguageModeling,
+        GPTNeoBlock,
+        StaticCache,
+        TrainingArguments,
+        get_linear_schedule_with_warmup,
+        logging,
+    )
     from gptneo_fast.models.gpt_neo import configuration_gpt_neo, modeling_gpt_neo
 
     assert TrainingArguments is transformers.TrainingArguments and StaticCache is transformers.StaticCache
+    assert get_linear_schedule_with_warmup is transformers.get_linear_schedule_with_warmup and logging is transformers.logging
     assert DataCollatorForLanguageModeling is transformers.DataCollatorForLanguageModeling
     assert modeling_gpt_neo.GPTNeoBlock is GPTNeoBlock and configuration_gpt_neo.GPTNeoConfig is gptneo_fast.GPTNeoConfig
-    for name in ("LlamaForCausalLM", "Nonsense", "trainer"):
+    from gptneo_fast import generation, models
+
+    assert models.__name__ == "gptneo_fast.models" and generation.__name__ == "gptneo_fast.generation"
+    for name in ("LlamaForCausalLM", "AutoModelForSeq2SeqLM", "Nonsense", "_LazyModule"):
         with pytest.raises(AttributeError, match=f"module 'gptneo_fast' has no attribute '{name}'"):
             getattr(gptneo_fast, name)
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import gptneo_fast
+from gptneo_fast.demo import FOLDER
 from gptneo_fast.errors import CacheError, DeviceError, GPTNeoFastWarning, InputError, UnknownOptionError
 from tests.support.peers import peers
 
@@ -386,3 +387,24 @@ def test_a_configuration_may_be_of_transformers_or_a_folder(pair, tmp_path):
 def test_ids_of_small_dtypes_are_compared_with_a_limit_that_they_cannot_hold(dtype):
     _, ours = peers(vocab_size=50000)
     torch.testing.assert_close(ours(IDS.to(dtype)).logits, ours(IDS).logits)
+
+
+def test_what_scripts_pass_that_means_little(pair, tmp_path):
+    _, ours = pair
+    ours.save_pretrained(tmp_path)
+    config = gptneo_fast.GenerationConfig(max_new_tokens=3)
+    loaded = gptneo_fast.GPTNeoForCausalLM.from_pretrained(tmp_path, generation_config=config, from_tf=False, variant=None)
+    assert loaded.generation_config is config
+    assert torch.equal(loaded.generate(IDS, head_mask=None), loaded.generate(IDS))
+    with pytest.raises(UnknownOptionError, match="no option 'head_mask'"):
+        loaded.generate(IDS, head_mask=torch.ones(1))
+    out = loaded(IDS)
+    out.remark = "mine"
+    assert out.remark == "mine" and "remark" not in out and len(out.to_tuple()) == 2
+
+
+def test_a_pipeline_saves_its_model_and_tokenizer(tmp_path):
+    pipe = gptneo_fast.pipeline("text-generation", model=str(FOLDER))
+    pipe.save_pretrained(tmp_path)
+    again = gptneo_fast.pipeline("text-generation", model=str(tmp_path))
+    assert again("The fox", do_sample=False, max_new_tokens=5) == pipe("The fox", do_sample=False, max_new_tokens=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,6 +45,12 @@ class Pipeline:
         return call(X)
 
     predict = transform
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """The model and its tokenizer to a folder; options are those of the model's `save_pretrained`."""
+        self.model.save_pretrained(save_directory, **options)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
 
     def _settings(self, options: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """(options of the pipeline under those of a call, batch_size).
