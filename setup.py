@@ -38,7 +38,15 @@ LIBRARY, REPORT = "_csrc.so", "_csrc.json"
 OLDEST_TORCH = (2, 11)  # whose stable ABI is targeted: one binary serves every later one
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 ARCHITECTURES = "8.0 8.6 8.9 9.0+PTX"
-CPU_SOURCES = ("binding.cpp", "decode_cpu.cpp", "decode_lanes.cpp", "kv_append_cpu.cpp", "large_pages.cpp", "layers_cpu.cpp")
+CPU_SOURCES = (
+    "binding.cpp",
+    "decode_cpu.cpp",
+    "decode_lanes.cpp",
+    "draw_cpu.cpp",
+    "kv_append_cpu.cpp",
+    "large_pages.cpp",
+    "layers_cpu.cpp",
+)
 CUDA_SOURCES = ("kv_append.cu",)
 HEADERS = (
     *("attention.h", "decode.h", "integers.h", "kv_append.h", "lanes.h", "packed.h", "products.h", "reading.h", "running.h"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import GPTNeoConfig
 from ..errors import InputError, NonFiniteLogitsError
 from ..network.cache import KVCache
+from ..ops import extension
 from .callbacks import named
 from .config import GenerationConfig, Options
 from .processors import LogitsProcessorList, MinLengthLogitsProcessor, ids_of
@@ -187,7 +188,7 @@ class Request:
             scores = torch.where(usable[:, None], scores, 0.0)
         if not self.options.do_sample:
             return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator).squeeze(1)
+        return extension.draw(scores.softmax(-1), self.generator)
 
     def usable(self, scores: Tensor) -> Tensor:
         """Boolean [...]: where a token can be chosen of processed scores [..., V]."""
