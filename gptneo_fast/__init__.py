@@ -9,6 +9,7 @@ Public names stand in `__init__.pyi`. They are loaded when they are first used, 
 from __future__ import annotations
 
 import ast
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,11 +48,14 @@ def _of_transformers(name: str) -> Any:
     from .errors import nearest
 
     ours = name.startswith("_") or find_spec(f"{__name__}.{name}") is not None  # a room, which `from` imports next
-    if not ours and find_spec("transformers") is not None:
-        found = getattr(import_module("transformers"), name, None)
-        home = getattr(found, "__module__", "")
-        if found is not None and not home.startswith(("transformers.models.", "transformers.utils.dummy_")):
-            return found
+    found = None
+    if not ours and name != "GenerationMixin":  # which does not go with our models
+        with suppress(Exception):  # not installed, or broken
+            found = getattr(import_module("transformers"), name)
+    if found is not None and not getattr(found, "__module__", "").startswith(
+        ("transformers.models.", "transformers.utils.dummy_")
+    ):
+        return found
     raise AttributeError(f"module 'gptneo_fast' has no attribute {name!r}{nearest(name, list(_HOME_OF))}")
 
 

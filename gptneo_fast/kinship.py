@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -17,14 +18,18 @@ from typing import Any
 
 def make_kin(ours: type, module: str, *names: str) -> None:
     """Make `ours` a subclass of what a module of another library calls so: now, or once that module is imported."""
-    if (found := sys.modules.get(module)) is not None and all(hasattr(found, name) for name in names):
-        _join(ours, found, names)
-    else:
+    if (found := sys.modules.get(module)) is None:
         sys.meta_path.insert(0, _Watch(ours, module, names))
+        return
+    if getattr(found.__spec__, "_initializing", False):  # by another thread, which is waited for
+        found = import_module(module)
+    _join(ours, found, names)
 
 
 def _join(ours: type, module: ModuleType, names: Sequence[str]) -> None:
-    theirs = [getattr(module, name) for name in names]
+    theirs = [kind for name in names if (kind := getattr(module, name, None)) is not None]
+    if len(theirs) < len(names):  # a version that has them no more
+        return
     properties = {name: _Read(x) for kind in theirs for name, x in vars(kind).items() if hasattr(type(x), "__set__")}
 
     class Behind(type):
@@ -67,7 +72,7 @@ class _Watch:
 
             def then_join(module: ModuleType) -> None:
                 execute(module)
-                if self in sys.meta_path:
+                if self in sys.meta_path and module.__name__ == self.module:
                     sys.meta_path.remove(self)
                     _join(self.ours, module, self.names)
 

@@ -380,7 +380,7 @@ class _Guide:
             )
         columns = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)  # counted whatever the mask says
         places = None if mask is None else columns
-        self._begin = functools.partial(Session, model, Prompt(self.ids, mask, position_ids=places), total)
+        self._begin = functools.partial(Session, model, Prompt(self.ids, mask, position_ids=places), total, prepares=False)
 
     @functools.cached_property
     def session(self) -> Session:

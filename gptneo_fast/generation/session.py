@@ -15,6 +15,8 @@ from ..network.masks import Rows, rows_of
 from .prompt import Prompt
 from .request import LanguageModel, Request
 
+_BY_COLUMN = ("attention_mask", "position_ids", "token_type_ids")
+
 
 class Session:
     """Logits for texts that grow. Column c of `ids` is column c + offset of the cache.
@@ -26,6 +28,7 @@ class Session:
         use_cache: False computes every column again at each call.
         chunk: tokens of the prompt that run at one time; None for all.
         trace: "attentions", "hidden_states": what to keep of each call.
+        prepares: whether steps go through `prepare_inputs_for_generation` where that is somebody's own.
     """
 
     def __init__(
@@ -37,11 +40,12 @@ class Session:
         use_cache: bool = True,
         chunk: int | None = None,
         trace: Sequence[str] = (),
+        prepares: bool = True,
     ) -> None:
         self.model, self.prompt, self.chunk, self.trace = model, prompt, chunk, trace
         self.cache = prompt.cache
         self.use_cache = use_cache or self.cache is not None
-        self.prepares = not model.looked(anew=True).prepare
+        self.prepares = not model.looked(anew=True).prepare and prepares
         self.begun = False  # whether some call has filled the cache
         B, P = prompt.ids.shape
         self.offset = prompt.columns - P
@@ -51,7 +55,8 @@ class Session:
         elif use_cache and not self.prepares and hasattr(model.transformer, "new_cache"):  # else it comes with the first call
             self.cache = model.transformer.new_cache(B, total + self.offset - 1)
         self.hides = prompt.mask is not None  # whether some column must be hidden at every call
-        self.last: tuple[Any, dict[str, Any]] | None = None  # output and keywords of the last call that was prepared for
+        # Output, keywords and columns of the last call that was prepared for
+        self.last: tuple[Any, dict[str, Any], int] | None = None
         self.attentions: tuple[Tensor, ...] | None = None
         self.hidden_states: tuple[Tensor, ...] | None = None
 
@@ -110,23 +115,25 @@ class Session:
         T = ids.shape[1]
         new = T - self.seen
         embeds = None if self.begun or self.prompt.embeds is None else self.prompt.embeds[:, -new:]
-        mask = self._mask(T)
+        mask, names = self._mask(T), inspect.signature(self.model.forward).parameters
         given: dict[str, Any] = {
             "attention_mask": self._ones(T) if mask is None else mask,
-            "position_ids": self._positions(T, new),
+            "position_ids": self._positions(T, new) if "position_ids" in names else None,
             "token_type_ids": self._types(T, new),
             "use_cache": self.use_cache,
         }
         if self.last is not None:
-            before, kept = self.last
-            given |= self.model._update_model_kwargs_for_generation(before, kept, num_new_tokens=new)
+            before, kept, columns = self.last
+            given |= self.model._update_model_kwargs_for_generation(
+                before, kept, is_encoder_decoder=False, num_new_tokens=T - columns
+            )
         given["past_key_values"] = self.cache
         inputs = self.model.prepare_inputs_for_generation(
             ids, next_sequence_length=new, inputs_embeds=embeds, is_first_iteration=not self.begun, **given
         )
         asked = {f"output_{name}": True for name in self.trace}
         out = self.model(**(asked | inputs | {"return_dict": True}))
-        self.last = (out, given) if self.use_cache else None
+        self.last = out, given, T
         self.cache = out.past_key_values if self.use_cache else None
         self.attentions, self.hidden_states = out.attentions, out.hidden_states
         return cast(Tensor, out.logits[:, -keep:])
@@ -179,6 +186,10 @@ class Session:
             elif columns < self.seen:  # transformers', which takes what is to go only
                 cache.crop(columns - self.seen)
             self.seen = min(self.seen, columns)
+            if self.last is not None and (gone := self.last[2] - columns) > 0:
+                before, kept, _ = self.last
+                cut = {k: v[:, : v.shape[1] - gone] for k, v in kept.items() if k in _BY_COLUMN and isinstance(v, Tensor)}
+                self.last = before, kept | cut, columns
 
     def reorder(self, rows: Tensor) -> None:
         """Keep these rows of the cache in this order. rows: int64 [B]."""

@@ -32,8 +32,10 @@ class Initialising(Watched):
         self.tie_weights()
 
     def _init_once(self, module: nn.Module) -> None:
-        if not vars(module).get(INITIALIZED):
-            self._init_weights(module)
+        if vars(module).get(INITIALIZED):
+            return
+        self._init_weights(module)
+        if not any(p is not None and p.is_meta for p in module._parameters.values()):  # which are to get memory first
             vars(module)[INITIALIZED] = True  # not by an attribute's setting, which counts as a touch
 
     @property

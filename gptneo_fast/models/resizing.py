@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import LIMITS, is_int
 from ..errors import InputError, short
 from ..ops.quantized import QuantizedWeight
+from .initialising import INITIALIZED
 
 
 def resize(model: Any, new_num_tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool) -> nn.Embedding:
@@ -32,6 +33,7 @@ def resize(model: Any, new_num_tokens: int | None, pad_to_multiple_of: int | Non
     if head is not None:
         head.out_features = size
         head.weight = wte.weight if head.weight is old else _resized(head.weight, size, mean_resizing, std)
+    vars(wte)[INITIALIZED] = True
     model.base_model.wte = wte
     vars(model)["vocab_size"] = size  # as in transformers, and no attribute that counts as a touch
     object.__setattr__(model.config, "vocab_size", size)  # shared by trunk and head; nothing else is shaped by it

@@ -36,6 +36,9 @@ def save(
         raise UnknownOptionError(f"save_pretrained has no option {sorted(unknown)[0]!r}")
     if not is_main_process:
         return
+    if getattr(model, "_hf_peft_config_loaded", False):  # by `add_adapter`: the adapter is written, as transformers does
+        _save_adapter(model, folder, state_dict)
+        return
     tensors = dict(state_dict if state_dict is not None else model.state_dict())
     heads = [name for name in tensors if name.startswith("lm_head.weight")]  # or of that its integers and scales
     wte = [tensors.get(f"transformer.wte.{name.removeprefix('lm_head.')}") for name in heads]
@@ -61,6 +64,23 @@ def save(
     if (generation := getattr(model, "generation_config", None)) is not None:
         texts["generation_config.json"] = GenerationConfig.like(generation).file_text()
     checkpoint.save(tensors, folder, max_shard_size, texts)
+
+
+def _save_adapter(model: Any, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+    """The active adapter's files, which peft and transformers load."""
+    from safetensors.torch import save_file
+
+    names = model.active_adapters()
+    if len(names) > 1:
+        raise InputError(f"{len(names)} adapters are active; set_adapter(one of {', '.join(names)}), then save")
+    weights = model.get_adapter_state_dict(state_dict=state_dict)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    model.peft_config[names[0]].save_pretrained(folder)
 
 
 def as_transformers(model: Any) -> Any:

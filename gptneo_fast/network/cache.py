@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..config import GPTNeoConfig, is_int
 from ..errors import CacheError, InputError, short
-from .layer_cache import LayerCache, LayerView
+from .layer_cache import Copies, LayerCache, LayerView, Shown, lasting
 from .touch import is_readable
 
 SLACK = 128  # slots of a ring beyond its window
@@ -35,17 +34,7 @@ def cache_bytes(config: GPTNeoConfig, batch: int, length: int, dtype: torch.dtyp
     return 2 * batch * slots * config.hidden_size * dtype.itemsize
 
 
-@contextmanager
-def lasting() -> Iterator[None]:
-    """What is made within it may be written to in any mode later, although the caller is in torch.inference_mode now."""
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # tracers know no such mode
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
-        yield
-
-
-class KVCache:
+class KVCache(Shown):
     """Keys and values of the tokens that a batch has seen, per layer [B, H, slots, D].
 
     Token t of a row lives in slot t mod R. Slots hold real tokens only: left padding of an input is never stored, so rows
@@ -88,6 +77,7 @@ class KVCache:
         self._written = 0  # the most columns ever written; crop does not lower it
         self._ahead = [0] * len(self.windows)  # columns that a layer was given by hand and the others were not yet
         self._shown = [0] * len(self.windows)  # columns of which somebody may hold a view
+        self._copies: Copies = {}
         self._slots = [ring_slots(config, window) for window in self.windows]
         with lasting():
             empty = torch.empty(batch_size, config.num_heads, 0, config.head_dim, dtype=dtype, device=device)
@@ -128,6 +118,7 @@ class KVCache:
         if self._seen < self._oldest():
             raise CacheError("an earlier call failed midway and overwrote keys that are still needed; start a new cache")
         self._ahead = [0] * len(self.windows)  # a forward pass that failed midway
+        self._take_edits()
         if any(self._shown):
             for layer in range(len(self)):
                 self._keep_shown(layer, self._seen, T)
@@ -146,6 +137,7 @@ class KVCache:
         T, seen, limit = key_states.shape[2], self.get_seq_length(layer_idx), self.config.max_position_embeddings
         if seen + T > limit:
             raise CacheError(f"{seen} cached + {T} new tokens exceed the model's {limit} positions")
+        self._take_edits()
         self._keep_shown(layer_idx, seen, T)
         self.allocate(seen + T)
         self._written = max(self._written, seen + T)
@@ -164,68 +156,6 @@ class KVCache:
         if torch.is_grad_enabled() and self.keys[layer].requires_grad:
             self.keys[layer], self.values[layer] = self.keys[layer].clone(), self.values[layer].clone()
         return self.keys[layer], self.values[layer]
-
-    def past(self, layer: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Views [B, H, min(columns, R), D] of the slots that hold the first `columns` columns."""
-        used = min(columns, self._slots[layer])
-        return self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
-
-    def in_order(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Copies [B, H, P, D] of the newest P = min(seen, R) columns, oldest first; a padding column holds garbage."""
-        index, used = self._slots_in_order(layer)
-        k, v = self.past(layer, used)
-        return k.gather(2, _over(index, k)), v.gather(2, _over(index, v))
-
-    def _slots_in_order(self, layer: int) -> tuple[Tensor, int]:
-        """([B, P] the slots of the newest P = min(seen, R) columns, oldest first; P)."""
-        lengths = self.lengths + self._ahead[layer]
-        P = min(self.get_seq_length(layer), self._slots[layer])
-        token = lengths[:, None] - P + torch.arange(P, device=lengths.device)
-        return token.remainder(max(P, 1)), P
-
-    def columns(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, S, D] of all S columns that a layer has seen, to look at and to edit.
-
-        What stands in order is a view of the memory, so that an edit counts; what comes later leaves it as it is. Where rows
-        are padded or a ring has dropped columns, which are zeros here, it is a copy, which `replace` takes back.
-        """
-        seen = self.get_seq_length(layer)
-        if not self.ragged and seen <= self._slots[layer]:
-            self._shown[layer] = max(self._shown[layer], seen)
-            return self.past(layer, seen)
-        pair = self.in_order(layer)
-        gone = seen - pair[0].shape[2]
-        return tuple(torch.cat([t.new_zeros(*t.shape[:2], gone, t.shape[3]), t], 2) if gone else t for t in pair)  # type: ignore[return-value]
-
-    def _keep_shown(self, layer: int, seen: int, T: int) -> None:
-        """Before T columns are written behind `seen`: leave slots that a view shows to the view, and go on with a copy."""
-        shown = self._shown[layer]
-        if shown and (seen < shown or seen + T > self._slots[layer]):
-            with lasting():
-                self.keys[layer], self.values[layer] = self.keys[layer].clone(), self.values[layer].clone()
-            self._shown[layer] = 0
-
-    def replace(self, layer: int, keys: Tensor | None = None, values: Tensor | None = None) -> None:
-        """Put others in the place of a layer's `columns`; of a ring, the newest that it holds count.
-
-        Raises:
-            CacheError: another shape.
-        """
-        seen = self.get_seq_length(layer)
-        for name, new, slots in (("keys", keys, self.keys), ("values", values, self.values)):
-            if new is None:
-                continue
-            B, H, _, D = slots[layer].shape
-            if tuple(new.shape) != (B, H, seen, D):
-                raise CacheError(
-                    f"{name} of layer {layer} has shape {list(new.shape)}, expected {[B, H, seen, D]}: rows, heads, columns "
-                    "seen and their size; crop() forgets columns, reorder_cache() picks rows"
-                )
-            index, used = self._slots_in_order(layer)
-            new = new[:, :, seen - index.shape[1] :].to(slots[layer])
-            slots[layer] = torch.cat(
-                [slots[layer][:, :, :used].scatter(2, _over(index, new), new), slots[layer][:, :, used:]], 2
-            )
 
     def advance(self, T: int, starts: Tensor | None) -> None:
         """Count T columns, of which `starts` [B] were left padding, once every layer has appended them."""
@@ -255,6 +185,7 @@ class KVCache:
                 f"cannot crop to {short(length)} columns: local layers keep the newest {max(self._slots_of_rings())} of "
                 f"{self._written} columns, so {self._oldest()} is the shortest; fork() before going on, or start again"
             )
+        self._take_edits()
         padding = self._seen - self.lengths  # int32 [B]
         self._seen = length
         self.lengths = (length - padding).clamp(min=0)
@@ -262,6 +193,7 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything; the memory stays allocated."""
         self._seen = self._written = 0
+        self._copies = {}
         self._ahead = [0] * len(self.windows)
         self.lengths = torch.zeros_like(self.lengths)
         self.ragged = False
@@ -277,6 +209,7 @@ class KVCache:
             raise InputError(f"rows is {kind(rows)}; give an integer tensor [B'] of rows to keep")
         if is_readable() and bool(((rows < 0) | (rows >= self.batch_size)).any()):
             raise InputError(f"rows {rows.tolist()} are not all from 0 to {self.batch_size - 1}, the rows of this cache")
+        self._take_edits()
         self.lengths = self.lengths.index_select(0, rows)
         self.keys = [t.index_select(0, rows) for t in self.keys]
         self.values = [t.index_select(0, rows) for t in self.values]
@@ -296,11 +229,12 @@ class KVCache:
     @lasting()
     def fork(self) -> KVCache:
         """An independent copy, to continue the same past in another way."""
+        self._take_edits()
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.lengths = self.lengths.clone()
         other.keys, other.values = [t.clone() for t in self.keys], [t.clone() for t in self.values]
-        other._ahead, other._shown = list(self._ahead), [0] * len(self)
+        other._ahead, other._shown, other._copies = list(self._ahead), [0] * len(self), {}
         return other
 
     def rows(self, B: int, held: Sequence[int] = ()) -> KVCache:
@@ -308,7 +242,7 @@ class KVCache:
         other = object.__new__(KVCache)
         other.__dict__.update(self.__dict__)
         other.keys, other.values = [t[:B] for t in self.keys], [t[:B] for t in self.values]
-        other.lengths, other._shown = self.lengths[:B], [0] * len(self)
+        other.lengths, other._shown, other.borrowed = self.lengths[:B], [0] * len(self), True
         other.reset()
         if held:
             other.lengths = torch.tensor(held, dtype=torch.int32, device=self.lengths.device)
@@ -392,8 +326,3 @@ class KVCache:
 def kind(value: object) -> str:
     """What was given, for an error."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _over(index: Tensor, like: Tensor) -> Tensor:
-    """Slots [B, P] for every head and number of [B, H, P, D]."""
-    return index[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])

@@ -38,7 +38,7 @@ class DynamicCache(KVCache):
             raise InputError("keys and values say nothing of windows; give config=model.config, too")
         self._given = config
         vars(self).update(windows=(), keys=[], values=[], lengths=torch.zeros(0, dtype=torch.int32), ragged=False)
-        vars(self).update(_seen=0, _written=0, _ahead=[], _shown=[], _slots=[])
+        vars(self).update(_seen=0, _written=0, _ahead=[], _shown=[], _copies={}, _slots=[])
         for layer, pair in enumerate(ddp_cache_data or ()):
             self.update(pair[0], pair[1], layer)
 

@@ -51,7 +51,7 @@ class ModelOutput(OrderedDict[str, Any]):
     @property
     def cache(self) -> Any:
         """`past_key_values`, under the name that it has from transformers 5.24 on."""
-        return getattr(self, "past_key_values", None)
+        return vars(self).get("past_key_values")
 
     def __getitem__(self, key: Any) -> Any:
         if key == "cache":

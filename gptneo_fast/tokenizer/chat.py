@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -14,7 +13,7 @@ from ..errors import InputError, SetupError, TokenizerError, short, warn_once
 from .arguments import flag, listed, mapping
 
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
-_MARK = "mark_of_generation"  # the name of a mark in a template's context
+_SAID = "said_by_the_assistant"  # in a template's context: the text so far, and where to note what is generated
 _OF_WHOLE = ("add_generation_prompt", "tokenize", "return_dict", "return_tensors")
 _NONE = (
     "this tokenizer has no chat template: GPT-Neo was trained to continue text, not on talk; write the prompt as text, "
@@ -52,6 +51,7 @@ def render(
     *,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
+    spans: list[tuple[int, int]] | None = None,
     **names: Any,
 ) -> str:
     """The text of one conversation.
@@ -61,6 +61,7 @@ def render(
         messages: such as {"role": "user", "content": "..."}.
         add_generation_prompt: end with what an answer begins with, where the template knows that.
         continue_final_message: end with the last message, open for continuation.
+        spans: gets (begin, end) of what the template puts between {% generation %} and {% endgeneration %}, in characters.
         names: what the template sees besides: tools, documents, special tokens.
 
     Raises:
@@ -77,7 +78,11 @@ def render(
             raise InputError("continue_final_message needs a last message whose content is text")
         chat[-1]["content"] += _TAG
     try:
-        text: str = _compiled(template).render(messages=chat, add_generation_prompt=add_generation_prompt, **names)
+        blocks: list[str] = []
+        names |= {"messages": chat, "add_generation_prompt": add_generation_prompt, _SAID: (blocks, spans)}
+        for block in _compiled(template).generate(**names):
+            blocks.append(block)
+        text = "".join(blocks)
     except Exception as error:  # a template's own
         raise TokenizerError(f"the chat template failed ({type(error).__name__}: {error})") from error
     if not continue_final_message:
@@ -95,19 +100,23 @@ def _compiled(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}: what an assistant says, between marks where a caller wants them."""
+        """{% generation %} ... {% endgeneration %}: what an assistant says, whose place is noted where a caller wants that."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's way)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_between_marks", [nodes.ContextReference()])
+            call = self.call_method("_said", [nodes.ContextReference()])
             return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
-        def _between_marks(self, context: Any, caller: Any) -> str:
-            mark = context.get(_MARK, "")
-            return f"{mark}{caller()}{mark}"
+        def _said(self, context: Any, caller: Any) -> str:
+            said: str = caller()
+            blocks, spans = context.get(_SAID)
+            if spans is not None:
+                begin = sum(map(len, blocks))
+                spans.append((begin, begin + len(said)))
+            return said
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
@@ -126,19 +135,9 @@ def _compiled(template: str) -> Any:
     return sandbox.from_string(template)
 
 
-def _mask_of(out: Any, row: int, parts: Sequence[str]) -> list[int]:
-    """1 for each token of a row that lies in every second part of its text."""
-    mask = [0] * len(out.encodings[row].ids)
-    begin = 0
-    for i, part in enumerate(parts):
-        end = begin + len(part)
-        first = out.char_to_token(row, begin) if i % 2 and part else None
-        if first is not None:
-            last = out.char_to_token(row, end - 1)  # None where truncation has cut it off
-            behind = len(mask) if last is None else last + 1
-            mask[first:behind] = [1] * (behind - first)
-        begin = end
-    return mask
+def _mask_of(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token, whose characters are given, that shares one with a span."""
+    return [int(any(begin < end_of and end > begin_of for begin_of, end_of in spans)) for begin, end in offsets]
 
 
 class Conversations:
@@ -193,21 +192,19 @@ class Conversations:
         if masked and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             warn_once("the chat template marks nothing with {% generation %}: assistant_masks are zeros")
         seen = self.special_tokens_map | {"tools": tools, "documents": documents} | names
-        if masked:
-            seen[_MARK] = mark = f"<{uuid.uuid4().hex}>"
+        conversations = conversation if several else [conversation]
+        spans: list[Any] = [[] if masked else None for _ in conversations]
         texts = [
             render(
                 template,
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                spans=found,
                 **seen,
             )
-            for messages in (conversation if several else [conversation])
+            for messages, found in zip(conversations, spans, strict=True)
         ]
-        if masked:
-            parts = [text.split(mark) for text in texts]  # every second one is an assistant's
-            texts = ["".join(found) for found in parts]
         given = texts if several else texts[0]
         if not flag("tokenize", tokenize):
             return given
@@ -222,7 +219,7 @@ class Conversations:
             **mapping("tokenizer_kwargs", tokenizer_kwargs),
         )
         if masked:
-            rows = [_mask_of(out, i, found) for i, found in enumerate(parts)]
+            rows = [_mask_of(out.encodings[i].offsets, found) for i, found in enumerate(spans)]
             out["assistant_masks"] = rows if several or return_tensors else rows[0]
             out.convert_to_tensors(return_tensors)
         return out if flag("return_dict", return_dict) else out["input_ids"]

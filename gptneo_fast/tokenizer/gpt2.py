@@ -337,6 +337,11 @@ class GPT2Tokenizer(Decoding, Padding, Conversations):
         raise UnknownOptionError("push_to_hub is not offered; save_pretrained(folder), then huggingface_hub.upload_folder")
 
     @property
+    def _tokenizer(self) -> Tokenizer:
+        """What transformers calls so."""
+        return self.backend_tokenizer
+
+    @property
     def init_kwargs(self) -> dict[str, Any]:
         """The settings that another tokenizer would be made with, as they are now; a copy."""
         around = {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
@@ -354,5 +359,6 @@ class GPT2Tokenizer(Decoding, Padding, Conversations):
         return f"{type(self).__name__}({len(self)} tokens, {special})"
 
 
-make_kin(GPT2Tokenizer, "transformers.tokenization_utils_tokenizers", "TokenizersBackend", "PreTrainedTokenizerBase")
+make_kin(GPT2Tokenizer, "transformers.tokenization_utils_base", "PreTrainedTokenizerBase")
+make_kin(GPT2Tokenizer, "transformers.tokenization_utils_tokenizers", "TokenizersBackend")
 GPT2TokenizerFast = GPT2Tokenizer  # transformers has one class under both names as well

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 import gptneo_fast
 from gptneo_fast.demo import FOLDER
+from gptneo_fast.kinship import make_kin
 from tests.support.peers import peers
 
 transformers = pytest.importorskip("transformers")
@@ -111,7 +112,30 @@ assert issubclass(gptneo_fast.GPTNeoForCausalLM, transformers.PreTrainedModel)
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_adapters_of_peft_go_on_by_the_methods_of_transformers(monkeypatch):
+def test_threads_that_import_at_once_end_with_kin():
+    script = """
+import sys, threading
+import gptneo_fast
+threads = [threading.Thread(target=lambda: __import__("transformers").PreTrainedModel), threading.Thread(target=lambda: gptneo_fast.GPTNeoForCausalLM)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+import transformers
+assert issubclass(gptneo_fast.GPTNeoForCausalLM, transformers.PreTrainedModel)
+assert not any("kinship" in type(finder).__module__ and finder.module == "transformers.modeling_utils" for finder in sys.meta_path)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_version_without_the_type_is_left_alone(monkeypatch):
+    class Ours:
+        pass
+
+    monkeypatch.setitem(sys.modules, "module_without_it", sys)
+    make_kin(Ours, "module_without_it", "NoSuchType")
+    assert Ours.__mro__ == (Ours, object)
+
+
+def test_adapters_of_peft_go_on_by_the_methods_of_transformers(monkeypatch, tmp_path):
     peft = pytest.importorskip("peft")
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)  # of a newest one
     ids, found = torch.tensor([[5, 6, 7, 8]]), []
@@ -125,8 +149,14 @@ def test_adapters_of_peft_go_on_by_the_methods_of_transformers(monkeypatch):
         model.enable_adapters()
         found.append((on, off, model.generate(ids, max_new_tokens=5, do_sample=False), model.active_adapters()))
         assert (on - off).abs().max() > 0.1
+        model.save_pretrained(tmp_path / type(model).__module__)
     torch.testing.assert_close(found[1][:3], found[0][:3], rtol=1e-3, atol=1e-4)
     assert found[1][3] == found[0][3]
+    files = [sorted(path.name for path in (tmp_path / type(model).__module__).iterdir()) for model in peers()]
+    assert set(files[1]) <= set(files[0]) and "adapter_model.safetensors" in files[1]
+    for model in peers():  # the adapter, over other weights
+        adapted = peft.PeftModel.from_pretrained(model, tmp_path / "gptneo_fast.models.causal")
+        assert "base_model.model.transformer.h.0.attn.attention.q_proj.lora_A.default.weight" in adapted.state_dict()
 
 
 def test_names_that_scripts_import_beside_ours_are_those_of_transformers():
@@ -161,6 +191,7 @@ def test_an_output_is_one_of_transformers_and_goes_through_its_hands(cls):
     assert isinstance(out, transformers.utils.ModelOutput) and type(out).__mro__[-1] is transformers.utils.ModelOutput
     for found in (out, copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
         torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+        assert getattr(found, "past_key_values", None) is getattr(found, "cache", None)
         assert list(found) == [{"cache": "past_key_values"}.get(name, name) for name in expected]
 
 

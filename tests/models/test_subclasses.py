@@ -249,3 +249,62 @@ def test_a_hook_on_the_trunk_sees_and_changes_the_ids_in_their_place(cls):
         with torch.no_grad():
             found.append(model(IDS)[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"guidance_scale": 1.7}], ids=str)
+@pytest.mark.parametrize("name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation"])
+@pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
+def test_overridden_steps_however_generation_goes(name, named, how, folder):
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    mask = torch.ones_like(ids)
+    if not how.get("prompt_lookup_num_tokens"):
+        mask[:, :2] = 0
+
+    def make(library):
+        def prepared(self, *args, **keywords):
+            return super(Own, self).prepare_inputs_for_generation(*args, **keywords)
+
+        def updated(self, outputs, model_kwargs, **more):
+            found = super(Own, self)._update_model_kwargs_for_generation(outputs, model_kwargs, **more)
+            return found | ({"token_type_ids": None} if named else {})
+
+        def forward(self, *args, **keywords):
+            return super(Own, self).forward(*args, **keywords)
+
+        methods = {name: prepared if name.startswith("prepare") else updated} | ({} if named else {"forward": forward})
+        Own = type("Own", (library.GPTNeoForCausalLM,), methods)
+        return Own.from_pretrained(folder).generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **how)
+
+    same(make)
+
+
+def test_weights_that_got_their_memory_later_are_initialised(folder):
+    with torch.device("meta"):
+        model = gptneo_fast.GPTNeoForCausalLM(gptneo_fast.GPTNeoConfig(**SMALL))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+    model.init_weights()
+    assert 0.01 < model.transformer.wte.weight.std() < 0.03 and model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(model.transformer.ln_f.weight, torch.ones(C))
+    model = gptneo_fast.GPTNeoForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(120)
+    before = model.transformer.wte.weight.clone()
+    model.init_weights()
+    assert torch.equal(model.transformer.wte.weight, before)
+
+
+def test_an_init_that_names_a_field_of_the_configuration_leaves_it_there(folder):
+    def make(library):
+        class Own(library.GPTNeoForSequenceClassification):
+            def __init__(self, config, num_labels=None, resid_dropout=0.3, extra=1):
+                super().__init__(config)
+                self.seen = num_labels, resid_dropout, extra
+
+        model = Own.from_pretrained(folder, num_labels=5, resid_dropout=0.25, extra=2)
+        return [model.config.num_labels, model.config.resid_dropout, *model.seen[1:], *model.score.weight.shape]
+
+    with pytest.warns(gptneo_fast.errors.GPTNeoFastWarning, match="freshly initialised"):
+        want, got = both(make)
+    assert got == want == [5, 0.25, 0.3, 2, 5, C]

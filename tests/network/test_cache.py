@@ -368,8 +368,9 @@ def test_what_is_edited_in_a_cache_counts_as_in_transformers(how, backend):
     assert (found[0] - plain[0]).abs().max() > 0.03  # fifty times the tolerance: the edit shows
 
 
+@pytest.mark.parametrize("how", ["set", "in place"])
 @pytest.mark.parametrize("T", [9, 200], ids=["in the window", "past the ring"])
-def test_keys_and_values_that_are_set_where_no_view_shows_them(T):
+def test_keys_and_values_that_are_changed_where_no_view_shows_them(T, how):
     theirs, ours = peers()
     ids = torch.randint(97, (2, T))
     mask = torch.ones_like(ids)
@@ -381,9 +382,10 @@ def test_keys_and_values_that_are_set_where_no_view_shows_them(T):
             cache = model(ids[:, :-1], **{k: v[:, :-1] for k, v in given.items()}, use_cache=True).past_key_values
             for layer in cache.layers:
                 assert layer.keys.shape[2] == T - 1  # all columns, whether a ring still has them
-                edited = layer.values.clone()
+                edited = layer.values.clone() if how == "set" else layer.values
                 edited[:, :, -3] *= 2
-                layer.values = edited
+                if how == "set":
+                    layer.values = edited
             last = given["position_ids"][:, -1:]
             logits.append(model(ids[:, -1:], past_key_values=cache, attention_mask=mask, position_ids=last).logits)
         torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
@@ -410,3 +412,25 @@ def test_a_view_of_a_cache_keeps_what_it_shows():
         other = ours(torch.cat([ids[:, :60], ids[:, 200:220]], 1), use_cache=True).past_key_values
         for pair, expected in zip(cache, other, strict=True):
             torch.testing.assert_close(pair, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_ring_has_dropped_is_zeros_also_after_a_crop():
+    _, ours = peers()
+    ids = torch.randint(97, (1, 140 + 60))
+    with torch.no_grad():
+        cache = ours(ids, use_cache=True).past_key_values
+        held = [t.clone() for t in cache[1]]
+        cache.crop(190)
+        for before, now in zip(held, cache[1], strict=True):
+            kept = (now != 0).any(-1).any(1)[0]
+            assert now.shape[2] == 190 and not kept[: 200 - 135].any() and kept[-100:].all()
+            assert torch.equal(now[:, :, kept], before[:, :, :190][:, :, kept])
+
+
+def test_a_cache_changed_in_inference_mode_goes_on_with_gradients():
+    _, ours = peers()
+    ids = torch.randint(97, (1, 9))
+    with torch.inference_mode():
+        cache = ours(ids[:, :8], use_cache=True).past_key_values
+        cache.layers[0].keys = cache.layers[0].keys * 2
+    ours(ids[:, 8:], past_key_values=cache).logits.sum().backward()

@@ -65,6 +65,9 @@ def test_a_conversation_gives_what_transformers_gives(tmp_path, options, as_file
         assert str(ours.apply_chat_template(talk, **options)) == str(theirs.apply_chat_template(talk, **options))
 
 
+UPPER = (
+    "{% for m in messages %}{% filter upper %}{% generation %}{{ m.content }}é🙂{% endgeneration %}{% endfilter %};{% endfor %}"
+)
 MARKED = [*TALK[:3], {"role": "user", "content": "more"}, {"role": "assistant", "content": "once upon a time"}]
 
 
@@ -76,6 +79,8 @@ MARKED = [*TALK[:3], {"role": "user", "content": "more"}, {"role": "assistant", 
         {"max_length": 9, "truncation": True},
         {"add_generation_prompt": True},
         {"chat_template": TEMPLATE.replace("{% generation %}", "{%- generation -%}")},
+        {"chat_template": UPPER},
+        {"max_length": 12, "truncation": True, "truncation_side": "left"},
     ],
     ids=str,
 )
@@ -85,6 +90,9 @@ def test_tokens_of_the_assistant_are_marked_as_in_transformers(tmp_path, options
         if options.get("return_tensors") and talk is not MARKED:
             continue
         asked = options | {"return_assistant_tokens_mask": True, "return_dict": True}
+        for tokenizer in (theirs, ours):
+            tokenizer.truncation_side = asked.get("truncation_side", "right")
+        asked.pop("truncation_side", None)
         want, got = (dict(tokenizer.apply_chat_template(talk, **asked)) for tokenizer in (theirs, ours))
         assert str(got) == str(want) and "1" in str(got["assistant_masks"])
     with pytest.raises(InputError, match="return_assistant_tokens_mask needs return_dict=True"):
