@@ -32,15 +32,21 @@ def _join(ours: type, module: ModuleType, names: Sequence[str]) -> None:
         return
     properties = {name: _Read(x) for kind in theirs for name, x in vars(kind).items() if hasattr(type(x), "__set__")}
 
-    class Behind(type):
-        def mro(cls) -> list[type]:
-            return [*super().mro(), *theirs]
-
     try:
-        named = {name: x for name, x in properties.items() if not hasattr(ours, name)}
+        named = {name: x for name, x in properties.items() if not hasattr(ours, name)} | {"_theirs": theirs}
         ours.__bases__ = (Behind(names[0], (ours.__base__ or object,), named), *ours.__bases__)
     except TypeError:  # a subclass of the user's has bases that allow no such order: all stay what they are
         return
+
+
+class Behind(type):
+    """The kind of a class that has `_theirs` behind `object`."""
+
+    def mro(cls) -> list[type]:
+        order = super().mro()
+        place = order.index(object) + 1
+        theirs: list[type] = vars(cls)["_theirs"]
+        return [*order[:place], *theirs, *(kind for kind in order[place:] if kind not in theirs)]
 
 
 class _Read:

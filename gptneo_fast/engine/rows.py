@@ -42,7 +42,9 @@ class Rows:
 
     def fit(self) -> bool:
         """Whether requests that are read now can join: layers hold what attention, which may have been patched, looks at."""
-        if self.cache.windows != self.model.transformer.windows():
+        held = self.cache.keys[0]
+        moved = (held.dtype, held.device) != (self.model.dtype, self.model.device)
+        if moved or self.cache.windows != self.model.transformer.windows():
             if self.jobs:
                 return False
             self._lay_out()

@@ -165,6 +165,11 @@ class Request:
             return None
         return torch.tensor([token in self.ends for token in last], device=ids.device)
 
+    @property
+    def criteria_of_others(self) -> bool:
+        """Whether somebody's own criteria look at each step."""
+        return any(type(c).__module__ != StoppingCriteriaList.__module__ for c in self.criteria)
+
     @cached_property
     def greedy(self) -> bool:
         """Whether every token is the likeliest, and nothing looks at a step or has a say in it but the end tokens."""

@@ -47,6 +47,7 @@ class Session:
         self.use_cache = use_cache or self.cache is not None
         self.prepares = not model.looked(anew=True).prepare and prepares
         self.begun = False  # whether some call has filled the cache
+        self.watched = False  # whether somebody's code runs between steps, and may change a layer
         B, P = prompt.ids.shape
         self.offset = prompt.columns - P
         self.seen = -self.offset  # columns of ids that the cache holds; below 0 where some of embeddings are to come
@@ -67,11 +68,14 @@ class Session:
         trace = [name for name in ("attentions", "hidden_states") if getattr(record, name) is not None]
         made = cls(model, request.prompt, request.total, use_cache=o.use_cache, chunk=o.prefill_chunk_size, trace=trace)
         record.cache = made.cache
+        made.watched = request.streamed or bool(request.own) or request.criteria_of_others
         return made
 
     def feed(self, ids: Tensor, keep: int = 1) -> Tensor:
         """Logits [B, keep, V] of the last columns of ids [B, T], which begin with the ids of the calls before."""
         T = ids.shape[1]
+        if self.watched and self.begun:
+            self.model.looked(anew=True)
         if self.begun and self.hides and self.cache is not None and not self.trace and not self.prepares:
             self.hides = not self._is_ragged_only()
         if self.prepares:

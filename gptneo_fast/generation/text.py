@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, cast, overload
 
@@ -53,7 +53,7 @@ class TextMixin:
         Raises:
             InputError, UnknownOptionError, NonFiniteLogitsError: as `generate`. SetupError: the model has no tokenizer.
         """
-        if not isinstance(prompts, (str, Iterable)):
+        if not isinstance(prompts, (str, Iterable)) or isinstance(prompts, Mapping):
             raise InputError(f"prompts is a {type(prompts).__name__}; give a string or strings")
         model = cast(LanguageModel, self)
         resolved = settle(model, None, options | {"return_dict_in_generate": False})

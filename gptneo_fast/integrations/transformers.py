@@ -180,7 +180,7 @@ class _Accelerated:
         return out if _or(return_dict, config.return_dict) else out.to_tuple()
 
     def _look(self) -> touch.Look:
-        found = trunk.look(self.trunk, KINDS)
+        found = trunk.anew(self.trunk, KINDS)
         blocks = list(found.blocks)
         for i, block in enumerate(self.trunk.h):
             if blocks[i]:

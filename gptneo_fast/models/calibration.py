@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..network import quantized
 from ..ops.quantized import Format, QuantizedWeight, best_scales, grouped, pack, rounded
-from ..scoring.batches import ids_of
+from ..scoring.batches import ids_of, texts_of
 
 _DAMPED = 0.01  # of the mean of the diagonal, added to it
 _COLUMNS = 128  # that are rounded before the others hear of it
@@ -31,7 +31,7 @@ def quantize_blocks(model: Any, how: Format, texts: Iterable[str | list[int] | T
     trunk, config, training = model.base_model, model.config, model.training
     kept = {module for _, module in quantized.places(model)}
     pieces = []
-    for text in texts:
+    for text in texts_of(texts)[0]:
         ids = torch.as_tensor(ids_of(model.tokenizer, text, config.vocab_size, "calibrate"), device=model.device)
         pieces += [piece[None] for piece in ids.split(config.max_position_embeddings) if len(piece)]
     if not pieces:
@@ -51,6 +51,11 @@ def quantize_blocks(model: Any, how: Format, texts: Iterable[str | list[int] | T
                     for seen in products.values():
                         seen.handle.remove()
                 for layer, seen in products.items():
+                    if not seen.sum.isfinite().all():
+                        raise InputError(
+                            f"calibrate: what a layer [{layer.out_features}, {layer.in_features}] gets is not finite; "
+                            "calibrate in float32, or leave it out"
+                        )
                     quantized.convert(layer, compensated(layer.weight, seen.sum, how))
                 states = [block(x)[0] for x in states]
     finally:

@@ -165,7 +165,7 @@ class GPTNeoModel(GPTNeoPreTrainedModel, EmbeddingMixin):
         """
         if (self.config.attention_layers, self.config.window_size) != self._layers:
             self._check_layers(self.config.attention_layers)
-        return trunk.look(self)
+        return trunk.anew(self)
 
     def _check_layers(self, layers: tuple[str, ...]) -> None:
         built = [getattr(getattr(getattr(block, "attn", None), "attention", None), "window", None) for block in self.h]

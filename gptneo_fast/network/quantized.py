@@ -51,6 +51,12 @@ class QuantizedLinear(nn.Linear):
         y = cpu.linear(input.contiguous(), self.weight)
         return y if self.bias is None else y + self.bias
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As torch's; weights in few bits are not trained, which libraries that copy a layer to train it are to hear."""
+        if requires_grad and not isinstance(self.weight, Tensor):
+            raise InputError(f"weights in {self.weight.how} cannot be trained; dequantize_() the model, or train an adapter")
+        return super().requires_grad_(requires_grad)
+
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -74,6 +80,12 @@ class QuantizedEmbedding(nn.Embedding):
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
         self.weight = weight
         self.register_buffer("dtype_of", torch.empty(0, dtype=dtype), persistent=False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As torch's; weights in few bits are not trained, which libraries that copy a layer to train it are to hear."""
+        if requires_grad and not isinstance(self.weight, Tensor):
+            raise InputError(f"weights in {self.weight.how} cannot be trained; dequantize_() the model, or train an adapter")
+        return super().requires_grad_(requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids [...] to [..., C]."""

@@ -112,10 +112,10 @@ def own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is exactly of this class, without hooks, with plain parameters."""
+    """Whether a module is exactly of this class, without hooks, with plain parameters, each in one piece."""
     if type(module) is not kind or not own_forward(module, kind):
         return False
-    return all(p is None or type(p) in PLAIN for p in module._parameters.values())
+    return all(p is None or (type(p) in PLAIN and p.is_contiguous()) for p in module._parameters.values())
 
 
 def is_plain_embedding(module: nn.Module) -> bool:

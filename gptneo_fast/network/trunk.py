@@ -55,17 +55,20 @@ def run(
     fusing = trace.attentions is None and rows.mask is None and own is cache and not touch.observed(x.device)
     embed = partial(_embed, trunk, x, position_ids, token_type_ids, op if look.embeddings and fusing else None)
     few = decoding.Few(trunk, own, rows, kinds) if fusing and own is not None and decoding.takes(op, x, own, rows) else None
-    if few and trace.hidden_states is None and look.norm and all(look.blocks):
-        ids = look.embeddings and not x.is_floating_point()
+    stamp, ids = touch.stamp(), look.embeddings and not x.is_floating_point()
+    x = x if ids else embed()
+    if few and trace.hidden_states is None and look.norm and all(look.blocks) and touch.stamp() == stamp:
         kept = keep if head is not None else T
-        found = few.run(Span(0, L, ids, True, head), x if ids else embed(), kept, position_ids, token_type_ids)
+        found = few.run(Span(0, L, ids, True, head), x, kept, position_ids, token_type_ids)
         if found is not None:
             few.cache.advance(T, rows.starts)
             return found
-    x = embed()
+    x = embed() if ids else x
     mask: Tensor | None = None  # for the blocks that call their modules
     i = 0
     while i < L:
+        if (now := touch.stamp()) != stamp:  # a hook has touched what is still to come
+            stamp, look = now, anew(trunk, kinds)
         block = trunk.h[i]
         if trace.hidden_states is not None:
             trace.hidden_states.append(x)
@@ -89,6 +92,10 @@ def run(
     if own is not None:
         own.advance(T, rows.starts)
     norm, flows = trunk.ln_f, torch.is_grad_enabled() and x.requires_grad
+    if touch.stamp() != stamp:
+        look = anew(trunk, kinds)
+    if head is not None and not look.norm:
+        return head(norm(x.narrow(1, T - keep, keep))).to(torch.promote_types(x.dtype, torch.float32))
     if head is not None:
         chosen = reference if flows else op
         logits: Tensor = chosen.lm_head(x.narrow(1, T - keep, keep), norm.weight, norm.bias, head.weight, norm.eps)
@@ -109,7 +116,7 @@ def _by_modules(block: Any, x: Tensor, mask: Tensor, past: Any, trace: Trace) ->
     return x
 
 
-def look(trunk: Any, kinds: fused.Kinds = fused.OURS) -> touch.Look:
+def anew(trunk: Any, kinds: fused.Kinds = fused.OURS) -> touch.Look:
     """Which parts of a trunk are untouched now."""
     wte, wpe, norm, config = trunk.wte, trunk.wpe, trunk.ln_f, trunk.config
     dtype = quantized.dtype_of(wte)

@@ -175,7 +175,8 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 def _linear(x: Tensor, weight: Weight, *others: Tensor | float | bool | None) -> Tensor:
     own, scales = (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
-    return torch.ops.gptneo_fast_csrc.linear.default(x, own, *others, scales, Plan.max_lanes)
+    given = [t.contiguous() if isinstance(t, Tensor) else t for t in (own, *others, scales)]  # as parameters are, nearly always
+    return torch.ops.gptneo_fast_csrc.linear.default(x, *given, Plan.max_lanes)
 
 
 def norm_linear(

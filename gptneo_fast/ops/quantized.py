@@ -159,7 +159,17 @@ class QuantizedWeight(nn.Module):
         integers mean."""
         as_int = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
         scales = self.scales
-        return super()._apply(lambda t: fn(t.view(as_int[t.dtype])).view(t.dtype) if t is scales else fn(t), recurse)
+
+        def kept(t: Tensor) -> Tensor:
+            moved = fn(t)
+            if moved.dtype is not t.dtype:
+                raise InputError(
+                    f"weights in {self.how} are integers and scales, of which .type({moved.dtype}) would make other numbers; "
+                    "use .to(), which leaves them, or dequantize_() first"
+                )
+            return moved
+
+        return super()._apply(lambda t: kept(t.view(as_int[t.dtype])).view(t.dtype) if t is scales else kept(t), recurse)
 
 
 def memory(like: Iterable[Tensor | QuantizedWeight], device: torch.device) -> list[Tensor | QuantizedWeight]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,8 +68,7 @@ def texts_of(texts: Text | Iterable[Text]) -> tuple[list[Text], bool]:
         return [texts], True
     if isinstance(texts, (list, tuple)) and texts and all(map(is_int, texts)):
         return [texts], True
-    if isinstance(texts, Tensor):
-        return list(texts), False
-    if not isinstance(texts, Iterable):
-        raise InputError(f"texts is a {type(texts).__name__}; give a string or token ids, or several of them")
+    if not isinstance(texts, Iterable) or isinstance(texts, Mapping) or (isinstance(texts, Tensor) and texts.dim() == 0):
+        what = "give its input_ids, or" if isinstance(texts, Mapping) else "give"
+        raise InputError(f"texts is a {type(texts).__name__}; {what} a string or token ids, or several of them")
     return list(texts), False

@@ -116,12 +116,14 @@ def test_threads_that_import_at_once_end_with_kin():
     script = """
 import sys, threading
 import gptneo_fast
-threads = [threading.Thread(target=lambda: __import__("transformers").PreTrainedModel), threading.Thread(target=lambda: gptneo_fast.GPTNeoForCausalLM)]
+asked = lambda: __import__("transformers").PreTrainedModel, lambda: gptneo_fast.GPTNeoForCausalLM
+threads = [threading.Thread(target=ask) for ask in asked]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
 import transformers
 assert issubclass(gptneo_fast.GPTNeoForCausalLM, transformers.PreTrainedModel)
-assert not any("kinship" in type(finder).__module__ and finder.module == "transformers.modeling_utils" for finder in sys.meta_path)
+watching = [finder.module for finder in sys.meta_path if "kinship" in type(finder).__module__]
+assert "transformers.modeling_utils" not in watching
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 

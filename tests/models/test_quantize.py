@@ -400,3 +400,20 @@ def test_calibration_lowers_the_loss(shape):
 
     plain, calibrated = map(loss, models)
     assert calibrated < plain
+
+
+def test_what_would_be_wrong_in_silence_is_refused(name):
+    model = lively().quantize_(name)
+    with pytest.raises(InputError, match=r"of which \.type\(torch\.float64\) would make other numbers"):
+        model.type(torch.float64)
+    with pytest.raises(InputError, match="cannot be trained"):
+        model.lm_head.requires_grad_(True)
+    model.requires_grad_(False)
+    plain = lively()
+    with torch.no_grad():
+        plain.transformer.wpe.weight[0] = float("nan")
+    with pytest.raises(InputError, match="gets is not finite"):
+        plain.quantize_(name, calibrate=[[1, 2, 3, 4]])
+    for given in ({"input_ids": [1, 2]}, torch.tensor(5)):
+        with pytest.raises(InputError, match="texts is a"):
+            model.score(given)

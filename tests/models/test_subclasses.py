@@ -261,8 +261,8 @@ def test_overridden_steps_however_generation_goes(name, named, how, folder):
         mask[:, :2] = 0
 
     def make(library):
-        def prepared(self, *args, **keywords):
-            return super(Own, self).prepare_inputs_for_generation(*args, **keywords)
+        def prepared(self, input_ids, attention_mask=None, **keywords):
+            return super(Own, self).prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **keywords)
 
         def updated(self, outputs, model_kwargs, **more):
             found = super(Own, self)._update_model_kwargs_for_generation(outputs, model_kwargs, **more)

@@ -237,3 +237,70 @@ def test_surgery_has_the_effect_that_it_has_on_transformers(surgery):
         want = run(theirs)
         torch.manual_seed(2)
         close(run(ours), want, run.__name__)
+
+
+@pytest.mark.parametrize("first", ["wte", "h.0", "h.1.mlp"])
+@pytest.mark.parametrize("then", ["hook", "forward", "replace", "norm"])
+def test_what_a_hook_does_to_a_later_module_counts_in_the_same_pass(first, then):
+    ids = torch.arange(3, 11)[None]
+    found = []
+    for model in peers():
+        trunk, handles = model.transformer, []
+
+        def act(module, args, output, trunk=trunk, handles=handles):
+            if handles:
+                return
+            if then == "replace":
+                trunk.h[2].mlp = nn.Identity()
+                handles.append(None)
+            elif then == "forward":
+                trunk.h[2].mlp.forward = lambda x: -x
+                handles.append(None)
+            else:
+                place = trunk.ln_f if then == "norm" else trunk.h[2].mlp
+                handles.append(place.register_forward_hook(lambda m, a, o: -o))
+
+        trunk.get_submodule(first).register_forward_hook(act)
+        with torch.no_grad():
+            found.append((model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)))
+    close(found[1][0], found[0][0])
+    assert torch.equal(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("change", ["forward", "class", "bias"])
+def test_what_a_processor_does_to_a_layer_counts_from_the_next_token_on(change):
+    class Turned(nn.Linear):
+        def forward(self, x):
+            return -super().forward(x)
+
+    ids, found = torch.arange(3, 11)[None], []
+    for model in peers():
+        layer = model.lm_head if change != "bias" else model.transformer.h[1].attn.attention.q_proj
+
+        def act(input_ids, scores, layer=layer):
+            if input_ids.shape[1] == 10:
+                if change == "forward":
+                    layer.forward = lambda x: -nn.functional.linear(x, layer.weight)
+                elif change == "class":
+                    layer.__class__ = Turned
+                else:
+                    layer.bias = nn.Parameter(torch.full((layer.out_features,), 3.0))
+            return scores
+
+        found.append(model.generate(ids, max_new_tokens=6, do_sample=False, logits_processor=[act]))
+    assert torch.equal(found[1], found[0])
+
+
+@pytest.mark.parametrize("name", ["ln_1", "mlp.c_fc", "attn.attention.v_proj", "attn.attention.out_proj"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_weights_that_do_not_lie_in_one_piece(name, tokens):
+    ids, found = torch.arange(3, 3 + tokens)[None], []
+    for model in peers():
+        module = model.transformer.h[1].get_submodule(name)
+        for p in module.parameters():
+            p.data = torch.stack([p.data, p.data], -1)[..., 0]
+            assert not p.is_contiguous()
+        with torch.no_grad():
+            found.append((model(ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)))
+    close(found[1][0], found[0][0])
+    assert torch.equal(found[1][1], found[0][1])
