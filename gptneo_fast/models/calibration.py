@@ -37,6 +37,7 @@ def quantize_blocks(model: Any, how: Format, texts: Iterable[str | list[int] | T
     if not pieces:
         raise InputError("calibrate holds no texts; give strings or token ids, some thousand tokens in all")
     model.eval()
+    floats: list[tuple[nn.Linear, Any]] = []  # weights of layers that are converted
     try:
         with torch.no_grad():
             states = [trunk.drop(trunk.wte(ids) + trunk.wpe(torch.arange(ids.shape[1], device=ids.device))) for ids in pieces]
@@ -56,8 +57,14 @@ def quantize_blocks(model: Any, how: Format, texts: Iterable[str | list[int] | T
                             f"calibrate: what a layer [{layer.out_features}, {layer.in_features}] gets is not finite; "
                             "calibrate in float32, or leave it out"
                         )
-                    quantized.convert(layer, compensated(layer.weight, seen.sum, how))
+                    few = compensated(layer.weight, seen.sum, how)
+                    floats.append((layer, layer.weight))
+                    quantized.convert(layer, few)
                 states = [block(x)[0] for x in states]
+    except BaseException:  # nothing is half done
+        for converted, weight in floats:
+            quantized.revert(converted, weight)
+        raise
     finally:
         model.train(training)
 

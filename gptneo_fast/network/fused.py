@@ -92,6 +92,9 @@ def is_untouched(block: nn.Module, kinds: Kinds = OURS) -> bool:
     except (KeyError, AttributeError):  # a part is gone
         return False
     own = inner.__dict__
+    config: Any = own["config"]
+    if own["num_heads"] != config.num_heads or own["head_dim"] != config.hidden_size // config.num_heads:
+        return False
     return "_attn" not in own and "_split_heads" not in own and "_merge_heads" not in own and "_bias" not in own
 
 

@@ -414,6 +414,20 @@ def test_what_would_be_wrong_in_silence_is_refused(name):
         plain.transformer.wpe.weight[0] = float("nan")
     with pytest.raises(InputError, match="gets is not finite"):
         plain.quantize_(name, calibrate=[[1, 2, 3, 4]])
+    plain, seen = lively(), []
+    before = plain.state_dict()
+
+    def fail(*_):
+        seen.append(1)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+
+    plain.transformer.h[-1].mlp.register_forward_hook(lambda *_: fail())
+    with pytest.raises(KeyboardInterrupt):
+        plain.quantize_(name, calibrate=[[1, 2, 3, 4]])
+    assert plain.state_dict().keys() == before.keys() and all(
+        p is plain.state_dict()[k] or torch.equal(p, plain.state_dict()[k]) for k, p in before.items()
+    )
     for given in ({"input_ids": [1, 2]}, torch.tensor(5)):
         with pytest.raises(InputError, match="texts is a"):
             model.score(given)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from gptneo_fast.errors import InputError
 from tests.support.peers import peers
 from tests.support.touching import LAYERS, RUNS, backward, close
 
@@ -304,3 +305,16 @@ def test_weights_that_do_not_lie_in_one_piece(name, tokens):
             found.append((model(ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)))
     close(found[1][0], found[0][0])
     assert torch.equal(found[1][1], found[0][1])
+
+
+def test_heads_that_were_set_on_a_layer_count_or_are_refused():
+    ids, found = torch.arange(3, 11)[None], []
+    theirs, ours = peers()
+    for model in (theirs, ours):
+        attention = model.transformer.h[1].attn.attention
+        attention.num_heads, attention.head_dim = 2, 16
+        with torch.no_grad():
+            found.append(model(ids, use_cache=False).logits)
+    close(found[1], found[0])
+    with torch.no_grad(), pytest.raises(InputError, match="k has shape"):
+        ours(ids, use_cache=True)
