@@ -182,6 +182,11 @@ class LayerCache:
         """As KVCache.update, of this layer, whatever the index; the cache counts the columns once all layers have them."""
         cache, layer = self.cache, self.layer
         keys, values = cache.in_order(layer)
+        if (given := key_states.shape[1::2]) != (held := keys.shape[1::2]):
+            raise CacheError(
+                f"layer {layer} gives keys of {given[0]} heads of {given[1]}, and the cache has {held[0]} of {held[1]}, as the "
+                "configuration says; use_cache=False runs without"
+            )
         slots = cache.writable(layer)
         lengths, slot = cache.lengths + cache._ahead[layer], slots[0]  # a block may be of another dtype, or device
         reference.kv_append(*slots, key_states.to(slot), value_states.to(slot), lengths, self.starts)

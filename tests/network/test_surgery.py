@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from gptneo_fast.errors import InputError
+from gptneo_fast.errors import CacheError
 from tests.support.peers import peers
 from tests.support.touching import LAYERS, RUNS, backward, close
 
@@ -316,5 +316,5 @@ def test_heads_that_were_set_on_a_layer_count_or_are_refused():
         with torch.no_grad():
             found.append(model(ids, use_cache=False).logits)
     close(found[1], found[0])
-    with torch.no_grad(), pytest.raises(InputError, match="k has shape"):
+    with torch.no_grad(), pytest.raises(CacheError, match="layer 1 gives keys of 2 heads of 16, and the cache has 4 of 8"):
         ours(ids, use_cache=True)
