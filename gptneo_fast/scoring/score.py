@@ -24,9 +24,9 @@ class Score:
     """What the model says of the tokens of one text, on the CPU; None for what was not wanted.
 
     tokens: those that have a score. total: the sum of their log-probabilities.
-    logprob: float32 [n], natural logarithms. rank: int64 [n], how many tokens were likelier. greedy: boolean [n], whether
-        none was. entropy: float32 [n], in nats. mean, variance: float32 [n], of the log-probability under the model's
-        distribution, as Min-K%++ takes them.
+    logprob: float32 [n], natural logarithms. rank: int64 [n], how many tokens were likelier (of equals, those with lower
+        ids). greedy: boolean [n], whether none was. entropy: float32 [n], in nats. mean, variance: float32 [n], of the
+        log-probability under the model's distribution, as Min-K%++ takes them.
     """
 
     tokens: list[int]
