@@ -38,6 +38,7 @@ class GPTNeoConfig(ConfigFiles):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     sub_configs: ClassVar[dict[str, Any]] = {}
     _attn_implementation: ClassVar[str] = "eager"  # which libraries look up
+    _commit_hash: ClassVar[str | None] = None  # which pipelines of transformers before 5.23 look up
 
     vocab_size: int = 50257
     max_position_embeddings: int = 2048
