@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
@@ -65,8 +66,14 @@ ours(nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)
 ours(nn.Module, methods=("__call__", "__getattr__"))  # tracers patch them
 
 
+_FUNCTIONS = {name: getattr(F, name) for name in ("linear", "layer_norm", "embedding", "softmax", "dropout")}  # of modules
+
+
 def patched(*kinds: type[nn.Module]) -> bool:
-    """Whether a method that `ours` was told of is another now: of these classes, or where none is given of any."""
+    """Whether a method that `ours` was told of is another now: of these classes, or where none is given of any; or, where none
+    is given, a function of torch that modules call."""
+    if not kinds and any(getattr(F, name) is not function for name, function in _FUNCTIONS.items()):
+        return True
     changed = [kind for (kind, name), method in _methods.items() if kind.__dict__[name] is not method]
     return bool(changed) and (not kinds or any(kind in kinds for kind in changed))
 

@@ -65,9 +65,10 @@ def run(
             return found
     x = embed() if ids else x
     mask: Tensor | None = None  # for the blocks that call their modules
+    foreign = not look.embeddings  # whether somebody's code has run
     i = 0
     while i < L:
-        if (now := touch.stamp()) != stamp:  # a hook has touched what is still to come
+        if foreign and (now := touch.stamp()) != stamp:  # a hook has touched what is still to come
             stamp, look = now, anew(trunk, kinds)
         block = trunk.h[i]
         if trace.hidden_states is not None:
@@ -88,11 +89,12 @@ def run(
         else:
             mask = masks.dense(rows, B, T, cache, x.dtype, x.device) if mask is None else mask
             x = _by_modules(block, x, mask, cache if own is None else own.at(i, rows.starts), trace)
+            foreign = True
         i += 1
     if own is not None:
         own.advance(T, rows.starts)
     norm, flows = trunk.ln_f, torch.is_grad_enabled() and x.requires_grad
-    if touch.stamp() != stamp:
+    if foreign and touch.stamp() != stamp:
         look = anew(trunk, kinds)
     if head is not None and not look.norm:
         return head(norm(x.narrow(1, T - keep, keep))).to(torch.promote_types(x.dtype, torch.float32))

@@ -305,7 +305,7 @@ def _weights(q: Tensor, k: Tensor, visible: Tensor, empty_rows: bool, bias: Tens
     scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    weights = F.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)  # by the name that transformers calls
     return weights.masked_fill(~visible, 0) if empty_rows else weights  # softmax of nothing is NaN
 
 
