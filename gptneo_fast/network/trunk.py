@@ -94,8 +94,7 @@ def run(
     if own is not None:
         own.advance(T, rows.starts)
     norm, flows = trunk.ln_f, torch.is_grad_enabled() and x.requires_grad
-    if foreign and touch.stamp() != stamp:
-        look = anew(trunk, kinds)
+    look = anew(trunk, kinds) if foreign and touch.stamp() != stamp else look
     if head is not None and not look.norm:
         return head(norm(x.narrow(1, T - keep, keep))).to(torch.promote_types(x.dtype, torch.float32))
     if head is not None:
