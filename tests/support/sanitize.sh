@@ -16,7 +16,8 @@ export CXX="g++ -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefi
 grep -q "built for the CPU only" build.log || { cat build.log; exit 1; }
 torch=$("$python" -c 'import torch; print(torch.__path__[0])')
 flags="-std=c++17 -fPIC -Wno-psabi -DTORCH_TARGET_VERSION=0x020b000000000000 -DGPTNEO_FAST_CUDA -isystem $torch/include"
-$CXX $flags -shared -I tests/support/cuda_on_host csrc/binding.cpp csrc/decode_cpu.cpp csrc/large_pages.cpp csrc/layers_cpu.cpp build/temp*/decode_lanes.cpp.*.o \
+ops=$(ls csrc/*.cpp | grep -v -e kv_append_cpu -e decode_lanes)
+$CXX $flags -shared -I tests/support/cuda_on_host $ops build/temp*/decode_lanes.cpp.*.o \
   tests/support/cuda_on_host/kv_append_cpu.cpp -L "$torch/lib" -lc10 -ltorch_cpu -o cuda_on_host.so
 # ThreadSanitizer does not know torch's OpenMP, so the threads are of the standard library and there is no torch.
 for lanes in "4" "8 -mavx2 -mfma -mf16c"; do
@@ -31,7 +32,7 @@ export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 # Python leaks at exit
 # which AddressSanitizer's allocator does not survive beside threads.
 tests() { "$python" -m pytest -q --capture=sys -p no:cacheprovider -k "not sanitizers and not another_torch and not forked" "$@"; }
 cpu=0 cuda=0 # either half runs whatever became of the other
-tests tests/ops/test_extension.py tests/ops/test_cpu.py tests/ops/test_cpu_attention.py tests/ops/test_quantized.py \
+tests tests/ops/test_extension.py tests/ops/test_draw.py tests/ops/test_cpu.py tests/ops/test_cpu_attention.py tests/ops/test_quantized.py \
   tests/models/test_quantize.py::test_what_stands_behind_a_tensor_in_memory_does_not_matter tests/network/test_decoding*.py || cpu=$?
 GPTNEO_FAST_TEST_LIBRARY=$work/cuda_on_host.so tests tests/ops/test_extension.py || cuda=$?
 echo "under sanitizers: the CPU side exited with $cpu, the CUDA side on the CPU with $cuda"
