@@ -434,3 +434,21 @@ def test_a_cache_changed_in_inference_mode_goes_on_with_gradients():
         cache = ours(ids[:, :8], use_cache=True).past_key_values
         cache.layers[0].keys = cache.layers[0].keys * 2
     ours(ids[:, 8:], past_key_values=cache).logits.sum().backward()
+
+
+def test_keys_and_values_of_a_padded_row_that_are_asked_for_one_by_one():
+    theirs, ours = peers()
+    ids, mask = torch.randint(97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    places, logits = (mask.cumsum(1) - 1).clamp(min=0), []
+    with torch.no_grad():
+        for model in (theirs, ours):
+            given = {"attention_mask": mask[:, :-1], "position_ids": places[:, :-1]}
+            cache = model(ids[:, :-1], **given, use_cache=True).past_key_values
+            for layer in cache.layers:
+                k, v = layer.keys, layer.values
+                k[:, :, -2] *= 2
+                v[:, :, -3] *= 2
+                layer.values = layer.values * 1.5
+            logits.append(model(ids[:, -1:], past_key_values=cache, attention_mask=mask, position_ids=places[:, -1:]).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
