@@ -275,7 +275,7 @@ class GPTNeoConfig(ConfigFiles):
             kept.pop("attention_layers", None)
         if "attention_layers" in overrides:
             kept.pop("attention_types", None)
-        names = {*cls.__dataclass_fields__, *cls.aliases, "num_labels"}
+        names = cls.keywords()
         config = cls(**({k: v for k, v in kept.items() if k in names} | overrides))
         for name in kept.keys() - names:  # as they stand, near to a field's name or not
             config._keep(name, kept[name])

@@ -31,6 +31,11 @@ class ConfigFiles:
         @classmethod
         def from_dict(cls, values: dict[str, Any], **overrides: Any) -> GPTNeoConfig: ...
 
+    @classmethod
+    def keywords(cls) -> set[str]:
+        """Names that a value can be given by: fields, their other names, num_labels."""
+        return {*cls.__dataclass_fields__, *cls.aliases, "num_labels"}
+
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write the text of `config.json` to a file, whole or not at all.
 
@@ -66,8 +71,7 @@ class ConfigFiles:
             return_unused_kwargs: give (configuration, options that are no field) and keep none of these.
         """
         source = Source.of(name_or_path, **{k: options.pop(k) for k in Source.OPTIONS if k in options})
-        names = {*cls.__dataclass_fields__, *cls.aliases, "num_labels"}
-        unused = {k: options.pop(k) for k in list(options) if return_unused_kwargs and k not in names}
+        unused = {k: options.pop(k) for k in list(options) if return_unused_kwargs and k not in cls.keywords()}
         config = cls.from_source(source, **options)
         return (config, unused) if return_unused_kwargs else config
 

@@ -40,7 +40,7 @@ def screen(others: dict[str, Any], attn_implementation: str | None, loader: Call
     for name in ("variant", "from_tf"):
         if not others.get(name):
             others.pop(name, None)
-    fields = _fields()
+    fields = GPTNeoConfig.keywords()
     options = inspect.signature(loader).parameters
     for name in others:
         if name not in fields:
@@ -118,13 +118,8 @@ def own_arguments(cls: Any, others: dict[str, Any]) -> dict[str, Any]:
     """Keywords that an `__init__` of somebody's own names, out of those of `from_pretrained`."""
     if cls.__init__.__module__.startswith(f"{__package__}."):
         return {}
-    names = inspect.signature(cls.__init__).parameters.keys() - {*_fields(), "config"}
+    names = inspect.signature(cls.__init__).parameters.keys() - {*GPTNeoConfig.keywords(), "config"}
     return {name: others.pop(name) for name in list(others) if name in names}
-
-
-def _fields() -> set[str]:
-    """Keywords that are the configuration's."""
-    return {*GPTNeoConfig.__dataclass_fields__, *GPTNeoConfig.aliases, "num_labels"}
 
 
 def built(cls: Any, config: GPTNeoConfig, backend: str, own: Mapping[str, Any]) -> Any:

@@ -13,17 +13,9 @@ from torch.utils._pytree import tree_flatten
 import gptneo_fast
 from gptneo_fast.demo import FOLDER
 from gptneo_fast.kinship import make_kin
-from tests.support.peers import peers
+from tests.support.peers import CLASSES, peers
 
 transformers = pytest.importorskip("transformers")
-
-CLASSES = [
-    "GPTNeoModel",
-    "GPTNeoForCausalLM",
-    "GPTNeoForSequenceClassification",
-    "GPTNeoForTokenClassification",
-    "GPTNeoForQuestionAnswering",
-]
 
 
 @pytest.mark.parametrize("cls", CLASSES)

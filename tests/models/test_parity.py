@@ -6,15 +6,8 @@ import pytest
 import torch
 
 import gptneo_fast
-from tests.support.peers import SMALL, field_names, peers
+from tests.support.peers import CLASSES, SMALL, field_names, peers
 
-CLASSES = [
-    "GPTNeoModel",
-    "GPTNeoForCausalLM",
-    "GPTNeoForSequenceClassification",
-    "GPTNeoForTokenClassification",
-    "GPTNeoForQuestionAnswering",
-]
 CLOSE = dict(rtol=2e-5, atol=2e-5)
 
 

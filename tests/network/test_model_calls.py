@@ -9,16 +9,9 @@ import torch
 
 import gptneo_fast
 from gptneo_fast.errors import InputError, UnknownOptionError
-from tests.support.peers import SMALL, peers
+from tests.support.peers import CLASSES, SMALL, peers
 
 transformers = pytest.importorskip("transformers")
-CLASSES = [
-    "GPTNeoModel",
-    "GPTNeoForCausalLM",
-    "GPTNeoForSequenceClassification",
-    "GPTNeoForTokenClassification",
-    "GPTNeoForQuestionAnswering",
-]
 IDS = torch.tensor([[5, 9, 30, 4, 96, 17], [3, 3, 8, 44, 60, 12]])
 
 

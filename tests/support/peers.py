@@ -7,6 +7,13 @@ import torch
 
 import gptneo_fast
 
+CLASSES = [
+    "GPTNeoModel",
+    "GPTNeoForCausalLM",
+    "GPTNeoForSequenceClassification",
+    "GPTNeoForTokenClassification",
+    "GPTNeoForQuestionAnswering",
+]
 SMALL = dict(
     vocab_size=97,
     hidden_size=32,
