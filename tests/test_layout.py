@@ -14,7 +14,7 @@ REPO = ROOT.parent
 
 # From the ground up; a module may import from floors below its own, and from its own room.
 FLOORS = [
-    ["errors", "kinship", "demo"],
+    ["errors", "kinship", "forks", "demo"],
     ["files", "device", "progress", "kernels"],
     ["config"],
     ["ops", "tokenizer"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, InputError
+from ..forks import new_lock
 
 LIBRARY = Path(__file__).parents[1] / "_csrc.so"
 REPORT = Path(__file__).parents[1] / "_csrc.json"
@@ -28,7 +28,7 @@ _SHAPE_RULES: dict[str, Callable[..., Any]] = {
     "likeliest": lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
     "draw": lambda probabilities, *_: probabilities.new_empty(len(probabilities), dtype=torch.int64),
 }
-_LOADING, _DRAWING = threading.Lock(), threading.Lock()
+_LOADING, _DRAWING = new_lock(), new_lock()
 _TWIN = "on CUDA the Triton kernel stores keys and values"
 
 

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from ..errors import InputError, SetupError, TokenizerError, UnknownOptionError, nearest, short, warn_once
 from ..files.hub import Source
+from ..forks import new_lock
 from ..kinship import make_kin
 from . import saving
 from .arguments import checked_text, checked_tokens, flag, mapping, shape_of
@@ -18,7 +19,6 @@ from .decode import Decoding
 from .encode import encode
 from .encoding import BatchEncoding
 from .files import Parts, build, given_parts, read_parts
-from .forks import new_lock
 from .padding import Padding
 from .settings import read_settings
 from .special import NAMES, extra_tokens

@@ -1,5 +1,6 @@
 """Draws by the extension: torch's tokens, and torch's generator afterwards."""
 
+import os
 import threading
 
 import pytest
@@ -92,3 +93,23 @@ def test_threads_that_share_a_generator_draw_no_number_twice():
 def test_what_is_no_state_is_refused(p, state, words):
     with pytest.raises(RuntimeError, match=words):
         torch.ops.gptneo_fast_csrc.draw(p, state)
+
+
+def test_a_child_that_is_forked_while_another_thread_draws_can_draw():
+    p, end = torch.full((1, 50257), 1 / 50257), threading.Event()
+
+    def work():
+        while not end.is_set():
+            extension.draw(p, torch.Generator().manual_seed(1))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(10):
+            if (child := os.fork()) == 0:
+                extension.draw(p, torch.Generator().manual_seed(1))
+                os._exit(7)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    finally:
+        end.set()
+        thread.join()
