@@ -47,9 +47,12 @@ def test_short_prompts_are_read_together(model, reads, touch):
 
 
 def test_a_shared_prefix_is_computed_once(model, reads):
-    prefix = ids_of(200)
-    with Engine(model, 4) as engine:
+    prefix, gate = ids_of(200), Gate(1)
+    with Engine(model, 5) as engine:
+        engine.submit([5], max_new_tokens=2, logits_processor=[gate])
+        gate.wait()
         jobs = [engine.submit(ids_of(n), prefix=prefix, max_new_tokens=9) for n in (1, 5, 150, 1)]
+        gate.open()
         for job in jobs:
             assert job.prompt == len(job.ids) - len(job.tokens) and job.ids[:200] == prefix
             require_same(model, job.ids[: job.prompt], job.result(60), serial(model, job.ids[: job.prompt], max_new_tokens=9))
