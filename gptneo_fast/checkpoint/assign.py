@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint into the parameters of a model: foreign names, dtypes, what is missing and what is too much.
+"""Tensors of a checkpoint into a model's parameters and buffers: foreign names, dtypes, what is missing and what is too much.
 
 Everything is held against the configuration before the first weight is read.
 """
@@ -28,6 +28,7 @@ _RELEASED = re.compile(  # parameters that every trunk has: what a subclass adds
     r"|h\.\d+\.attn\.attention\.[qkv]_proj\.weight"
 )
 HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.")
+_READ = (".weight", ".weight.values", ".weight.scales")
 _MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.attention\.(bias|masked_bias)")
 
 
@@ -35,8 +36,8 @@ _MASK_BUFFERS = re.compile(r"h\.\d+\.attn\.attention\.(bias|masked_bias)")
 class LoadReport:
     """What loading did, under transformers' names for it."""
 
-    missing_keys: list[str] = field(default_factory=list)  # parameters that were freshly initialised
-    unexpected_keys: list[str] = field(default_factory=list)  # tensors that no parameter took
+    missing_keys: list[str] = field(default_factory=list)  # what starts afresh
+    unexpected_keys: list[str] = field(default_factory=list)  # tensors that nothing took
     mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     # of those, parameters of another shape: name, shape in the file, shape of the model
 
@@ -58,11 +59,16 @@ def canonical(name: str, prefix: str = "") -> str | None:
     return None if _MASK_BUFFERS.fullmatch(name) else name
 
 
+def dtype_of(tensors: Iterable[Stored]) -> torch.dtype | None:
+    """Of the weights of a checkpoint: that of the first; None where it has none."""
+    floats = (t for t in tensors if t.dtype in FLOATS and not t.name.endswith(".scales"))
+    return next((t.dtype for t in floats if canonical(t.name) is not None), None)
+
+
 def load_into(
     model: nn.Module,
     tensors: Iterable[Stored],
     *,
-    dtype: torch.dtype | None,
     device: torch.device,
     where: str,
     strict: bool = True,
@@ -70,37 +76,35 @@ def load_into(
     check_finite: bool = True,
     quantize: Format | None = None,
 ) -> LoadReport:
-    """Give every parameter of `model`, which may be on the meta device, its tensor.
+    """Give every parameter of `model`, and every buffer that it saves, its tensor; they may be on the meta device.
 
     Args:
-        model: its parameters are replaced, all or none. Shared parameters stay shared.
+        model: these are replaced, all or none, and keep their dtypes. Shared parameters stay shared.
         tensors: places of the weights, in the order to read them.
-        dtype: of the parameters; None for that of the first tensor that a parameter takes.
         device: of the parameters.
         where: what errors call the checkpoint.
         strict: refuse tensors that nothing takes, and an lm_head that is not the embedding it is tied to.
-        ignore_mismatched_sizes: start parameters of another shape afresh.
-        check_finite: refuse NaN, infinities and values that `dtype` cannot hold.
+        ignore_mismatched_sizes: start what has another shape afresh.
+        check_finite: refuse NaN, infinities and values that a parameter's dtype cannot hold.
         quantize: put linear layers and embedding into few bits, from what the file holds, one after the other.
 
     Raises:
         CheckpointError: tensors of another shape or kind, missing or too many; a value that is not finite.
     """
     held, owners = dict(_held(model)), _owners(model)
-    packed = {key: held[key].dtype for key in owners if not held[key].is_floating_point() or key.endswith(".weight.scales")}
-    plan = _Plan(where, {key: tuple(held[key].shape) for key in owners}, packed, _tied_head(owners), _prefix(model))
+    packed = {f"{canonical(n, _prefix(model))}.weight.{own}" for n, w in quantized.weights(model).items() for own in w._buffers}
+    plan = _Plan(where, {key: held[key] for key in owners}, packed, _tied_head(owners), _prefix(model))
     for tensor in tensors:
         plan.add(tensor)
     report = plan.check(strict, ignore_mismatched_sizes)
     copier = copier_for(device, check_finite)
-    dtype = dtype or next((tensor.dtype for key, tensor in plan.taken.items() if key not in packed), None)
     places = _places(model) if quantize else set()
     few = [key for key in plan.taken if not places.isdisjoint(owners[key])]
-    read = [key for key, tensor in plan.taken.items() if len(tensor.shape) == 2 and key != "wpe.weight"]  # by every step
+    read = [k for k, t in plan.taken.items() if len(t.shape) == 2 and k.endswith(_READ) and k != "wpe.weight"]  # by every step
     like = {
         key: QuantizedWeight.empty(tensor.shape, quantize, "meta")
         if quantize and key in few
-        else torch.empty(tensor.shape, dtype=packed.get(key, dtype), device="meta" if key in read else device)
+        else torch.empty(tensor.shape, dtype=held[key].dtype, device="meta" if key in read else device)
         for key, tensor in plan.taken.items()
     }
     new = like | dict(zip(read, memory((like[key] for key in read), device), strict=True))
@@ -116,12 +120,12 @@ def load_into(
     _check_tied(copier, plan.heads, new, where, strict)
     for key in report.missing_keys:
         made = held[key].detach()
-        new[key] = torch.empty_like(made, dtype=dtype, device=device) if made.is_meta else made.to(device, dtype)
+        new[key] = torch.empty_like(made, device=device) if made.is_meta else made.to(device)
     for key, value in new.items():
         _place(model, owners[key], value)
     for module in model.modules():
         if isinstance(module, QuantizedEmbedding):
-            module.dtype_of = torch.empty(0, dtype=dtype, device=device)
+            module.dtype_of = torch.empty_like(module.dtype_of, device=device)
     report.missing_keys = [_path(model, key) for key in report.missing_keys]
     report.mismatched_keys = [(_path(model, key), has, wants) for key, has, wants in report.mismatched_keys]
     if report.mismatched_keys:
@@ -139,8 +143,8 @@ class _Plan:
     """Which tensor goes where, and all that speaks against it."""
 
     where: str
-    shapes: dict[str, tuple[int, ...]]  # of the parameters
-    packed: dict[str, torch.dtype]  # of integers and scales, which are taken as they are
+    held: dict[str, Tensor]  # what the model has
+    packed: set[str]  # integers and scales of weights in few bits
     tied_head: bool
     prefix: str
     taken: dict[str, Stored] = field(default_factory=dict)
@@ -157,15 +161,16 @@ class _Plan:
             return
         if key in self.taken:
             raise CheckpointError(f"{self.where}: {tensor.name!r} and {self.taken[key].name!r} are one parameter; keep one")
-        if self.tied_head and (own := key.replace("lm_head.", "wte.", 1)) != key and own in self.shapes:
+        if self.tied_head and (own := key.replace("lm_head.", "wte.", 1)) != key and own in self.held:
             self.heads[own] = tensor
-        elif key not in self.shapes:
+        elif key not in self.held:
             (self.other_heads if key.startswith(HEADS) else self.surplus).append(tensor.name)
         else:
             self.taken[key] = tensor
-            if key in self.packed:
-                if tensor.dtype is not self.packed[key]:
-                    self.other_bits.append((tensor, self.packed[key]))
+            wanted = self.held[key].dtype
+            if key in self.packed or not wanted.is_floating_point:  # taken as they are
+                if tensor.dtype is not wanted:
+                    self.other_bits.append((tensor, wanted))
             elif tensor.dtype not in FLOATS:
                 self.no_floats.append(tensor)
 
@@ -175,11 +180,12 @@ class _Plan:
         Raises:
             CheckpointError: names tensors and the fields of config.json that they do not fit.
         """
+        shapes = {key: tuple(tensor.shape) for key, tensor in self.held.items()}
         mismatched = []
         if ignore_mismatched_sizes:
-            mismatched = [k for k, t in self.taken.items() if t.shape != self.shapes[k] and k not in self.packed]
-        others = [(key, tuple(self.taken.pop(key).shape), self.shapes[key]) for key in mismatched]
-        missing = [key for key in self.shapes if key not in self.taken]
+            mismatched = [k for k, t in self.taken.items() if t.shape != shapes[k] and k not in self.packed]
+        others = [(key, tuple(self.taken.pop(key).shape), shapes[key]) for key in mismatched]
+        missing = [key for key in self.held if key not in self.taken]
         faults = []
         if self.no_floats:
             kinds = ", ".join(f"{t.name[:200]!r} is {str(t.dtype).removeprefix('torch.')}" for t in self.no_floats[:4])
@@ -188,15 +194,14 @@ class _Plan:
             stored, wanted = self.other_bits[0]
             has, wants = (str(dtype).removeprefix("torch.") for dtype in (stored.dtype, wanted))
             more = f"; so are {len(self.other_bits) - 1} more of another dtype" if len(self.other_bits) > 1 else ""
-            faults.append(
-                f"tensor {stored.name[:200]!r} is {has}, and quantization_config in config.json asks for {wants}{more}"
-            )
-        if fault := check_shapes(self.taken, self.shapes):
+            asks = "quantization_config in config.json asks for" if self.packed else "the model's buffer is"
+            faults.append(f"tensor {stored.name[:200]!r} is {has}, and {asks} {wants}{more}")
+        if fault := check_shapes(self.taken, shapes):
             faults.append(fault)
         if trunk := [k for k in missing if (_RELEASED.fullmatch(k) or k in self.packed) and k not in mismatched]:
-            faults.append(f"no tensor for {some(trunk)}{layers_hint(self.taken, self.surplus, self.shapes)}")
+            faults.append(f"no tensor for {some(trunk)}{layers_hint(self.taken, self.surplus, shapes)}")
         if self.surplus and strict:
-            faults.append(f"{some(self.surplus)} fit no parameter{layers_hint(self.taken, self.surplus, self.shapes)}")
+            faults.append(f"{some(self.surplus)} fit no parameter{layers_hint(self.taken, self.surplus, shapes)}")
         bits = [name for name in self.surplus if name.endswith(".weight.scales")]
         if bits and not self.packed:
             faults.append("weights are in few bits, and config.json has no quantization_config that says so")
@@ -206,12 +211,14 @@ class _Plan:
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Canonical name of each parameter, and of what weights in few bits hold; what is tied comes twice."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield canonical(name, _prefix(model)) or name, parameter
-    for name, weight in quantized.weights(model).items():
-        for own, tensor in weight.named_buffers():
-            yield f"{canonical(name, _prefix(model))}.weight.{own}", tensor
+    """Canonical name of each parameter, and of each buffer that is saved; what is tied comes twice."""
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        yield canonical(name, _prefix(model)) or name, tensor
+    for path, module in model.named_modules(remove_duplicate=False):
+        for own, buffer in module._buffers.items():
+            if buffer is not None and own not in module._non_persistent_buffers_set:
+                name = f"{path}.{own}" if path else own
+                yield canonical(name, _prefix(model)) or name, buffer
 
 
 def _owners(model: nn.Module) -> dict[str, list[str]]:
@@ -233,16 +240,17 @@ def _tied_head(owners: dict[str, list[str]]) -> bool:
 
 
 def _place(model: nn.Module, keys: list[str], value: Tensor | QuantizedWeight) -> None:
-    """Make `value` the parameter at each of these places, or what is held there in few bits."""
-    param = nn.Parameter(value) if isinstance(value, Tensor) and value.is_floating_point() else None
+    """Make `value` the parameter at each of these places, or the buffer, or the weight in few bits."""
+    param: nn.Parameter | None = None
     for key in keys:
         module_name, _, name = _path(model, key).rpartition(".")
         module = model.get_submodule(module_name)
         if isinstance(value, QuantizedWeight):
             quantized.convert(module, value)
-        elif isinstance(module, QuantizedWeight):
+        elif name in module._buffers:
             module._buffers[name] = value
         else:
+            param = nn.Parameter(value) if param is None else param  # trained, whatever it was before, as in transformers
             module._parameters[name] = param
 
 

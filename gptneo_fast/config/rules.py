@@ -11,7 +11,7 @@ from ..errors import short
 GELU_NEW = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh")  # names of one function, which kernels and flax compute
 ACTIVATIONS = (  # names that transformers gives; `network.activations` computes them
     "gelu_new gelu_pytorch_tanh gelu_python_tanh gelu gelu_python gelu_10 gelu_fast gelu_accurate quick_gelu laplace relu "
-    "relu2 relu6 leaky_relu prelu hardswish linear mish sigmoid silu swish sqrtsoftplus tanh"
+    "relu2 relu6 leaky_relu prelu hardswish linear mish sigmoid silu swish sqrtsoftplus tanh xielu"
 ).split()
 LIMITS = {  # field -> largest value that is not a mistake
     "vocab_size": 2**24,
@@ -78,8 +78,7 @@ def fault_of(name: str, value: Any) -> str | None:
         if value is not None and not all(is_int(i) and -(2**31) < i < 2**31 for i in ids):
             return f"{name} {short(value)} is not a token id"
     elif name == "activation_function" and value not in ACTIVATIONS:
-        kind = "has buffers and a dtype of its own, and no GPT-Neo was released with it" if value == "xielu" else "is unknown"
-        return f"activation_function {short(value)} {kind}; use one of {', '.join(ACTIVATIONS)}"
+        return f"activation_function {short(value)} is unknown; use one of {', '.join(ACTIVATIONS)}"
     elif name == "attention_layers":
         if not isinstance(value, (list, tuple)):
             return f"attention_layers {short(value)} is not a list"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from ..config import GPTNeoConfig
 from ..errors import InputError
+from ..network.activations import XIELU
 from ..network.touch import Watched
 from ..ops.quantized import QuantizedWeight
 
@@ -38,6 +41,18 @@ class Initialising(Watched):
         if not any(p is not None and p.is_meta for p in module._parameters.values()):  # which are to get memory first
             vars(module)[INITIALIZED] = True  # not by an attribute's setting, which counts as a touch
 
+    def _init_missing(self, names: Iterable[str]) -> None:
+        """Initialise what a checkpoint had nothing for, by `_init_weights` of its module, whose other tensors stay."""
+        fresh = set(names)
+        for path in {name.rpartition(".")[0] for name in fresh}:
+            module = self.get_submodule(path)
+            held = {f"{path}.{own}" if path else own: t for own, t in (module._parameters | module._buffers).items()}
+            loaded = [(t, t.detach().clone()) for name, t in held.items() if t is not None and name not in fresh]
+            self._init_weights(module)
+            with torch.no_grad():
+                for tensor, value in loaded:
+                    tensor.copy_(value)
+
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
         """Parameters that are tied -> those that they are tied to."""
@@ -58,5 +73,5 @@ class Initialising(Watched):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm) and not module.weight.is_meta:
+        elif isinstance(module, nn.LayerNorm | nn.PReLU | XIELU) and not any(p.is_meta for p in module.parameters()):
             module.reset_parameters()

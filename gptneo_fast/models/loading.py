@@ -105,13 +105,32 @@ def check_attention(attn_implementation: object, live: bool = False) -> None:
         )
 
 
-class _NoInitialValues(TorchFunctionMode):
-    """Functions of torch.nn.init do nothing: of tensors without memory, normal_ imports all of torch._dynamo, over a second."""
+class _WithoutMemory(TorchFunctionMode):
+    """Modules are made on the meta device in a dtype, of this thread alone. Functions of torch.nn.init do nothing: of tensors
+    without memory, normal_ imports all of torch._dynamo, over a second."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if getattr(func, "__module__", None) == nn.init.__name__:
             return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
+        if func is torch.empty:
+            kwargs = kwargs | {"device": "meta", "dtype": kwargs.get("dtype") or self.dtype}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Tensors are made in this dtype by themselves, in every thread; None changes nothing."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def own_arguments(cls: Any, others: dict[str, Any]) -> dict[str, Any]:
@@ -122,12 +141,14 @@ def own_arguments(cls: Any, others: dict[str, Any]) -> dict[str, Any]:
     return {name: others.pop(name) for name in list(others) if name in names}
 
 
-def built(cls: Any, config: GPTNeoConfig, backend: str, own: Mapping[str, Any]) -> Any:
-    """A model to load weights into: without memory where our `__init__` makes it, else as its own `__init__` does."""
+def built(cls: Any, config: GPTNeoConfig, backend: str, dtype: torch.dtype | None, own: Mapping[str, Any]) -> Any:
+    """A model to load weights into: without memory where our `__init__` makes it, else as its own `__init__` does, which may
+    give a tensor another dtype."""
     if cls.__init__.__module__.startswith(f"{__package__}."):
-        with torch.device("meta"), _NoInitialValues():
+        with _WithoutMemory(dtype):
             return cls(config, backend=backend)
-    model = cls(config, **own)
+    with default_dtype(dtype):
+        model = cls(config, **own)
     model.base_model.requested_backend = backend
     model.tie_weights()
     return model

@@ -272,15 +272,15 @@ class GPTNeoPreTrainedModel(Training, Quantizing, Initialising):
         wanted = dtype if dtype is not None else torch_dtype
         chosen = as_dtype("auto" if wanted is None else wanted) or as_dtype(config.dtype or "auto")
         said, rounding = quantizing.asked(config, quantize)
-        model = loading.built(cls, config, backend, own)
-        if said is not None:
-            quantizing.prepare(model, said)
         device = as_device(device_map)
         with loading.opened(source, state_dict, use_safetensors, allow_pickle, from_flax) as tensors:
+            chosen = chosen or checkpoint.dtype_of(tensors)
+            model = loading.built(cls, config, backend, chosen, own)
+            if said is not None:
+                quantizing.prepare(model, said)
             report = checkpoint.load_into(
                 model,
                 tensors,
-                dtype=chosen,
                 device=device,
                 where="state_dict" if source is None else source.name,
                 strict=strict,
@@ -290,11 +290,10 @@ class GPTNeoPreTrainedModel(Training, Quantizing, Initialising):
             )
         if rounding is not None:
             config.quantization_config = quantizing.described(rounding)
-        for key in report.missing_keys:
-            model._init_weights(model.get_submodule(key.rpartition(".")[0]))
+        model._init_missing(report.missing_keys)
         for module in model.modules():
             vars(module)[INITIALIZED] = True
-        config.dtype = str(model.dtype).removeprefix("torch.")
+        config.dtype = str(chosen or model.dtype).removeprefix("torch.")
         if model.can_generate() and source is not None:
             setattr(model, "generation_config", generation or GenerationConfig.from_source(source, config))  # noqa: B010 (not of every class)
         model.eval()
@@ -315,8 +314,11 @@ class GPTNeoPreTrainedModel(Training, Quantizing, Initialising):
         """A freshly initialised model; the keywords mean what they do to `from_pretrained`, options go to the class."""
         loading.check_attention(attn_implementation)
         wanted = dtype if dtype is not None else torch_dtype
-        model = cls(config, **options)
-        return model if wanted is None else model.to(as_dtype(wanted))
+        chosen = as_dtype(wanted if wanted is not None else config.dtype or "auto")
+        with loading.default_dtype(chosen):
+            model = cls(config, **options)
+        model.config.dtype = str(chosen or model.dtype).removeprefix("torch.")
+        return model
 
     _from_config = from_config
 

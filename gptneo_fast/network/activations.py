@@ -36,6 +36,41 @@ class Elementwise(nn.Module):
         return self.name
 
 
+class XIELU(nn.Module):
+    """xIELU with shapes that are trained, in bfloat16 whatever the model is in; Huang and Schlag 2024, "Deriving Activation
+    Functions Using Integration", section 3.2.
+
+    a_p x^2 + b x above 0, a_n (e^min(x, eps) - 1 - x) + b x elsewhere; a_p = softplus(alpha_p), a_n = b + softplus(alpha_n).
+    """
+
+    alpha_p: Tensor
+    alpha_n: Tensor
+    beta: Tensor
+    eps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("alpha_p", "alpha_n"):
+            self.register_parameter(name, nn.Parameter(torch.empty(1, dtype=torch.bfloat16)))
+        for name in ("beta", "eps"):
+            self.register_buffer(name, torch.empty((), dtype=torch.bfloat16))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """a_p = a_n = 0.8, b = 0.5, eps = -1e-6."""
+        with torch.no_grad():
+            for alpha, value in ((self.alpha_p, 0.8), (self.alpha_n, 0.8 - 0.5)):
+                alpha.fill_(torch.tensor(value, dtype=torch.bfloat16, device="cpu").expm1().log().item())
+            self.beta.fill_(0.5)
+            self.eps.fill_(-1e-6)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise, of any shape; of float16 it gives float32, as in transformers."""
+        a_p, a_n = F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
+        below = (torch.expm1(torch.min(input, self.eps)) - input) * a_n
+        return torch.where(input > 0, a_p * input * input, below) + self.beta * input
+
+
 def _clipped(x: Tensor) -> Tensor:
     return torch.clip(F.gelu(x), -10, 10)
 
@@ -92,6 +127,7 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
     "swish": nn.SiLU,
     "tanh": nn.Tanh,
     "prelu": nn.PReLU,
+    "xielu": XIELU,
     **{name: partial(Elementwise, name, function) for name, function in _FUNCTIONS.items()},
 }
 

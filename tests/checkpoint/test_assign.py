@@ -223,7 +223,7 @@ def test_a_model_whose_loading_fails_keeps_its_weights(folder):
     before = {n: p.clone() for n, p in model.named_parameters()}
     file = WeightFile(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="holds nan"):
-        load_into(model, stored_in(file), dtype=None, device=torch.device("cpu"), where="here")
+        load_into(model, stored_in(file), device=torch.device("cpu"), where="here")
     file.close()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert model.lm_head.weight is model.transformer.wte.weight

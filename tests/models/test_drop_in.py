@@ -336,7 +336,8 @@ def test_a_fresh_model_takes_the_keywords_of_transformers(pair):
     config = pair[1].config
     for make in (gptneo_fast.GPTNeoForCausalLM.from_config, gptneo_fast.AutoModelForCausalLM.from_config):
         made = make(config, torch_dtype="bfloat16", attn_implementation="eager", trust_remote_code=True)
-        assert type(made) is gptneo_fast.GPTNeoForCausalLM and made.dtype is torch.bfloat16
+        assert type(made) is gptneo_fast.GPTNeoForCausalLM and made.dtype is made.config.dtype is torch.bfloat16
+        assert make(config.replace(dtype="float16")).dtype is torch.float16
         with pytest.raises(InputError, match="attn_implementation 'sdpa' is not offered"):
             make(config, attn_implementation="sdpa")
     gptneo_fast.GPTNeoPreTrainedModel(config, attn_implementation="eager")  # a base of heads of one's own, as theirs

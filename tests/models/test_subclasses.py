@@ -308,3 +308,55 @@ def test_an_init_that_names_a_field_of_the_configuration_leaves_it_there(folder)
     with pytest.warns(gptneo_fast.errors.GPTNeoFastWarning, match="freshly initialised"):
         want, got = both(make)
     assert got == want == [5, 0.25, 0.3, 2, 5, C]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_buffers_and_tensors_of_a_dtype_of_their_own_are_saved_and_loaded(dtype, tmp_path):
+    def make(library):
+        class Own(base_of(library)):
+            def __init__(self, config):
+                super().__init__(config)
+                self.transformer = library.GPTNeoModel(config)
+                self.norm, self.out = nn.BatchNorm1d(C), nn.Linear(C, 3)
+                self.register_buffer("weights", torch.tensor([1.0, 2.0, 3.0]))
+                self.register_buffer("order", torch.tensor([2, 0, 1]))
+                self.temperature = nn.Parameter(torch.ones(1, dtype=torch.float32))
+                self.post_init()
+
+        model = Own(library.GPTNeoConfig(**SMALL))
+        model.norm.running_mean += 2
+        model.norm.num_batches_tracked += 7
+        model.weights += 1
+        model.order.copy_(torch.tensor([1, 2, 0]))
+        model.temperature.data.fill_(1 / 3)
+        folder = tmp_path / library.__name__
+        model.save_pretrained(folder)
+        loaded = Own.from_pretrained(folder, dtype=dtype)
+        held = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+        assert loaded.config.dtype is loaded.out.weight.dtype is (dtype or torch.float32)
+        return {n: t for n, t in held.items() if not n.startswith(("transformer.", "out."))}
+
+    want, got = both(make)
+    assert want.keys() == got.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
+
+
+def test_what_is_loaded_of_a_layer_stays_where_the_rest_is_initialised():
+    model = gptneo_fast.GPTNeoForQuestionAnswering(gptneo_fast.GPTNeoConfig(**SMALL))
+    values = {name: value for name, value in model.state_dict().items() if name != "qa_outputs.bias"}
+    with pytest.warns(gptneo_fast.errors.GPTNeoFastWarning, match=r"no weights for qa_outputs\.bias"):
+        loaded = type(model).from_pretrained(None, config=model.config, state_dict=values)
+    assert torch.equal(loaded.qa_outputs.weight, model.qa_outputs.weight) and not loaded.qa_outputs.bias.any()
+
+
+def test_a_buffer_of_another_kind_is_refused():
+    class Own(gptneo_fast.GPTNeoForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("order", torch.tensor([2, 0, 1]))
+
+    model = Own(gptneo_fast.GPTNeoConfig(**SMALL))
+    values = model.state_dict() | {"order": torch.ones(3)}
+    with pytest.raises(CheckpointError, match=r"tensor 'order' is float32, and the model's buffer is int64"):
+        Own.from_pretrained(None, config=model.config, state_dict=values)
