@@ -49,8 +49,8 @@ CPU_SOURCES = (
 )
 CUDA_SOURCES = ("kv_append.cu",)
 HEADERS = (
-    *("attention.h", "decode.h", "integers.h", "kv_append.h", "lanes.h", "packed.h", "products.h", "reading.h", "running.h"),
-    "slots.h",
+    *("attention.h", "decode.h", "draw.h", "draw_lanes.h", "integers.h", "kv_append.h", "lanes.h", "packed.h", "products.h"),
+    *("reading.h", "running.h", "slots.h"),
 )
 LANES = {  # floats of a vector -> the instruction set that has it; decode_lanes.cpp is compiled once for each
     "4": [],

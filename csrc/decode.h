@@ -102,6 +102,11 @@ struct Lanes {
   void (*statistics)(const Piece* pieces, int64_t count, int64_t token, float* own, int64_t* rank, float* entropy, float* variance);
   // The first of the largest of [V] logits, or -1 where one is not finite.
   int64_t (*likeliest)(const float* logits, int64_t V);
+  // See draw_lanes.h.
+  int64_t (*at_least)(const float* x, int64_t n, float least, int32_t* places);
+  void (*exponentials)(const float* x, int64_t n, float less, float* y);
+  void (*twist)(uint32_t* words);
+  int64_t (*hopeful)(const float* weights, const uint32_t* words, int64_t n, float bound, int32_t* places);
 };
 
 extern const Lanes lanes_4;

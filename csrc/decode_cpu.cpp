@@ -1,6 +1,6 @@
-// The op `decode`: embedding, a run of blocks and the head for a few rows in one call. Its parameters were named once, by `plan`, because handing 13 tensors a block over costs
-// more than a small model's step; they are read where they stand, and looked at anew, in each call: a plan holds tensors, not
-// addresses.
+// The op `decode`: embedding, a run of blocks and the head for a few rows in one call. Its parameters were named once, by
+// `plan`, because handing 13 tensors a block over costs more than a small model's step; they are read where they stand, and
+// looked at anew, in each call: a plan holds tensors, not addresses.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,6 +19,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "draw.h"
 #include "running.h"
 
 namespace gptneo_fast {
@@ -217,18 +218,51 @@ Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, 
   return out;
 }
 
-// Up to `steps` steps, each on the likeliest tokens of the one before it: tokens int64 [B, n], fewer where all rows have
-// ended. The first token of a row that is one of `ends` is its last; `pad` follows. A row whose logits are not finite gets -1
-// in that place, and has ended. In the first `least` steps `ends` are not chosen.
-Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::vector<Tensor> keys,
-              std::vector<Tensor> values, const Tensor& lengths, const Tensor& running, std::vector<int64_t> ends, int64_t pad,
-              int64_t least, int64_t steps, int64_t max_lanes) {
+// The tokens [B] of one step from logits [B, V], into `tokens`: the likeliest, or drawn where there are `numbers`; -1 where a
+// row's are not finite. Logits may change. Nothing is drawn
+// where no row goes on. False where a draw is for torch.
+bool next_tokens(const Lanes& of, std::vector<float>& logits, int64_t V, const std::vector<bool>& runs, bool may_end,
+                 const std::vector<int64_t>& ends, const Draws& how, Twister* numbers, std::vector<int64_t>& tokens) {
+  bool goes_on = false;
+  for (size_t b = 0; b < runs.size(); ++b) {
+    tokens[b] = of.likeliest(&logits[b * V], V);
+    goes_on = goes_on || (runs[b] && tokens[b] >= 0);
+  }
+  if (numbers && !goes_on) return true;
+  for (size_t b = 0; b < runs.size(); ++b) {
+    float* row = &logits[b * V];
+    if (tokens[b] < 0) {
+      if (!numbers) continue;
+      std::fill(row, row + V, 0.0f);  // something is drawn of every row, so that the others draw what they would
+    }
+    if (!may_end)
+      for (const int64_t end : ends) row[end] = -std::numeric_limits<float>::infinity();
+    int64_t token = tokens[b];
+    if (numbers) {
+      token = draw(of, how, row, V, *numbers);
+      if (token < 0) return false;
+    } else if (!may_end) {
+      token = std::max_element(row, row + V) - row;
+    }
+    if (tokens[b] >= 0) tokens[b] = token;
+  }
+  return true;
+}
+
+// Up to `steps` steps, each on the tokens that the one before it gave: int64 [B, n], fewer where all rows have ended, or where
+// the next draw is for torch. The first token of a row that is one of `ends` is its last; `pad` follows. A row whose logits are
+// not finite gets -1 in that place, and has ended. In the first `least` steps `ends` are not chosen. state: of the generator
+// that tokens are drawn with; without it they are the likeliest.
+Tensor several(int64_t number, const Tensor& ids, const Tensor& positions, std::vector<Tensor> keys,
+               std::vector<Tensor> values, const Tensor& lengths, const Tensor& running, std::vector<int64_t> ends, int64_t pad,
+               int64_t least, int64_t steps, std::optional<Tensor> state, double temperature, int64_t top_k, double top_p,
+               int64_t max_lanes) {
   if (steps < 1) refuse("steps is ", steps, ", but must be at least 1");
   Prepared p;
   p.keys = std::move(keys), p.values = std::move(values);
   prepare(p, number, ids, positions, std::nullopt, lengths, std::nullopt, steps - 1);
   Step& s = p.s;
-  if (!s.head || !s.ids || s.T != 1) refuse("greedy steps are from ids [B, 1] to logits");
+  if (!s.head || !s.ids || s.T != 1) refuse("several steps are from ids [B, 1] to logits");
   if (pad < 0 || pad >= s.V) refuse("pad is ", pad, ", but must be from 0 to ", s.V - 1);
   if (running.dim() != 1 || running.size(0) != s.B || running.scalar_type() != ScalarType::Bool || !running.is_contiguous() ||
       !running.is_cpu())
@@ -241,25 +275,29 @@ Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::v
   if (least > 0 && static_cast<int64_t>(ends.size()) == s.V) refuse("every token is an end");
   for (int64_t i = 0; i < s.position_rows; ++i)
     if (s.positions[i] + steps > P) refuse("positions go on from ", s.positions[i], " for ", steps, ", past ", P);
+  const Draws how{static_cast<float>(temperature), top_k, top_p};
+  check(how);
+  const Lanes& of = lanes_of(lanes(max_lanes));
+  std::optional<Twister> numbers, before;
+  if (state) numbers.emplace(of, *state);
   const auto* alive = static_cast<const bool*>(running.const_data_ptr());
   std::vector<bool> runs(alive, alive + s.B);
-  std::vector<int64_t> token(s.ids, s.ids + s.B), place(s.positions, s.positions + s.position_rows), found;
+  std::vector<int64_t> token(s.ids, s.ids + s.B), place(s.positions, s.positions + s.position_rows), next(s.B), found;
   std::vector<int32_t> held(s.lengths, s.lengths + s.B);
   std::vector<float> logits(s.B * s.V);
   s.ids = token.data(), s.positions = place.data(), s.lengths = held.data(), s.keep = 1, s.out = logits.data();
-  const Lanes& of = lanes_of(lanes(max_lanes));
   float* space = workspace(workspace_floats(s));
   int64_t n = 0;
   for (bool any = true; any && n < steps; ++n) {
     of.decode(s, run_parallel, space);
+    before = numbers;
+    if (!next_tokens(of, logits, s.V, runs, n >= least, ends, how, numbers ? &*numbers : nullptr, next)) {
+      numbers = before;
+      break;
+    }
     any = false;
     for (int64_t b = 0; b < s.B; ++b) {
-      float* row = &logits[b * s.V];
-      int64_t best = of.likeliest(row, s.V);
-      if (best >= 0 && n < least) {
-        for (const int64_t end : ends) row[end] = -std::numeric_limits<float>::infinity();
-        best = std::max_element(row, row + s.V) - row;
-      }
+      const int64_t best = next[b];
       found.push_back(runs[b] ? best : pad);
       token[b] = runs[b] && best >= 0 ? best : pad;
       runs[b] = runs[b] && best >= 0 && std::find(ends.begin(), ends.end(), best) == ends.end();
@@ -268,6 +306,7 @@ Tensor greedy(int64_t number, const Tensor& ids, const Tensor& positions, std::v
     }
     for (int64_t& at : place) ++at;
   }
+  if (state) numbers->store(*state);
   Tensor out = torch::stable::new_empty(lengths, {s.B, n}, ScalarType::Long);
   auto* to = static_cast<int64_t*>(out.mutable_data_ptr());
   for (int64_t i = 0; i < n; ++i)
@@ -282,12 +321,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptneo_fast_csrc, m) {
       "decode(int plan, Tensor x, Tensor? positions, Tensor? types, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor lengths,"
       " Tensor? starts, int keep, int max_lanes=0) -> Tensor");
   m.def(
-      "greedy(int plan, Tensor ids, Tensor positions, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor lengths, Tensor running,"
-      " int[] ends, int pad, int least, int steps, int max_lanes=0) -> Tensor");
+      "several(int plan, Tensor ids, Tensor positions, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor lengths, Tensor running,"
+      " int[] ends, int pad, int least, int steps, Tensor(c!)? state, float temperature, int top_k, float top_p,"
+      " int max_lanes=0) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode));
-  m.impl("greedy", TORCH_BOX(&greedy));
+  m.impl("several", TORCH_BOX(&several));
 }
 STABLE_TORCH_LIBRARY_IMPL(gptneo_fast_csrc, CompositeExplicitAutograd, m) {
   m.impl("plan", TORCH_BOX(&make_plan));

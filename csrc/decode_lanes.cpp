@@ -1,5 +1,6 @@
 // A step of decoding, linear layers of a few rows, attention; compiled once for each instruction set (setup.py).
 #include "attention.h"
+#include "draw_lanes.h"
 #include "integers.h"
 
 #define JOIN_(a, b) a##b
@@ -350,6 +351,7 @@ void dequantize_any(const Product& p, int64_t first, int64_t rows, Number number
 #else
 #define NAME JOIN(lanes_, GPTNEO_FAST_LANES)
 #endif
-const Lanes NAME = {decode_any, linear_any, attention_any, gelu_any, dequantize_any, statistics, likeliest};
+const Lanes NAME = {decode_any, linear_any, attention_any, gelu_any, dequantize_any, statistics,
+                    likeliest,  at_least,   exponentials,  twist,    hopeful};
 
 }  // namespace gptneo_fast

@@ -151,12 +151,12 @@ class Job(Future[Any]):
     def plain(self) -> bool:
         """Whether each token is the likeliest that may come: any, or while `least` is above 0 any but the end tokens."""
         r = self.request
-        return r.greedy or not (r.options.do_sample or r.processors)
+        return not r.options.do_sample and (r.alone or not r.processors)
 
     @property
     def least(self) -> int:
         """Tokens that must come before one may end the text."""
-        return max((p.min_length for p in self.request.processors), default=0) - len(self.ids)  # type: ignore[attr-defined]
+        return self.request.least - len(self.ids)
 
     def take(self, tokens: list[int]) -> None:
         """Add tokens, and tell who waits for them."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..generation.request import LanguageModel
 from ..network.cache import KVCache
-from ..network.decoding import Greedy
+from ..network.decoding import Several
 from ..ops import extension
 from .graphs import Graphs
 from .job import Job
@@ -103,7 +103,8 @@ class Rows:
             return -1
         ids = torch.tensor([job.ids], device=logits.device)
         running = torch.ones(1, dtype=torch.bool, device=logits.device)
-        return int(request.draw(request.processors(ids, logits), running))
+        token = request.choose(logits, ids.shape[1])
+        return int(request.draw(request.processors(ids, logits), running) if token is None else token)
 
     def _take(self, job: Job, tokens: list[int]) -> None:
         """Tokens up to the one that ends the request; -1 stands for logits that were not finite."""
@@ -148,8 +149,8 @@ class Rows:
             return None
         steps = min([steps, *least])
         running = torch.ones(len(ids), dtype=torch.bool)
-        how = Greedy(running, sorted(ends), 0, steps if least else 0, steps)
-        found = self.model.greedy(ids, self._places(), self._view_of(steps), how)
+        how = Several(running, sorted(ends), 0, steps if least else 0, steps)
+        found = self.model.several(ids, self._places(), self._view_of(steps), how)
         return None if found is None else found.tolist()
 
     def _logits(self, ids: Tensor) -> Tensor:

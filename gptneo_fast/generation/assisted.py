@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..network.cache import SLACK
-from ..ops import extension
+from ..ops import drawing
 from .config import GenerationConfig
 from .processors import MinLengthLogitsProcessor
 from .prompt import Prompt
@@ -174,7 +174,7 @@ def _judge(request: Request, whole: Tensor, logits: Tensor, drawn_from: Tensor |
         tokens = _accept(guess, drawn_from[:, :n], scores, request.generator)
     else:
         p = scores[0].softmax(-1) if options.do_sample else None
-        chosen = scores.argmax(-1) if p is None else extension.draw(p, request.generator)[None]
+        chosen = scores.argmax(-1) if p is None else drawing.multinomial(p, request.generator)[None]
         tokens = chosen[:, : int((guess == chosen[:, :n]).int().cumprod(1).sum()) + 1]
     tokens = tokens[:, : request.total - T]
     ends = torch.isin(tokens[0], torch.tensor(options.eos_ids, device=ids.device)).nonzero()
@@ -208,4 +208,4 @@ def _accept(guess: Tensor, drawn_from: Tensor, scores: Tensor, generator: torch.
     if m < n:
         rest = (rest - q[:, m]).clamp(min=0)
         rest = rest / rest.sum()
-    return torch.cat([guess[:, :m], extension.draw(rest, generator)[:, None]], 1)
+    return torch.cat([guess[:, :m], drawing.multinomial(rest, generator)[:, None]], 1)

@@ -13,18 +13,26 @@ from torch import Tensor
 from ..config import GPTNeoConfig
 from ..errors import InputError, NonFiniteLogitsError
 from ..network.cache import KVCache
-from ..ops import extension
+from ..ops.drawing import Draws, choose, draws_alike, multinomial
 from .callbacks import named
 from .config import GenerationConfig, Options
 from .processors import LogitsProcessorList, MinLengthLogitsProcessor, ids_of
 from .prompt import Prompt
 from .stopping import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from .warpers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 if TYPE_CHECKING:
-    from ..network.decoding import Greedy
+    from ..network.decoding import Several
     from ..network.touch import Look
     from ..ops.backends import Choice
     from .session import Session
+
+
+_DRAWN = (  # in the order in which options make them
+    (TemperatureLogitsWarper, "temperature"),
+    (TopKLogitsWarper, "top_k"),
+    (TopPLogitsWarper, "top_p"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class LanguageModel(Protocol):
     def step(
         self, ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, cache: Any, keep: int = 1, rows: Any = ...
     ) -> Tensor: ...
-    def greedy(self, ids: Tensor, position_ids: Tensor, cache: KVCache, how: Greedy) -> Tensor | None: ...
+    def several(self, ids: Tensor, position_ids: Tensor, cache: KVCache, how: Several) -> Tensor | None: ...
     def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
 
@@ -171,13 +179,44 @@ class Request:
         return any(type(c).__module__ != StoppingCriteriaList.__module__ for c in self.criteria)
 
     @cached_property
-    def greedy(self) -> bool:
-        """Whether every token is the likeliest, and nothing looks at a step or has a say in it but the end tokens."""
+    def alone(self) -> bool:
+        """Whether nothing looks at a step or has a say in it but the end tokens, and where tokens are drawn `draws`."""
         o, r = self.options, self.record
         watched = any(kept is not None for kept in (r.scores, r.logits, r.attentions, r.hidden_states))
-        if o.do_sample or o.remove_invalid_values or self.streamed or watched or self.ends is None or len(self.processors) > 1:
+        if o.remove_invalid_values or self.streamed or watched or self.ends is None:
             return False
-        return all(type(p) is MinLengthLogitsProcessor and set(ids_of(p.eos_token_id)) == self.ends for p in self.processors)
+        if o.do_sample:
+            return self.draws is not None
+        return len(self.processors) <= 1 and all(map(self._ends_late, self.processors))
+
+    @cached_property
+    def draws(self) -> Draws | None:
+        """How tokens are drawn, where temperature, top_k and top_p, and a least length, are all that has a say."""
+        rest = list(self.processors)
+        if rest and self._ends_late(rest[0]):
+            rest.pop(0)
+        found: dict[str, Any] = {}
+        for kind, name in _DRAWN:
+            if rest and type(rest[0]) is kind and rest[0] == kind(value := getattr(rest[0], name)):
+                found[name] = value
+                rest.pop(0)
+        usual = self.options.do_sample and self.options.num_beams == 1 and self.prompt.ids.device.type == "cpu"
+        return Draws(**found, generator=self.generator) if usual and not rest and draws_alike() else None
+
+    @cached_property
+    def least(self) -> int:
+        """Columns before which no end token comes, where a processor says so."""
+        return max((p.min_length for p in self.processors if type(p) is MinLengthLogitsProcessor), default=0)
+
+    def _ends_late(self, processor: Any) -> bool:
+        return type(processor) is MinLengthLogitsProcessor and set(ids_of(processor.eos_token_id)) == self.ends
+
+    def choose(self, logits: Tensor, columns: int) -> Tensor | None:
+        """Tokens [B] drawn at once from finite logits [B, V] after so many columns; None where processors must see them, or
+        somebody asks for scores."""
+        if self.record.scores is not None or columns < self.least or self.draws is None:
+            return None
+        return choose(logits, self.draws)
 
     def draw(self, scores: Tensor, running: Tensor) -> Tensor:
         """Tokens [B] int64 from processed scores [B, V]: one multinomial over the softmax, or the likeliest.
@@ -193,7 +232,7 @@ class Request:
             scores = torch.where(usable[:, None], scores, 0.0)
         if not self.options.do_sample:
             return scores.argmax(-1)
-        return extension.draw(scores.softmax(-1), self.generator)
+        return multinomial(scores.softmax(-1), self.generator)
 
     def usable(self, scores: Tensor) -> Tensor:
         """Boolean [...]: where a token can be chosen of processed scores [..., V]."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..network.cache import KVCache
-from ..network.decoding import Greedy
+from ..network.decoding import Several
 from ..network.masks import Rows, rows_of
 from .prompt import Prompt
 from .request import LanguageModel, Request
@@ -87,14 +87,15 @@ class Session:
         self.seen, self.begun = (T, True) if self.cache is not None else (-self.offset, False)
         return logits
 
-    def greedy(self, ids: Tensor, how: Greedy) -> Tensor | None:
-        """Tokens [B, n] that follow ids [B, T], of several steps at once; None where they must be fed one by one."""
+    def several(self, ids: Tensor, how: Several) -> Tensor | None:
+        """Tokens [B, n] that follow ids [B, T], of several steps at once; none where the next is for torch to draw, None where
+        they must be fed one by one."""
         T = ids.shape[1]
         if not (self.begun and self.seen == T - 1) or self.cache is None or self.hides or self.prepares or self.trace:
             return None
         if type(self.cache) is not KVCache or self.prompt.token_type_ids is not None:
             return None
-        found = self.model.greedy(ids[:, -1:], self._positions(T, 1), self.cache, how)
+        found = self.model.several(ids[:, -1:], self._positions(T, 1), self.cache, how)
         if found is not None:
             self.seen += found.shape[1]
         return found

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..network.decoding import Greedy
+from ..network.decoding import Several
 from ..ops import extension
 from .request import LanguageModel, Request, non_finite
 from .session import Session
@@ -38,8 +38,10 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
     steps = 1
     while ids.shape[1] < request.total:
         T, begin = ids.shape[1], time.monotonic()
-        if request.greedy and (found := session.greedy(ids, _several(request, T, running, steps))) is not None:
+        found = session.several(ids, _several(request, T, running, steps)) if request.alone else None
+        if found is not None:
             steps = min(_STEPS, 1 + int(_SECONDS * found.shape[1] / (time.monotonic() - begin)))
+        if found is not None and found.shape[1]:
             tokens, running = _settled(request, found, running, T, broken)
             ids = torch.cat([ids, tokens], 1)
             if tokens.shape[1]:
@@ -57,9 +59,10 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
             if not bool(running.any()):
                 break
             logits = torch.where(finite[:, None], logits, 0.0)
-        scores = request.processors(ids, logits)
+        chosen = best if plain else request.choose(logits, T)
+        scores = logits if chosen is not None else request.processors(ids, logits)
         request.record.step(session, logits, scores)
-        token = best if plain else request.draw(scores, running)
+        token = request.draw(scores, running) if chosen is None else chosen
         if request.may_end_early or broken:
             token = torch.where(running, token, pad if pad is not None else 0)
         ids = torch.cat([ids, token[:, None]], 1)
@@ -72,15 +75,14 @@ def sample(session: Session, ids: Tensor, request: Request) -> Iterator[Tensor]:
         raise non_finite(broken, ids)
 
 
-def _several(request: Request, columns: int, running: Tensor, steps: int) -> Greedy:
-    """How up to `steps` greedy steps of rows [B] go on after so many columns."""
-    least = max((p.min_length - columns for p in request.processors), default=0)  # type: ignore[attr-defined]
-    most = min(steps, request.total - columns)
-    return Greedy(running, sorted(request.ends or ()), request.options.pad_id or 0, max(0, least), most)
+def _several(request: Request, columns: int, running: Tensor, steps: int) -> Several:
+    """How up to `steps` steps of rows [B] go on after so many columns."""
+    most, least = min(steps, request.total - columns), max(0, request.least - columns)
+    return Several(running, sorted(request.ends or ()), request.options.pad_id or 0, least, most, request.draws)
 
 
 def _settled(request: Request, tokens: Tensor, running: Tensor, columns: int, broken: dict[int, int]) -> tuple[Tensor, Tensor]:
-    """The tokens [B, n] of several greedy steps as `sample` gives them, and which rows [B] go on; adds to `broken`."""
+    """The tokens [B, n] of several steps as `sample` gives them, and which rows [B] go on; adds to `broken`."""
     rows, runs, pad, ends = tokens.tolist(), running.tolist(), request.options.pad_id or 0, request.ends or ()
     shown = False  # whether the last column has a token of a row that was running
     for b, row in enumerate(rows):

@@ -17,7 +17,7 @@ from ..errors import InputError, short
 from ..generation import GenerationConfig, GenerationMixin, TextMixin
 from ..network import decoding, quantized, touch
 from ..network.cache import KVCache
-from ..network.decoding import Greedy
+from ..network.decoding import Several
 from ..network.fused import OURS
 from ..network.inputs import check_labels, check_unknown, select_positions
 from ..network.masks import Rows
@@ -286,8 +286,9 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
         with backends.early_launches(self.backend) if early else nullcontext():
             return call(head=head, keep=keep) if fusing else wide(head(call().narrow(1, T - keep, keep)))
 
-    def greedy(self, ids: Tensor, position_ids: Tensor, cache: KVCache, how: Greedy) -> Tensor | None:
-        """Tokens [B, n] of several steps of generation in one call, each the likeliest; None where that cannot be had.
+    def several(self, ids: Tensor, position_ids: Tensor, cache: KVCache, how: Several) -> Tensor | None:
+        """Tokens [B, n] of several steps of generation in one call, fewer than `how.steps` or none where one is for torch to
+        draw; None where that cannot be had.
 
         Args:
             ids: int64 [B, 1]. position_ids: [B or 1, 1]. cache: of the columns before; appended to.
@@ -297,7 +298,7 @@ class GPTNeoForCausalLM(GPTNeoPreTrainedModel, GenerationMixin, TextMixin, ManyM
             return None
         if not decoding.takes(trunk.functions(ids), ids, cache, rows):
             return None
-        return decoding.Few(trunk, cache, rows, OURS).greedy(head, ids, position_ids, how)
+        return decoding.Few(trunk, cache, rows, OURS).several(head, ids, position_ids, how)
 
 
 _LOOP = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")  # of transformers' loop: an override counts

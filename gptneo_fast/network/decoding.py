@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import cpu
+from ..ops.drawing import Draws
 from .cache import KVCache
 from .fused import Kinds
 from .masks import Rows
@@ -37,14 +38,15 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Greedy:
-    """How several steps go on by themselves, as in `cpu.Plan.greedy`."""
+class Several:
+    """How several steps go on by themselves, as in `cpu.Plan.several`."""
 
     running: Tensor
     ends: list[int]
     pad: int
     least: int
     steps: int
+    draws: Draws | None = None
 
 
 @dataclass
@@ -113,14 +115,14 @@ class Few:
         what = types.contiguous() if span.embeds and types is not None else None
         return planned.call(x.contiguous(), where, what, keys, values, self.cache.lengths, self.rows.starts, keep)
 
-    def greedy(self, head: nn.Linear, ids: Tensor, positions: Tensor, how: Greedy) -> Tensor | None:
-        """Tokens [B, n] of up to `how.steps` steps of the whole model from ids [B, 1] on, see `cpu.Plan.greedy`; the cache has
+    def several(self, head: nn.Linear, ids: Tensor, positions: Tensor, how: Several) -> Tensor | None:
+        """Tokens [B, n] of up to `how.steps` steps of the whole model from ids [B, 1] on, see `cpu.Plan.several`; the cache has
         then taken n tokens. None where the extension does not take it, and then nothing has been written."""
         written = self.cache._written
         self.cache.reserve(how.steps)
         planned, keys, values = self._planned(Span(0, len(self.trunk.h), True, True, head))
-        args = (how.running, how.ends, how.pad, how.least, how.steps)
-        found = planned.call.greedy(ids.contiguous(), positions.contiguous(), keys, values, self.cache.lengths, *args)
+        args = (how.running, how.ends, how.pad, how.least, how.steps, how.draws)
+        found = planned.call.several(ids.contiguous(), positions.contiguous(), keys, values, self.cache.lengths, *args)
         if found is not None:
             self.cache.advance(found.shape[1], None)
             written = max(written, self.cache.get_seq_length())

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import extension, quantized, reference, widened
+from .drawing import Draws, advanced
 from .extension import kv_append
 from .quantized import QuantizedWeight, Weight
 from .reference import embed, layer_norm, sample
@@ -100,7 +101,7 @@ class Plan:
         decode = torch.ops.gptneo_fast_csrc.decode.default
         return _or_none(decode, self._number, x, positions, types, keys, values, lengths, starts, keep, self.max_lanes)
 
-    def greedy(
+    def several(
         self,
         ids: Tensor,
         positions: Tensor,
@@ -112,21 +113,26 @@ class Plan:
         pad: int,
         least: int,
         steps: int,
+        draws: Draws | None = None,
     ) -> Tensor | None:
-        """Up to `steps` steps, each on the likeliest tokens of the one before it; from ids on, to a head.
+        """Up to `steps` steps, each on the tokens that the one before it gave; from ids on, to a head.
 
         Args:
             ids: int64 [B, 1]. positions, keys, values, lengths: as of a call; the cache has room for `steps` tokens.
             running: boolean [B]; the other rows get `pad`.
             ends: tokens of which the first is a row's last; `pad` follows it. least: steps in which they are not chosen.
+            draws: how tokens are drawn; None for the likeliest.
 
         Returns:
-            Tokens int64 [B, n], fewer than `steps` where all rows have ended; -1 where a row's logits were not finite, which
-            ends it. None as of a call.
+            Tokens int64 [B, n], fewer than `steps` where all rows have ended, or where the next draw is for torch; -1 where a
+            row's logits were not finite, which ends it. None as of a call.
         """
-        many = torch.ops.gptneo_fast_csrc.greedy.default
-        how = (ends, pad, least, steps, self.max_lanes)
-        return _or_none(many, self._number, ids, positions, keys, values, lengths, running, *how)
+        many = torch.ops.gptneo_fast_csrc.several.default
+        how = (self._number, ids, positions, keys, values, lengths, running, ends, pad, least, steps)
+        if draws is None:
+            return _or_none(many, *how, None, *Draws().settings, self.max_lanes)
+        taken = advanced(draws.generator, lambda state: (_or_none(many, *how, state, *draws.settings, self.max_lanes),))
+        return ids.new_empty(len(ids), 0) if taken is None else taken[0]
 
 
 def _or_none(op: Callable[..., Tensor], *args: Any) -> Tensor | None:

@@ -26,9 +26,9 @@ _SHAPE_RULES: dict[str, Callable[..., Any]] = {
     "dequantize": lambda *_: None,
     "large_pages": lambda like: [t.new_empty(t.shape) for t in like],
     "likeliest": lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
-    "draw": lambda probabilities, *_: probabilities.new_empty(len(probabilities), dtype=torch.int64),
+    "multinomial": lambda probabilities, *_: probabilities.new_empty(len(probabilities), dtype=torch.int64),
 }
-_LOADING, _DRAWING = new_lock(), new_lock()
+_LOADING = new_lock()
 _TWIN = "on CUDA the Triton kernel stores keys and values"
 
 
@@ -100,40 +100,6 @@ def likeliest(logits: Tensor) -> Tensor:
         found: Tensor = torch.ops.gptneo_fast_csrc.likeliest(logits)
         return found
     return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
-
-
-def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """`torch.multinomial(probabilities, 1)` of rows [B, V], int64 [B]: on the CPU in a tenth of its time, the same tokens, and
-    the generator where it would be (None: torch's own)."""
-    p = probabilities.detach()
-    if p.device.type == "cpu" and p.dtype is torch.float32 and p.is_contiguous() and _draws_alike():
-        own = torch.default_generator if generator is None else generator
-        with _DRAWING:
-            while True:
-                before = own.get_state()
-                after = before.clone()
-                found: Tensor = torch.ops.gptneo_fast_csrc.draw(p, after)
-                if torch.equal(own.get_state(), before):  # else somebody has drawn meanwhile, of another thread
-                    own.set_state(after)
-                    return found
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)
-
-
-@functools.cache
-def _draws_alike() -> bool:
-    """Whether the extension draws what this version of torch draws: how, no version promises."""
-    if why_not() is not None:
-        return False
-    rng = torch.Generator().manual_seed(5)
-    p = torch.rand(3, 700, generator=rng).square()
-    p[1, 5:] = 0
-    theirs, ours = rng.clone_state(), rng.get_state()
-    try:
-        tokens = torch.ops.gptneo_fast_csrc.draw(p / p.sum(1, keepdim=True), ours)
-    except RuntimeError:  # a state of another layout
-        return False
-    expected = torch.multinomial(p / p.sum(1, keepdim=True), 1, generator=theirs).squeeze(1)
-    return torch.equal(tokens, expected) and torch.equal(theirs.get_state(), ours)
 
 
 def kv_append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Greedy steps that run by themselves in one call of the extension give what the same steps one by one give."""
+"""Steps that run by themselves in one call of the extension give, drawn or the likeliest, the tokens of single steps."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=f"no ext
 @pytest.fixture(params=[3, 32], ids=lambda n: f"{n} at a time")
 def many(request, monkeypatch):
     """The tokens of each call of several steps."""
-    found, plain = [], cpu.Plan.greedy
+    found, plain = [], cpu.Plan.several
 
-    def greedy(self, *args):
+    def several(self, *args):
         out = plain(self, *args)
         found.append(out)
         return out
 
-    monkeypatch.setattr(cpu.Plan, "greedy", greedy)
+    monkeypatch.setattr(cpu.Plan, "several", several)
     monkeypatch.setattr(stepwise, "_STEPS", request.param)
     monkeypatch.setattr(stepwise, "_SECONDS", 1e9)
     return found
@@ -30,8 +30,17 @@ def many(request, monkeypatch):
 
 def one_by_one(monkeypatch, call):
     with monkeypatch.context() as patch:
-        patch.setattr(Request, "greedy", False)
+        patch.setattr(Request, "alone", False)
+        patch.setattr(Request, "choose", lambda *_: None)
         return call()
+
+
+class Streamer:
+    def put(self, tokens):
+        pass
+
+    def end(self):
+        pass
 
 
 def prompts(B, T=5, seed=0):
@@ -52,22 +61,67 @@ CALLS = {
 }
 
 
+HOW = {
+    "likeliest": {"do_sample": False},
+    "drawn": {"do_sample": True, "top_k": 0},
+    "top_k": {"do_sample": True, "top_k": 5, "temperature": 0.6},
+    "top_p": {"do_sample": True, "top_k": 0, "top_p": 0.7},
+    "all three": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.4},
+}
+
+
+def seeded(call):
+    """What a call gives after a seed, and a number drawn after it."""
+    torch.manual_seed(7)
+    return call(), torch.rand(1)
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", CALLS)
-def test_the_tokens_are_those_of_single_steps(case, many, monkeypatch):
+def test_the_tokens_are_those_of_single_steps(case, how, many, monkeypatch):
     rows, options = CALLS[case]
     theirs, model = peers(eos_token_id=[7, 11, 13, 20, 31, 44])
-    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0} | options
+    options = {"max_new_tokens": 40, "pad_token_id": 0} | HOW[how] | options
     ids = prompts(rows)
 
     def call():
         return model.generate(ids, **options)
 
-    got = call()
+    got = seeded(call)
     assert many and all(found is not None for found in many)
     calls = len(many)
-    assert torch.equal(got, one_by_one(monkeypatch, call)) and len(many) == calls
+    assert all(map(torch.equal, got, seeded(lambda: one_by_one(monkeypatch, call)))) and len(many) == calls
     if case not in ("positions", "chunks"):
-        assert torch.equal(got, theirs.generate(ids, **options))
+        assert all(map(torch.equal, got, seeded(lambda: theirs.generate(ids, **options))))
+
+
+def test_what_rounding_decides_is_left_to_torch(many, monkeypatch):
+    theirs, model = peers()
+    for own in (theirs, model):
+        own.lm_head.weight.data.zero_()  # which of equals top_p leaves, torch's sorting says
+    options = {"do_sample": True, "top_k": 0, "top_p": 0.5, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+    got, after = seeded(lambda: model.generate(prompts(2), **options))
+    assert many and not any(found.shape[1] for found in many)
+    want, then = seeded(lambda: theirs.generate(prompts(2), **options))
+    assert torch.equal(got, want) and torch.equal(after, then)
+
+
+def test_numbers_that_another_thread_has_drawn_meanwhile_are_not_drawn_again(many, monkeypatch):
+    _, model = peers()
+    options = {"do_sample": True, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+    want, then = seeded(lambda: model.generate(prompts(2), **options))
+    many.clear()
+    monkeypatch.setattr(cpu, "advanced", lambda generator, draw: None)
+    got, after = seeded(lambda: model.generate(prompts(2), **options))
+    assert many and not any(found.shape[1] for found in many)
+    assert torch.equal(got, want) and torch.equal(after, then)
+
+
+def test_a_seed_gives_the_same_tokens_again(many):
+    _, model = peers()
+    options = {"do_sample": True, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+    got = [model.generate(prompts(1), seed=5, **options) for _ in range(2)]
+    assert many and torch.equal(*got) and not torch.equal(got[0], model.generate(prompts(1), seed=6, **options))
 
 
 def test_the_cache_can_be_gone_on_with(many):
@@ -91,11 +145,12 @@ def test_what_ends_early_leaves_no_columns_behind(many):
     assert out.past_key_values.get_seq_length() == out.past_key_values._written == 5 + n
 
 
+@pytest.mark.parametrize("how", ["likeliest", "top_k"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_row_that_breaks_is_named_and_the_others_go_on(rows, many, monkeypatch):
+def test_a_row_that_breaks_is_named_and_the_others_go_on(rows, how, many, monkeypatch):
     _, model = peers()
-    ids = prompts(rows)
-    free = model.generate(ids, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    ids, options = prompts(rows), {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "seed": 3} | HOW[how]
+    free = model.generate(ids, **options)
     bad = free[0, 9].item()  # its embedding breaks the step that it is fed to
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
@@ -103,7 +158,7 @@ def test_a_row_that_breaks_is_named_and_the_others_go_on(rows, many, monkeypatch
 
     def call():
         with pytest.raises(NonFiniteLogitsError) as caught:
-            model.generate(ids, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+            model.generate(ids, **options)
         return caught.value
 
     got, want = call(), one_by_one(monkeypatch, call)
@@ -118,7 +173,9 @@ def test_a_row_that_breaks_is_named_and_the_others_go_on(rows, many, monkeypatch
         {"output_scores": True, "return_dict_in_generate": True},
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"repetition_penalty": 1.2},
-        {"do_sample": True},
+        {"do_sample": True, "min_p": 0.1},
+        {"do_sample": True, "typical_p": 0.9},
+        {"do_sample": True, "streamer": Streamer()},
         {"max_time": 100.0},
         {"stopping_criteria": [lambda ids, scores, **_: ids.shape[1] >= 9]},
         {"logits_processor": [lambda ids, scores: scores]},
@@ -164,7 +221,7 @@ def test_embeddings_go_before(many, monkeypatch):
 def test_a_call_that_is_not_taken_leaves_the_cache_as_it_was(many, monkeypatch):
     _, model = peers()
     ids = prompts(1)
-    monkeypatch.setattr(cpu.Plan, "greedy", lambda *args: None)
+    monkeypatch.setattr(cpu.Plan, "several", lambda *args: None)
     out = model.generate(ids, max_new_tokens=20, eos_token_id=None, return_dict_in_generate=True)
     assert out.past_key_values._written == out.past_key_values.get_seq_length() == 24
 
@@ -178,6 +235,10 @@ REFUSED = {
         {"ids": torch.ones(1, 2, dtype=torch.long), "positions": torch.ones(1, 2, dtype=torch.long)},
         "from ids .B, 1. to logits",
     ),
+    "temperature": ({"temperature": 0.0}, "temperature 0, top_k 0 and top_p 1 must be above 0"),
+    "top_k": ({"top_k": -1}, "top_k -1"),
+    "top_p": ({"top_p": 1.5}, "top_p 1.5"),
+    "state": ({"state": torch.zeros(9, dtype=torch.uint8)}, "state is Byte .9., but must be what a torch.Generator"),
     "room": ({"steps": 600}, "a layer has 64 slots, but row 0 needs 602"),
 }
 
@@ -192,7 +253,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(case):
     plan, (ids, positions, _, keys, values, lengths, *_) = arguments(model, cache)
     given = {"ids": ids, "positions": positions, "keys": keys, "values": values, "lengths": lengths, "steps": 2, "pad": 0}
     given |= {"running": torch.ones(1, dtype=torch.bool), "ends": [2], "least": 0}
+    given |= {"state": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     changes, message = REFUSED[case]
     with pytest.raises(RuntimeError, match=f"gptneo_fast_csrc: .*{message}"):
-        torch.ops.gptneo_fast_csrc.greedy(torch.ops.gptneo_fast_csrc.plan(*plan), **given | changes)
+        torch.ops.gptneo_fast_csrc.several(torch.ops.gptneo_fast_csrc.plan(*plan), **given | changes)
     assert all(map(torch.equal, before, (*cache.keys, *cache.values)))

@@ -88,7 +88,7 @@ def test_prompts_with_broken_logits_are_named_by_their_place_and_no_text_is_lost
         return logits.masked_fill(rows[:, None, None], float("nan")) if sum(map(bool, steps)) > 3 else logits
 
     monkeypatch.setattr(Session, "feed", breaks)
-    monkeypatch.setattr(Request, "greedy", False)  # whose steps are not fed one by one
+    monkeypatch.setattr(Request, "alone", False)  # whose steps are not fed one by one
     with pytest.raises(NonFiniteLogitsError, match="logits of prompt 1 were NaN or infinite after 5 tokens") as error:
         model.generate_text(tales, max_new_tokens=9, **options)
     found = error.value

@@ -233,7 +233,7 @@ def break_at_step_4(monkeypatch):
             return torch.full_like(logits, value) if len(calls) == 4 else logits
 
         monkeypatch.setattr(Session, "feed", breaks)
-        monkeypatch.setattr(Request, "greedy", False)  # whose steps are not fed one by one
+        monkeypatch.setattr(Request, "alone", False)  # whose steps are not fed one by one
 
     return arm
 
