@@ -7,16 +7,30 @@
 namespace gptneo_fast {
 namespace {
 
-// Scores of `count` keys that lie one behind another: eight at a time, to have as many sums on the way.
+// Scores of `count` keys of N vectors of L numbers, read in the order in which they lie: memory serves that faster.
+template <int N, int L, typename T>
+INLINE void scores_of(const T* keys, int64_t stride, const float* q, int64_t count, float* scores) {
+  FloatsOf<L> query[N];
+  UNROLL for (int n = 0; n < N; ++n) query[n] = load<L>(q + n * L);
+  const auto score = [&](const T* key) INLINE_LAMBDA {
+    FloatsOf<L> acc = load<L>(key) * query[0];
+    UNROLL for (int n = 1; n < N; ++n) acc += load<L>(key + n * L) * query[n];
+    return acc;
+  };
+  constexpr int kKeys = 4;  // more, and the compiler reads them out of order
+  int64_t i = 0;
+  for (; i + kKeys <= count; i += kKeys) {
+    FloatsOf<L> acc[kKeys];
+    UNROLL for (int c = 0; c < kKeys; ++c) acc[c] = score(keys + (i + c) * stride);
+    store_sums<kKeys>(acc, scores + i);
+  }
+  for (; i < count; ++i) scores[i] = sum(score(keys + i * stride));
+}
+
+// The same of any width.
 template <int L, typename T>
 INLINE void scores_of(const T* keys, int64_t stride, const float* q, int64_t D, int64_t count, float* scores) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const T* rows[8];
-    for (int n = 0; n < 8; ++n) rows[n] = keys + (i + n) * stride;
-    dots<8, L>(rows, q, D, scores + i);
-  }
-  for (; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     const T* row = keys + i * stride;
     dots<1, L>(&row, q, D, scores + i);
   }
@@ -42,7 +56,7 @@ struct Seen {
 template <int N, int L, typename T>
 INLINE void values_of(const T* values, int64_t stride, const Seen& seen, const float* weights, float scale, float* out) {
   FloatsOf<L> acc[8 / N][N];
-  UNROLL for (int n = 0; n < 8; ++n) acc[n / N][n % N] = FloatsOf<L>{};
+  UNROLL for (int n = 0; n < 8 / N * N; ++n) acc[n / N][n % N] = FloatsOf<L>{};
   weigh<N, L>(values + seen.first * stride, stride, weights, seen.count[0], acc);
   weigh<N, L>(values, stride, weights + seen.count[0], seen.count[1], acc);
   UNROLL for (int n = 0; n < N; ++n) {
@@ -68,15 +82,35 @@ INLINE float softmax(float* scores, int64_t count) {
   return sum(total);
 }
 
+template <int N>
+struct Width {
+  static constexpr int kValue = N;
+};
+
 // softmax(q k^T) v over what is seen, without the factor 1/sqrt(D); zeros where that is nothing.
 template <int L, typename T>
 INLINE void attend(const T* keys, const T* values, int64_t stride, const Seen& seen, const float* q, int64_t D, float* scores,
                    float* out) {
   const int64_t count = seen.count[0] + seen.count[1];
+  const auto weights = [&] INLINE_LAMBDA {
+    for (int64_t i = count; i < padded(count); ++i) scores[i] = -INFINITY;
+    return 1.0f / softmax(scores, count);
+  };
+  const auto whole = [&](auto width) INLINE_LAMBDA {
+    constexpr int N = decltype(width)::kValue;
+    scores_of<N, L>(keys + seen.first * stride, stride, q, seen.count[0], scores);
+    scores_of<N, L>(keys, stride, q, seen.count[1], scores + seen.count[0]);
+    values_of<N, L>(values, stride, seen, scores, weights(), out);
+  };
+  if (D == 8 * L) return whole(Width<8>{});
+  if (D == 5 * L) return whole(Width<5>{});
+  if (D == 4 * L) return whole(Width<4>{});
+  if (D == 3 * L) return whole(Width<3>{});
+  if (D == 2 * L) return whole(Width<2>{});
+  if (D == L) return whole(Width<1>{});
   scores_of<L>(keys + seen.first * stride, stride, q, D, seen.count[0], scores);
   scores_of<L>(keys, stride, q, D, seen.count[1], scores + seen.count[0]);
-  for (int64_t i = count; i < padded(count); ++i) scores[i] = -INFINITY;
-  const float scale = 1.0f / softmax(scores, count);
+  const float scale = weights();
   int64_t d = 0;
   for (; d + 4 * L <= D; d += 4 * L) values_of<4, L>(values + d, stride, seen, scores, scale, out + d);
   for (; d + L <= D; d += L) values_of<1, L>(values + d, stride, seen, scores, scale, out + d);

@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t kChunk = 256;      // numbers of a row that many rows of x go over while all are in the first-level cache
 constexpr int kTogether = kLanes == 16 ? 4 : 3;  // rows of x that a weight is read for: with 4 weights, the registers
+constexpr int64_t kAhead = 256;      // bytes
+constexpr int64_t kFirstLevel = 32 << 10;
 constexpr int64_t kGrain = 1 << 15;  // weights that are worth a thread
 constexpr int64_t kColumns = 16;     // outputs that a thread takes at least: whole cache lines of a float32 result
 
@@ -30,11 +32,19 @@ template <int N, int L, typename T>
 INLINE void dots(const T* const* w, const float* x, int64_t K, float* out) {
   FloatsOf<L> acc[N];
   UNROLL for (int n = 0; n < N; ++n) acc[n] = FloatsOf<L>{};
-  int64_t k = 0;
-  for (; k + L <= K; k += L) {
+  const auto add = [&](int64_t k) INLINE_LAMBDA {
     const FloatsOf<L> value = load<L>(x + k);
     UNROLL for (int n = 0; n < N; ++n) acc[n] += load<L>(w[n] + k) * value;
+  };
+  int64_t k = 0;
+  if constexpr (L == 16) {  // by cache lines, of which some are asked for ahead, and not kept
+    constexpr int kLine = 64 / sizeof(T);
+    for (; k + kLine <= K; k += kLine) {
+      UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(reinterpret_cast<const char*>(w[n] + k) + kAhead, 0, 0);
+      UNROLL for (int i = 0; i < kLine; i += L) add(k + i);
+    }
   }
+  for (; k + L <= K; k += L) add(k);
   if (k < K) {
     const FloatsOf<L> value = load<L>(x + k);
     for (int n = 0; n < N; ++n) acc[n] += load_end<L>(w[n] + k, K - k) * value;
@@ -134,7 +144,13 @@ void product(Parallel run, const Product& p, const float* x, int64_t ldx, int64_
   const int64_t N = p.parts * p.outputs, pieces = (N + kColumns - 1) / kColumns;
   parallel(run, pieces, max(1, kGrain / (kColumns * p.inputs)), [&](int64_t first, int64_t last) {
     const int64_t begin = first * kColumns, end = min(N, last * kColumns);
-    streams<4, T>(p, x, ldx, M, begin, end, y, ldy);
+    // Of narrow weights as many rows at a time as leave x in the first-level cache, and where nothing does, more.
+    const auto fits = [&](int rows) { return p.inputs * (sizeof(float) + rows * sizeof(T)) <= kFirstLevel; };
+    if (kLanes == 16 && sizeof(T) < sizeof(float) && M == 1 && !fits(4)) {
+      fits(2) ? streams<2, T>(p, x, ldx, M, begin, end, y, ldy) : streams<8, T>(p, x, ldx, M, begin, end, y, ldy);
+    } else {
+      streams<4, T>(p, x, ldx, M, begin, end, y, ldy);
+    }
     finish(begin, end);
   });
 }

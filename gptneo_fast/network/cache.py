@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from ..config import GPTNeoConfig, is_int
 from ..errors import CacheError, InputError, short
+from ..ops import extension
 from .layer_cache import Copies, LayerCache, LayerView, Shown, lasting
 from .touch import is_readable
 
 SLACK = 128  # slots of a ring beyond its window
 STEP = SLACK + 1  # longest step that may be appended before it attends: window - 1 + STEP slots
 _GROWTH = 64  # slots are allocated in multiples of this
+_LARGE = 8 << 20  # bytes of several pages
 
 
 def windows_of(config: GPTNeoConfig) -> tuple[int, ...]:
@@ -289,22 +292,25 @@ class KVCache(Shown):
 
     def allocate(self, columns: int, exact: bool = False) -> bool:
         """Lay out slots for this many columns in all, or with room to grow, where there are fewer; whether there were."""
-        grew = False
+        olds: list[tuple[list[Tensor], int]] = []
+        shapes: list[tuple[int, ...]] = []
         for layer, most in enumerate(self._slots):
             old = self.keys[layer].shape[2]
             if old >= min(columns, most):
                 continue
-            grew = True
             slots = columns if exact else max(columns, old + old // 2)
             slots = min(slots if exact else -(-slots // _GROWTH) * _GROWTH, most)
-            for tensors in (self.keys, self.values):  # nothing has wrapped yet: slots are still token numbers
+            for tensors in (self.keys, self.values):
                 B, H, _, D = tensors[layer].shape
-                with lasting():
-                    grown = tensors[layer].new_zeros(B, H, slots, D)
-                if old:
-                    grown[:, :, :old] = tensors[layer]
-                tensors[layer] = grown
-        return grew
+                olds.append((tensors, layer))
+                shapes.append((B, H, slots, D))
+        with lasting():
+            news = _zeros(shapes, self.keys[0]) if shapes else []
+        for (tensors, layer), grown in zip(olds, news, strict=True):
+            if old := tensors[layer].shape[2]:  # nothing has wrapped yet: slots are still token numbers
+                grown[:, :, :old] = tensors[layer]
+            tensors[layer] = grown
+        return bool(news)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -321,6 +327,15 @@ class KVCache(Shown):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.batch_size} rows, {self._seen} columns, {self.nbytes / 2**20:.1f} MiB)"
+
+
+def _zeros(shapes: list[tuple[int, ...]], like: Tensor) -> list[Tensor]:
+    """Zeros of these shapes, of the dtype and on the device of another; on the CPU in large pages where they are worth it."""
+    large = sum(map(math.prod, shapes)) * like.element_size() >= _LARGE
+    if large and like.device.type == "cpu" and is_readable() and not torch.jit.is_tracing():
+        wanted = [torch.empty(shape, dtype=like.dtype, device="meta") for shape in shapes]
+        return [made.zero_() for made in extension.memory(wanted, like.device)]
+    return [like.new_zeros(shape) for shape in shapes]
 
 
 def kind(value: object) -> str:
