@@ -58,6 +58,24 @@ def test_decode(benchmark, threads, dtype, shape):
     decode(benchmark, work, generators(shape, dtype), (prompt(128), NEW, config_of(shape)))
 
 
+@pytest.mark.parametrize("options", [{"top_k": 50}, {"top_k": 0, "top_p": 0.9}], ids=["top_k 50", "top_p 0.9 of all"])
+@pytest.mark.parametrize("shape", ["125m", "TinyStories-1M"])
+@torch.no_grad()
+def test_sampled(benchmark, threads, shape, options):
+    """Drawn tokens, the same ones from the same seed; prompt included."""
+    ids, models = prompt(128), pair(shape, torch.float32)
+
+    def drawn(model):
+        torch.manual_seed(7)
+        how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": True, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **how, **options)
+
+    assert torch.equal(*map(drawn, models))
+    peer = in_turns(benchmark, drawn, models)
+    how = " ".join(f"{name} {value}" for name, value in options.items())
+    keep(benchmark, f"{shape}, 128 + {NEW} tokens, {how}", "fp32", threads, NEW, peer)
+
+
 def free_memory() -> int:
     """Bytes that the kernel says are to be had."""
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
