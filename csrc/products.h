@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t kChunk = 256;      // numbers of a row that many rows of x go over while all are in the first-level cache
 constexpr int kTogether = kLanes == 16 ? 4 : 3;  // rows of x that a weight is read for: with 4 weights, the registers
-constexpr int64_t kAhead = 256;      // bytes
-constexpr int64_t kFirstLevel = 32 << 10;
+constexpr int64_t kAhead = 256;      // bytes; of shorter rows asking ahead costs more than it brings
+constexpr int64_t kFirstLevel = 32 << 10;  // bytes
 constexpr int64_t kGrain = 1 << 15;  // weights that are worth a thread
 constexpr int64_t kColumns = 16;     // outputs that a thread takes at least: whole cache lines of a float32 result
 
@@ -39,7 +39,7 @@ INLINE void dots(const T* const* w, const float* x, int64_t K, float* out) {
   int64_t k = 0;
   if constexpr (L == 16) {  // by cache lines, of which some are asked for ahead, and not kept
     constexpr int kLine = 64 / sizeof(T);
-    for (; k + kLine <= K; k += kLine) {
+    for (; K >= kAhead && k + kLine <= K; k += kLine) {
       UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(reinterpret_cast<const char*>(w[n] + k) + kAhead, 0, 0);
       UNROLL for (int i = 0; i < kLine; i += L) add(k + i);
     }

@@ -20,11 +20,13 @@ import torch
 
 import gptneo_fast
 from benchmarks.cpu.idle_card import idle_card
-from benchmarks.cpu.turns import keep
+from benchmarks.cpu.turns import beside, continuation, keep, prompt
+from benchmarks.models import pair
 from benchmarks.static.counting import swapped
 from gptneo_fast.generation.captured.capturing import EagerStep
 from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import Runner
+from gptneo_fast.generation.request import Request
 from gptneo_fast.network import fused
 from gptneo_fast.network.masks import Rows
 from gptneo_fast.ops import ops
@@ -85,6 +87,28 @@ def test_a_replayed_token(benchmark, model):
 
     benchmark.pedantic(tokens, rounds=9, warmup_rounds=1)
     keep(benchmark, "host cost of a replayed token, replay left out", "fp32", 1, TOKENS)
+
+
+@pytest.mark.parametrize("steps", ["several a call", "one by one"])
+@pytest.mark.parametrize("shape", ["125m", "TinyStories-1M"])
+@torch.no_grad()
+def test_what_looking_costs(benchmark, shape, steps, monkeypatch):
+    """Greedy calls that look whether a module was touched, beside calls that take their first look for granted."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, ids = pair(shape, torch.float32)[1], prompt(16)
+    if steps == "one by one":
+        monkeypatch.setattr(Request, "alone", False)
+
+    def granted():
+        look = model.looked(anew=True)
+        with mock.patch.object(type(model), "looked", lambda self, anew=False: look):
+            return continuation(model, ids, TOKENS)
+
+    assert torch.equal(continuation(model, ids, TOKENS), granted())
+    others = beside(benchmark, lambda: continuation(model, ids, TOKENS), {"without looking": granted})
+    keep(benchmark, f"host cost of looking, {shape}, 16 + {TOKENS} tokens, steps {steps}", "fp32", 1, TOKENS, others)
+    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
