@@ -20,13 +20,12 @@ import torch
 
 import gptneo_fast
 from benchmarks.cpu.idle_card import idle_card
-from benchmarks.cpu.turns import beside, continuation, keep, prompt
+from benchmarks.cpu.turns import keep
 from benchmarks.models import pair
 from benchmarks.static.counting import swapped
 from gptneo_fast.generation.captured.capturing import EagerStep
 from gptneo_fast.generation.captured.params import SamplingParams
 from gptneo_fast.generation.captured.runner import Runner
-from gptneo_fast.generation.request import Request
 from gptneo_fast.network import fused
 from gptneo_fast.network.masks import Rows
 from gptneo_fast.ops import ops
@@ -89,26 +88,19 @@ def test_a_replayed_token(benchmark, model):
     keep(benchmark, "host cost of a replayed token, replay left out", "fp32", 1, TOKENS)
 
 
-@pytest.mark.parametrize("steps", ["several a call", "one by one"])
+@pytest.mark.parametrize("anew", [True, False], ids=["a look", "asking whether one is due"])
 @pytest.mark.parametrize("shape", ["125m", "TinyStories-1M"])
-@torch.no_grad()
-def test_what_looking_costs(benchmark, shape, steps, monkeypatch):
-    """Greedy calls that look whether a module was touched, beside calls that take their first look for granted."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    model, ids = pair(shape, torch.float32)[1], prompt(16)
-    if steps == "one by one":
-        monkeypatch.setattr(Request, "alone", False)
+def test_what_looking_costs(benchmark, shape, anew):
+    """Whether a module was touched: a look at all of them, which a request takes once, and what each step asks."""
+    ours = pair(shape, torch.float32)[1]
 
-    def granted():
-        look = model.looked(anew=True)
-        with mock.patch.object(type(model), "looked", lambda self, anew=False: look):
-            return continuation(model, ids, TOKENS)
+    def looks():
+        for _ in range(100):
+            ours.looked(anew)
 
-    assert torch.equal(continuation(model, ids, TOKENS), granted())
-    others = beside(benchmark, lambda: continuation(model, ids, TOKENS), {"without looking": granted})
-    keep(benchmark, f"host cost of looking, {shape}, 16 + {TOKENS} tokens, steps {steps}", "fp32", 1, TOKENS, others)
-    torch.set_num_threads(threads)
+    benchmark.pedantic(looks, rounds=9, warmup_rounds=1)
+    what = "a look at the modules" if anew else "asking whether a look is due"
+    keep(benchmark, f"host cost of {what}, {shape}", "fp32", 1, 100)
 
 
 @contextlib.contextmanager
