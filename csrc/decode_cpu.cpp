@@ -275,8 +275,7 @@ Tensor several(int64_t number, const Tensor& ids, const Tensor& positions, std::
   if (least > 0 && static_cast<int64_t>(ends.size()) == s.V) refuse("every token is an end");
   for (int64_t i = 0; i < s.position_rows; ++i)
     if (s.positions[i] + steps > P) refuse("positions go on from ", s.positions[i], " for ", steps, ", past ", P);
-  const Draws how{static_cast<float>(temperature), top_k, top_p};
-  check(how);
+  const Draws how(temperature, top_k, top_p);
   const Lanes& of = lanes_of(lanes(max_lanes));
   std::optional<Twister> numbers, before;
   if (state) numbers.emplace(of, *state);

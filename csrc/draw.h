@@ -43,12 +43,12 @@ struct Draws {
   float temperature;
   int64_t top_k;
   double top_p;
+
+  Draws(double temperature, int64_t k, double p);
 };
 
-// The token drawn of [V] finite logits, some of which may be -inf; -1 where rounding decides between two, which is for torch to
-// say, and then the generator is anywhere.
+// The token drawn of [V] finite logits, some of which may be -inf; -1 where rounding decides between two or a score overflows,
+// which is for torch to say, and then the generator is anywhere.
 int64_t draw(const Lanes& of, const Draws& how, const float* logits, int64_t V, Twister& numbers);
-
-void check(const Draws& how);
 
 }  // namespace gptneo_fast

@@ -144,10 +144,12 @@ struct Kept {
       for (float& score : scores) score /= temperature;
   }
 
-  void weigh(const Lanes& of) {
+  // False where the largest score is infinite.
+  bool weigh(const Lanes& of) {
     weights.resize(scores.size());
     top = *std::max_element(scores.begin(), scores.end());
     of.exponentials(scores.data(), static_cast<int64_t>(scores.size()), top, weights.data());
+    return std::isfinite(top);
   }
 
   // The likeliest tokens, without those whose probabilities, from the least on, add up to no more than 1 - top_p. False where
@@ -196,7 +198,6 @@ struct Kept {
     std::nth_element(spare.begin(), spare.begin() + rank, spare.end(), std::greater<float>());
     return spare[rank];
   }
-
 };
 
 }  // namespace
@@ -246,18 +247,17 @@ double Twister::uniform() {
   return static_cast<double>((high << 32 | low) & ((uint64_t{1} << 53) - 1)) * 0x1p-53;
 }
 
-void check(const Draws& how) {
-  if (!(how.temperature > 0) || how.top_k < 0 || !(how.top_p >= 0 && how.top_p <= 1))
-    refuse("temperature ", how.temperature, ", top_k ", how.top_k, " and top_p ", how.top_p,
-           " must be above 0, from 0, and from 0 to 1");
+Draws::Draws(double temperature, int64_t k, double p) : temperature(static_cast<float>(temperature)), top_k(k), top_p(p) {
+  if (!(temperature > 0) || k < 0 || !(p >= 0 && p <= 1))
+    refuse("temperature ", temperature, ", top_k ", k, " and top_p ", p, " must be above 0, from 0, and from 0 to 1");
 }
 
 int64_t draw(const Lanes& of, const Draws& how, const float* logits, int64_t V, Twister& numbers) {
+  if (how.temperature == 0 || how.temperature == kInfinity) return -1;  // no float, with which scores are no numbers
   thread_local Kept kept;
   const bool few = how.top_k > 0 && how.top_k < V;
   few ? kept.take_top(of, logits, V, how.temperature, how.top_k) : kept.take_all(logits, V, how.temperature);
-  kept.weigh(of);
-  if (how.top_p < 1 && !kept.cut(how.top_p)) return -1;
+  if (!kept.weigh(of) || (how.top_p < 1 && !kept.cut(how.top_p))) return -1;
   const Race found = few ? race(kept.weights, kept.tokens, V, numbers) : race(of, kept.weights.data(), V, numbers);
   return found.next > found.most * (1 - kQuotient) ? -1 : kept.tokens[found.first];
 }
@@ -286,8 +286,7 @@ Tensor choose(const Tensor& logits, Tensor state, double temperature, int64_t to
   if (logits.dim() != 2 || logits.scalar_type() != ScalarType::Float || !logits.is_cpu() || logits.size(1) < 1 ||
       (logits.stride(1) != 1 && logits.size(1) > 1))
     refuse("logits are ", shape(logits), ", but must be float32 [B, V] on the CPU, the last axis dense");
-  const Draws how{static_cast<float>(temperature), top_k, top_p};
-  check(how);
+  const Draws how(temperature, top_k, top_p);
   const Lanes& of = lanes_of(lanes(max_lanes));
   Twister numbers(of, state);
   const int64_t B = logits.size(0), V = logits.size(1);

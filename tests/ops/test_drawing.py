@@ -97,7 +97,7 @@ def warped(logits, how):
     scale=st.sampled_from([0.0, 0.1, 1.0, 4.0, 60.0, 1e5]),
     removed=st.sampled_from([0.0, 0.3, 0.99]),
     rounded=st.booleans(),
-    temperature=st.sampled_from([1.0, 0.01, 0.7, 1.3, 1e6]),
+    temperature=st.sampled_from([1.0, 0.01, 0.7, 1.3, 1e6, 1e-38, 1e-60, 1e60]),
     top_k=st.sampled_from([0, 1, 2, 5, 50, 1000]),
     top_p=st.sampled_from([1.0, 0.0, 0.3, 0.95, 0.9999]),
     seed=st.integers(0, 2**32),
@@ -111,6 +111,8 @@ def test_tokens_chosen_at_once_are_those_of_the_warpers(B, V, scale, removed, ro
     how = drawing.Draws(temperature, top_k, top_p)
     theirs, state = rng.clone_state(), rng.get_state()
     tokens = torch.ops.gptneo_fast_csrc.choose(logits, state, *how.settings, lanes)
+    if not (logits / temperature).amax(-1).isfinite().all():
+        assert not len(tokens)
     if len(tokens):
         assert torch.equal(tokens, torch.multinomial(warped(logits, how), 1, generator=theirs).squeeze(1))
     assert torch.equal(state, theirs.get_state())
