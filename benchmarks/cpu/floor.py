@@ -29,7 +29,8 @@ def read_rate(threads: int) -> float:
     """Bytes per second: the best pass over a gibibyte of torch's sum and of a product, ours where it is built."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    data, x = _data(), torch.ones(1, 3072)
+    data = _data()
+    x = torch.ones(1, data.shape[1])
     product = F.linear if extension.why_not() else cpu.linear
     best = 0.0
     for read in (data.sum, functools.partial(product, x, data)):

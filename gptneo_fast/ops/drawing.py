@@ -31,7 +31,7 @@ class Draws:
     @property
     def settings(self) -> tuple[float, int, float]:
         """As ops take them."""
-        return self.temperature, self.top_k, self.top_p
+        return self.temperature, min(self.top_k, 2**31), self.top_p
 
 
 def multinomial(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
