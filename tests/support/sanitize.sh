@@ -32,7 +32,7 @@ export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 # Python leaks at exit
 # which AddressSanitizer's allocator does not survive beside threads.
 tests() { "$python" -m pytest -q --capture=sys -p no:cacheprovider -k "not sanitizers and not another_torch and not forked" "$@"; }
 cpu=0 cuda=0 # either half runs whatever became of the other
-tests tests/ops/test_extension.py tests/ops/test_draw.py tests/ops/test_cpu.py tests/ops/test_cpu_attention.py tests/ops/test_quantized.py \
+tests tests/ops/test_extension.py tests/ops/test_drawing.py tests/ops/test_cpu.py tests/ops/test_cpu_attention.py tests/ops/test_quantized.py \
   tests/models/test_quantize.py::test_what_stands_behind_a_tensor_in_memory_does_not_matter tests/network/test_decoding*.py || cpu=$?
 GPTNEO_FAST_TEST_LIBRARY=$work/cuda_on_host.so tests tests/ops/test_extension.py || cuda=$?
 echo "under sanitizers: the CPU side exited with $cpu, the CUDA side on the CPU with $cuda"
