@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-_DRAWN = (  # in the order in which options make them
-    (TemperatureLogitsWarper, "temperature"),
-    (TopKLogitsWarper, "top_k"),
-    (TopPLogitsWarper, "top_p"),
-)
+_DRAWN: dict[type, str] = {  # in the order in which options make them
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+}
+_CALLS = {kind: kind.__call__ for kind in (MinLengthLogitsProcessor, *_DRAWN)}
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,8 @@ class Request:
         if rest and self._ends_late(rest[0]):
             rest.pop(0)
         found: dict[str, Any] = {}
-        for kind, name in _DRAWN:
-            if rest and type(rest[0]) is kind and rest[0] == kind(value := getattr(rest[0], name)):
+        for kind, name in _DRAWN.items():
+            if rest and _is_plain(rest[0], kind) and rest[0] == kind(value := getattr(rest[0], name)):
                 found[name] = value
                 rest.pop(0)
         usual = self.options.do_sample and self.options.num_beams == 1 and self.prompt.ids.device.type == "cpu"
@@ -209,7 +210,7 @@ class Request:
         return max((p.min_length for p in self.processors if type(p) is MinLengthLogitsProcessor), default=0)
 
     def _ends_late(self, processor: Any) -> bool:
-        return type(processor) is MinLengthLogitsProcessor and set(ids_of(processor.eos_token_id)) == self.ends
+        return _is_plain(processor, MinLengthLogitsProcessor) and set(ids_of(processor.eos_token_id)) == self.ends
 
     def choose(self, logits: Tensor, columns: int) -> Tensor | None:
         """Tokens [B] drawn at once from finite logits [B, V] after so many columns; None where processors must see them, or
@@ -252,6 +253,11 @@ class Request:
                 f"no token can be chosen for row {', '.join(map(str, rows))}: {names} left scores that are all -inf, or not "
                 "numbers; remove fewer tokens, or end such texts with a stopping criterion"
             )
+
+
+def _is_plain(processor: Any, kind: type) -> bool:
+    """Whether a processor is one of ours and does what it was made to do: somebody may have put another call in its place."""
+    return type(processor) is kind and kind.__call__ is _CALLS[kind]  # type: ignore[operator]
 
 
 def non_finite(broken: dict[int, int], sequences: Tensor | None, texts: list[str] | None = None) -> NonFiniteLogitsError:

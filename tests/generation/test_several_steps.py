@@ -5,7 +5,9 @@ import torch
 
 from gptneo_fast.errors import InputError, NonFiniteLogitsError
 from gptneo_fast.generation import stepwise
+from gptneo_fast.generation.processors import MinLengthLogitsProcessor
 from gptneo_fast.generation.request import Request
+from gptneo_fast.generation.warpers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from gptneo_fast.ops import cpu, extension
 from tests.support.peers import peers
 
@@ -93,6 +95,22 @@ def test_the_tokens_are_those_of_single_steps(case, how, many, monkeypatch):
     assert all(map(torch.equal, got, seeded(lambda: one_by_one(monkeypatch, call)))) and len(many) == calls
     if case not in ("positions", "chunks"):
         assert all(map(torch.equal, got, seeded(lambda: theirs.generate(ids, **options))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (TemperatureLogitsWarper, {"do_sample": True, "temperature": 0.5}),
+        (TopKLogitsWarper, {"do_sample": True}),
+        (TopPLogitsWarper, {"do_sample": True, "top_p": 0.5}),
+        (MinLengthLogitsProcessor, {"min_new_tokens": 5}),
+    ],
+)
+def test_another_call_in_the_place_of_a_processor_s_counts(kind, options, many, monkeypatch):
+    _, model = peers()
+    monkeypatch.setattr(kind, "__call__", lambda self, ids, scores: torch.nn.functional.one_hot(ids[:, -1], 97).log())
+    out = model.generate(prompts(2), max_new_tokens=6, pad_token_id=0, **options)
+    assert not many and torch.equal(out[:, 5:], out[:, 4:5].expand(-1, 6))
 
 
 def test_what_rounding_decides_is_left_to_torch(many, monkeypatch):
