@@ -257,7 +257,7 @@ class Request:
 
 def _is_plain(processor: Any, kind: type) -> bool:
     """Whether a processor is one of ours and does what it was made to do: somebody may have put another call in its place."""
-    return type(processor) is kind and kind.__call__ is _CALLS[kind]  # type: ignore[operator]
+    return type(processor) is kind and kind.__call__ is _CALLS[kind]
 
 
 def non_finite(broken: dict[int, int], sequences: Tensor | None, texts: list[str] | None = None) -> NonFiniteLogitsError:
