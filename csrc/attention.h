@@ -102,12 +102,16 @@ INLINE void attend(const T* keys, const T* values, int64_t stride, const Seen& s
     scores_of<N, L>(keys, stride, q, seen.count[1], scores + seen.count[0]);
     values_of<N, L>(values, stride, seen, scores, weights(), out);
   };
-  if (D == 8 * L) return whole(Width<8>{});
-  if (D == 5 * L) return whole(Width<5>{});
-  if (D == 4 * L) return whole(Width<4>{});
-  if (D == 3 * L) return whole(Width<3>{});
-  if (D == 2 * L) return whole(Width<2>{});
-  if (D == L) return whole(Width<1>{});
+  switch (D % L ? 0 : D / L) {
+    case 1: return whole(Width<1>{});
+    case 2: return whole(Width<2>{});
+    case 3: return whole(Width<3>{});
+    case 4: return whole(Width<4>{});
+    case 5: return whole(Width<5>{});
+    case 6: return whole(Width<6>{});
+    case 7: return whole(Width<7>{});
+    case 8: return whole(Width<8>{});
+  }
   scores_of<L>(keys + seen.first * stride, stride, q, D, seen.count[0], scores);
   scores_of<L>(keys, stride, q, D, seen.count[1], scores + seen.count[0]);
   const float scale = weights();

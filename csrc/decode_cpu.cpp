@@ -219,8 +219,7 @@ Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, 
 }
 
 // The tokens [B] of one step from logits [B, V], into `tokens`: the likeliest, or drawn where there are `numbers`; -1 where a
-// row's are not finite. Logits may change. Nothing is drawn
-// where no row goes on. False where a draw is for torch.
+// row's are not finite. Logits may change. Nothing is drawn where no row goes on. False where a draw is for torch.
 bool next_tokens(const Lanes& of, std::vector<float>& logits, int64_t V, const std::vector<bool>& runs, bool may_end,
                  const std::vector<int64_t>& ends, const Draws& how, Twister* numbers, std::vector<int64_t>& tokens) {
   bool goes_on = false;

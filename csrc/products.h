@@ -144,13 +144,14 @@ void product(Parallel run, const Product& p, const float* x, int64_t ldx, int64_
   const int64_t N = p.parts * p.outputs, pieces = (N + kColumns - 1) / kColumns;
   parallel(run, pieces, max(1, kGrain / (kColumns * p.inputs)), [&](int64_t first, int64_t last) {
     const int64_t begin = first * kColumns, end = min(N, last * kColumns);
-    // Of narrow weights as many rows at a time as leave x in the first-level cache, and where nothing does, more.
-    const auto fits = [&](int rows) { return p.inputs * (sizeof(float) + rows * sizeof(T)) <= kFirstLevel; };
-    if (kLanes == 16 && sizeof(T) < sizeof(float) && M == 1 && !fits(4)) {
-      fits(2) ? streams<2, T>(p, x, ldx, M, begin, end, y, ldy) : streams<8, T>(p, x, ldx, M, begin, end, y, ldy);
-    } else {
-      streams<4, T>(p, x, ldx, M, begin, end, y, ldy);
+    int rows = 4;
+    if constexpr (kLanes == 16 && sizeof(T) < sizeof(float)) {  // as many as leave x in the first-level cache, else more
+      const auto fits = [&](int n) { return p.inputs * (sizeof(float) + n * sizeof(T)) <= kFirstLevel; };
+      if (M == 1 && !fits(4)) rows = fits(2) ? 2 : 8;
+      if (rows == 2) streams<2, T>(p, x, ldx, M, begin, end, y, ldy);
+      if (rows == 8) streams<8, T>(p, x, ldx, M, begin, end, y, ldy);
     }
+    if (rows == 4) streams<4, T>(p, x, ldx, M, begin, end, y, ldy);
     finish(begin, end);
   });
 }

@@ -105,9 +105,9 @@ def check_attention(attn_implementation: object, live: bool = False) -> None:
         )
 
 
-class _WithoutMemory(TorchFunctionMode):
-    """Modules are made on the meta device in a dtype, of this thread alone. Functions of torch.nn.init do nothing: of tensors
-    without memory, normal_ imports all of torch._dynamo, over a second."""
+class _Blank(TorchFunctionMode):
+    """Parameters are made in a dtype, of this thread alone, and functions of torch.nn.init do nothing: of tensors without
+    memory, normal_ imports all of torch._dynamo, over a second."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class _WithoutMemory(TorchFunctionMode):
         if getattr(func, "__module__", None) == nn.init.__name__:
             return args[0] if args else kwargs["tensor"]
         if func is torch.empty:
-            kwargs = kwargs | {"device": "meta", "dtype": kwargs.get("dtype") or self.dtype}
+            kwargs = kwargs | {"dtype": kwargs.get("dtype") or self.dtype}
         return func(*args, **kwargs)
 
 
@@ -145,7 +145,7 @@ def built(cls: Any, config: GPTNeoConfig, backend: str, dtype: torch.dtype | Non
     """A model to load weights into: without memory where our `__init__` makes it, else as its own `__init__` does, which may
     give a tensor another dtype."""
     if cls.__init__.__module__.startswith(f"{__package__}."):
-        with _WithoutMemory(dtype):
+        with torch.device("meta"), _Blank(dtype):
             return cls(config, backend=backend)
     with default_dtype(dtype):
         model = cls(config, **own)

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from ..forks import new_lock
 from . import extension
@@ -76,7 +78,10 @@ def advanced(generator: torch.Generator | None, draw: Callable[[Tensor], T]) -> 
 
 def draws_alike() -> bool:
     """Whether the extension draws what this version of torch draws: how, no version promises."""
-    return torch.multinomial is _MULTINOMIAL and _drew_alike()  # else by somebody's own in its place
+    own = torch.multinomial is not _MULTINOMIAL  # somebody's in its place, or a mode that may have a say in it
+    own = own or torch._C._len_torch_dispatch_stack() > 0
+    own = own or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+    return not own and _drew_alike()
 
 
 @functools.cache

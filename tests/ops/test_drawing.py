@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch.overrides import TorchFunctionMode
 
 from gptneo_fast.generation.warpers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from gptneo_fast.ops import drawing, extension
@@ -150,6 +151,20 @@ def test_somebody_s_own_multinomial_draws(monkeypatch):
     monkeypatch.setattr(torch, "multinomial", lambda p, n, generator=None: torch.full((len(p), n), 2))
     assert drawing.multinomial(torch.ones(2, 4), None).tolist() == [2, 2]
     assert drawing.choose(torch.ones(2, 4), drawing.Draws()) is None
+
+
+def test_a_mode_that_has_a_say_in_torch_s_draws_has_it():
+    class Second(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.multinomial:
+                return torch.full((len(args[0]), 1), 2)
+            return func(*args, **(kwargs or {}))
+
+    with Second():
+        assert drawing.choose(torch.ones(2, 4), drawing.Draws()) is None
+        assert drawing.multinomial(torch.ones(2, 4), None).tolist() == [2, 2]
+    with torch.device("cpu"):
+        assert drawing.choose(torch.ones(2, 4), drawing.Draws()) is not None
 
 
 @pytest.mark.parametrize(
