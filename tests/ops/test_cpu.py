@@ -78,6 +78,16 @@ def test_lanes_and_pieces_may_be_cut_anywhere(rows, K, N, dtype, lanes):
     assert not over_budget("linear_add", cpu.linear_add, Sample("residual", (x, w, b, residual)).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [2800, 4500])  # of which two rows of weights are read at a time, and eight
+def test_how_many_rows_of_weights_are_read_at_a_time_changes_no_bit(K, dtype, lanes):
+    w, x, zero = random(37, K, seed=1) * K**-0.5, random(1, 2, K, seed=3), random(37, seed=2) * 0
+    alone = Sample("a row", (x[:, :1], w, zero, torch.zeros(1, 1, 37, dtype=x.dtype))).to(dtype)
+    assert not over_budget("linear_add", cpu.linear_add, alone)
+    both = cpu.linear_add(x.to(dtype), w.to(dtype), zero.to(dtype), torch.zeros(1, 2, 37, dtype=dtype))
+    assert torch.equal(cpu.linear_add(*alone.args), both[:, :1])
+
+
 def one_large(*shape, lanes):
     """Ones after a 2^24 beside which float32 loses every 1 that is added: in a lane alone those that are of that lane."""
     x = torch.ones(*shape)
