@@ -7,9 +7,15 @@
 namespace gptneo_fast {
 namespace {
 
+// Asks memory for N vectors of L numbers that are read later.
+template <int N, int L, typename T>
+INLINE void ask(const T* p) {
+  UNROLL for (int n = 0; n < N * L * static_cast<int>(sizeof(T)); n += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + n, 0, 2);
+}
+
 // Scores of `count` keys of N vectors of L numbers, read in the order in which they lie: memory serves that faster.
 template <int N, int L, typename T>
-INLINE void scores_of(const T* keys, int64_t stride, const float* q, int64_t count, float* scores) {
+INLINE void scores_of(const T* keys, const T* later, int64_t stride, const float* q, int64_t count, float* scores) {
   FloatsOf<L> query[N];
   UNROLL for (int n = 0; n < N; ++n) query[n] = load<L>(q + n * L);
   const auto score = [&](const T* key) INLINE_LAMBDA {
@@ -21,6 +27,7 @@ INLINE void scores_of(const T* keys, int64_t stride, const float* q, int64_t cou
   int64_t i = 0;
   for (; i + kKeys <= count; i += kKeys) {
     FloatsOf<L> acc[kKeys];
+    UNROLL for (int c = 0; c < kKeys; ++c) ask<N, L>(later + (i + c) * stride);
     UNROLL for (int c = 0; c < kKeys; ++c) acc[c] = score(keys + (i + c) * stride);
     store_sums<kKeys>(acc, scores + i);
   }
@@ -38,12 +45,14 @@ INLINE void scores_of(const T* keys, int64_t stride, const float* q, int64_t D, 
 
 // out[d] += weights . values[:, d] for N vectors of L numbers, in 8 / N chains so that no addition waits for the last.
 template <int N, int L, typename T>
-INLINE void weigh(const T* values, int64_t stride, const float* weights, int64_t count, FloatsOf<L> (&acc)[8 / N][N]) {
+INLINE void weigh(const T* values, const T* later, int64_t stride, const float* weights, int64_t count, FloatsOf<L> (&acc)[8 / N][N]) {
   constexpr int kChains = 8 / N;
   int64_t i = 0;
-  for (; i + kChains <= count; i += kChains)
+  for (; i + kChains <= count; i += kChains) {
+    UNROLL for (int c = 0; c < kChains; ++c) ask<N, L>(later + (i + c) * stride);
     UNROLL for (int c = 0; c < kChains; ++c)
       UNROLL for (int n = 0; n < N; ++n) acc[c][n] += load<L>(values + (i + c) * stride + n * L) * weights[i + c];
+  }
   for (; i < count; ++i)
     UNROLL for (int n = 0; n < N; ++n) acc[0][n] += load<L>(values + i * stride + n * L) * weights[i];
 }
@@ -54,11 +63,11 @@ struct Seen {
 };
 
 template <int N, int L, typename T>
-INLINE void values_of(const T* values, int64_t stride, const Seen& seen, const float* weights, float scale, float* out) {
+INLINE void values_of(const T* values, const T* later, int64_t stride, const Seen& seen, const float* weights, float scale, float* out) {
   FloatsOf<L> acc[8 / N][N];
   UNROLL for (int n = 0; n < 8 / N * N; ++n) acc[n / N][n % N] = FloatsOf<L>{};
-  weigh<N, L>(values + seen.first * stride, stride, weights, seen.count[0], acc);
-  weigh<N, L>(values, stride, weights + seen.count[0], seen.count[1], acc);
+  weigh<N, L>(values + seen.first * stride, later + seen.first * stride, stride, weights, seen.count[0], acc);
+  weigh<N, L>(values, later, stride, weights + seen.count[0], seen.count[1], acc);
   UNROLL for (int n = 0; n < N; ++n) {
     for (int c = 1; c < 8 / N; ++c) acc[0][n] += acc[c][n];
     write(out + n * L, acc[0][n] * scale);
@@ -89,7 +98,7 @@ struct Width {
 
 // softmax(q k^T) v over what is seen, without the factor 1/sqrt(D); zeros where that is nothing.
 template <int L, typename T>
-INLINE void attend(const T* keys, const T* values, int64_t stride, const Seen& seen, const float* q, int64_t D, float* scores,
+INLINE void attend(const T* keys, const T* values, const T* later, int64_t stride, const Seen& seen, const float* q, int64_t D, float* scores,
                    float* out) {
   const int64_t count = seen.count[0] + seen.count[1];
   const auto weights = [&] INLINE_LAMBDA {
@@ -98,9 +107,9 @@ INLINE void attend(const T* keys, const T* values, int64_t stride, const Seen& s
   };
   const auto whole = [&](auto width) INLINE_LAMBDA {
     constexpr int N = decltype(width)::kValue;
-    scores_of<N, L>(keys + seen.first * stride, stride, q, seen.count[0], scores);
-    scores_of<N, L>(keys, stride, q, seen.count[1], scores + seen.count[0]);
-    values_of<N, L>(values, stride, seen, scores, weights(), out);
+    scores_of<N, L>(keys + seen.first * stride, values + seen.first * stride, stride, q, seen.count[0], scores);
+    scores_of<N, L>(keys, values, stride, q, seen.count[1], scores + seen.count[0]);
+    values_of<N, L>(values, later, stride, seen, scores, weights(), out);
   };
   switch (D % L ? 0 : D / L) {
     case 1: return whole(Width<1>{});
@@ -116,8 +125,8 @@ INLINE void attend(const T* keys, const T* values, int64_t stride, const Seen& s
   scores_of<L>(keys, stride, q, D, seen.count[1], scores + seen.count[0]);
   const float scale = weights();
   int64_t d = 0;
-  for (; d + 4 * L <= D; d += 4 * L) values_of<4, L>(values + d, stride, seen, scores, scale, out + d);
-  for (; d + L <= D; d += L) values_of<1, L>(values + d, stride, seen, scores, scale, out + d);
+  for (; d + 4 * L <= D; d += 4 * L) values_of<4, L>(values + d, later + d, stride, seen, scores, scale, out + d);
+  for (; d + L <= D; d += L) values_of<1, L>(values + d, later + d, stride, seen, scores, scale, out + d);
   for (; d < D; ++d) {
     float y = 0;
     for (int64_t i = 0; i < seen.count[0]; ++i) y += widen(values[(seen.first + i) * stride + d]) * scores[i];
@@ -286,9 +295,9 @@ void few_queries(const Attention& a, int64_t b, int64_t h, float* space) {
     const T* from = token_of<T>(a.q, b, h, t);
     for (int64_t d = 0; d < D; ++d) q[d] = widen(from[d]);
     if (D % kLanes == 0) {
-      attend<kLanes>(keys, values, a.keys.token, seen, q, D, scores, y);
+      attend<kLanes>(keys, values, keys, a.keys.token, seen, q, D, scores, y);
     } else {
-      attend<4>(keys, values, a.keys.token, seen, q, D, scores, y);
+      attend<4>(keys, values, keys, a.keys.token, seen, q, D, scores, y);
     }
     store(y, out, D);
   }

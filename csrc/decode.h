@@ -14,9 +14,10 @@ struct Product {
   int64_t parts, outputs, inputs;
   const void* bias;  // [outputs], or null
   Number number;     // in few bits, or as everything else
-  // In few bits: float32 [outputs, 1] or bfloat16 [outputs, groups]; numbers that share one; blocks of 64 that a row is.
+  // In few bits: float32 [outputs, 1] or bfloat16 [outputs, groups], in the order of the weights (packed.h); blocks of 64 that a
+  // row is.
   const void* scales[3];
-  int64_t group, row_blocks;
+  int64_t groups, row_blocks;
 };
 
 struct Norm {
@@ -130,11 +131,11 @@ inline int64_t inner_width(const Step& s) {
   return width;
 }
 
-// Floats that M rows take in 16 bits, with scales and sums of up to two units a block; none where weights are floats.
+// Floats that M rows take in 16 bits, with a scale a block and what two scales of weights ask for; none where those are floats.
 inline int64_t rounded_floats(const Product& p, int64_t M) {
   if (p.number != Number::kInt8 && p.number != Number::kInt4) return 0;
   const int64_t blocks = (p.inputs + 63) / 64;
-  return M * (2 * padded(2 * blocks) + 32 * blocks);
+  return M * (3 + 32) * blocks;
 }
 
 // Floats of a workspace: residual stream, normalised rows, what a product gives, inner rows, scores of every head, and rows in

@@ -240,7 +240,7 @@ bool next_tokens(const Lanes& of, std::vector<float>& logits, int64_t V, const s
     if (numbers) {
       token = draw(of, how, row, V, *numbers);
       if (token < 0) return false;
-    } else if (!may_end) {
+    } else if (!may_end && std::binary_search(ends.begin(), ends.end(), token)) {
       token = std::max_element(row, row + V) - row;
     }
     if (tokens[b] >= 0) tokens[b] = token;

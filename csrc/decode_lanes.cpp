@@ -63,6 +63,7 @@ void heads(const Step& s, const Layer& layer, const float* qkv, int64_t ld, floa
     const int64_t b = i / s.H, h = i % s.H, start = s.starts ? s.starts[b] : 0, held = s.lengths[b];
     T* keys = reinterpret_cast<T*>(layer.keys) + b * layer.batch + h * layer.head;
     T* values = reinterpret_cast<T*>(layer.values) + b * layer.batch + h * layer.head;
+    const T* later = i + 1 < end ? keys + layer.head : static_cast<const T*>(layer.out_proj.weight[0]);
     const float* rows = qkv + b * s.T * ld + h * D;
     for (int64_t t = start; t < s.T; ++t) {
       const int64_t slot = (held + t - start) % layer.R;
@@ -87,9 +88,9 @@ void heads(const Step& s, const Layer& layer, const float* qkv, int64_t ld, floa
       }
       float* own = scores + i * padded(layer.R);
       if (D % kLanes == 0) {
-        attend<kLanes>(keys, values, layer.token, seen, q, D, own, out);
+        attend<kLanes>(keys, values, later, layer.token, seen, q, D, own, out);
       } else {
-        attend<4>(keys, values, layer.token, seen, q, D, own, out);
+        attend<4>(keys, values, later, layer.token, seen, q, D, own, out);
       }
     }
   }

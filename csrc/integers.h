@@ -1,10 +1,10 @@
 // Products with weights in 8 and 4 bits. A part of decode_lanes.cpp.
 //
 // The rows of x are rounded to 16 bits first, each block with a scale of its own: an error of 2^-16 of the largest of
-// them, where bfloat16 would err by 2^-9 of each. Then 64 products are one exact sum of integers, and a row costs a few
-// instructions for 16 weights on any of these CPUs; in floats it costs twice as many as memory has time for. With x in 8 bits
-// one in three would go, and tokens would be others than those of the weights. What is summed in float32, block after block,
-// knows nothing of how many rows there are or which thread has them.
+// them, where bfloat16 would err by 2^-9 of each. Then 64 products are one exact sum of integers; in floats they cost twice as
+// much as memory has time for. With x in 8 bits tokens would be others than those of the weights. A lane is a row of weights, so
+// that what a block has once (the way to floats, scales) is paid for a vector of rows, and nothing is summed over lanes. What is
+// summed in float32, block after block, knows nothing of how many rows of x there are or which thread has them.
 #pragma once
 
 #include "packed.h"
@@ -13,10 +13,10 @@
 namespace gptneo_fast {
 namespace {
 
-constexpr float kLargest = 32639;        // of x in 16 bits: the higher byte of one that is rounded to 256 is at most 127
-constexpr int64_t kBlocks = 16;          // that many rows of x go over while they are in the first-level cache
-constexpr int64_t kUnits = 2 * kBlocks;  // of them at most: numbers that share scales of x and of weights are blocks, or halves
-constexpr int kRounded = kLanes == 16 ? 4 : 2;  // rows of x that weights are read for
+constexpr float kLargest = 32639;    // of x in 16 bits: the higher byte of one that is rounded to 256 is at most 127
+constexpr int64_t kBlocks = 16;      // that many rows of x go over while they are in the first-level cache
+constexpr int kTiles = kLanes == 16 ? 2 : 1;    // that share what is read of x
+constexpr int kVectorsOfTile = kTile / kLanes;
 
 inline int64_t blocks_of(int64_t K) { return (K + kBlock - 1) / kBlock; }
 
@@ -36,25 +36,73 @@ INLINE Ints add_products(Ints acc, Shorts a, Shorts b) {
 #endif
 }
 
-// Rows of x in 16 bits; a block is one unit or two.
-struct Rounded {
-  float* scales;     // [M, units]
-  float* sums;       // [M, units]: -8 times the sum of a unit's numbers, which weights that are 8 too large ask for
-  int16_t* numbers;  // [M, blocks * 64]
-  int64_t K, units;
-  bool split;  // word i of a block has the higher bytes of numbers i and 32 + i, word 32 + i the lower ones
+template <int R>
+struct Rows {
+  constexpr int operator()() const { return R; }
+};
 
-  Rounded(float* space, int64_t M, int64_t inputs, int64_t parts, bool in_bytes)
-      : scales(space), K(inputs), units(blocks_of(inputs) * parts), split(in_bytes) {
-    sums = scales + M * padded(units);
-    numbers = reinterpret_cast<int16_t*>(sums + M * padded(units));
+// The four bytes at p in every lane.
+INLINE Ints everywhere(const int16_t* p) { return Ints{} + read<int32_t>(p); }
+
+// Sums over a block of the products of bytes of weights, which have no sign, and of x. kSums of them hold what the words of a
+// block give: numbers of 4 bits by their place, where 16 bits would not take all.
+#if defined(__AVX512VNNI__)
+struct Bytes {
+  Ints sum = {};
+  static constexpr int kSums = 1;
+  static constexpr bool kTakeInt8 = true;
+
+  INLINE void add(Words weights, Ints x) {
+    sum = same_bits<Ints>(
+        _mm512_dpbusd_epi32(same_bits<__m512i>(sum), same_bits<__m512i>(weights), same_bits<__m512i>(x)));
+  }
+  INLINE Ints whole() const { return sum; }
+};
+#elif defined(__AVX2__)
+struct Bytes {
+  Shorts sum = {};
+  static constexpr int kSums = 2;               // of 16 products of at most 15 * 128
+  static constexpr bool kTakeInt8 = false;
+
+  INLINE void add(Words weights, Ints x) {
+#if defined(__AVX512BW__)
+    sum += same_bits<Shorts>(_mm512_maddubs_epi16(same_bits<__m512i>(weights), same_bits<__m512i>(x)));
+#else
+    sum += same_bits<Shorts>(_mm256_maddubs_epi16(same_bits<__m256i>(weights), same_bits<__m256i>(x)));
+#endif
+  }
+  INLINE Ints whole() const { return add_products(Ints{}, sum, Shorts{} + 1); }
+};
+#endif
+
+// Whether x is taken in its two bytes, and how many rows of it weights are read for.
+#if defined(__AVX2__)
+template <typename W, int kParts>
+constexpr bool kSplit = kParts == 1 && (W::kGrouped || Bytes::kTakeInt8);
+template <typename W, int kParts>
+constexpr int kRows = (kLanes == 16 ? 4 : 2) / (kSplit<W, kParts> ? Bytes::kSums : 1);
+#else
+template <typename W, int kParts>
+constexpr bool kSplit = false;
+template <typename W, int kParts>
+constexpr int kRows = 2;
+#endif
+
+// Rows of x in 16 bits, for weights of which a block has a scale, or two.
+template <typename W, int kParts>
+struct Rounded {
+  float* scales;     // [M, blocks]
+  int32_t* shifts;   // [M, blocks, kParts]: what weights that are too large by kZero ask for
+  int16_t* numbers;  // [M, blocks, 64], in the order of W's words, or their higher bytes and then their lower ones
+  int64_t K, blocks;
+  static constexpr int kZero = kSplit<W, kParts> ? W::kZeroOfBytes : W::kZero;
+
+  Rounded(float* space, int64_t M, int64_t inputs) : scales(space), K(inputs), blocks(blocks_of(inputs)) {
+    shifts = reinterpret_cast<int32_t*>(scales + M * blocks);
+    numbers = reinterpret_cast<int16_t*>(shifts + M * blocks * kParts);
   }
 
-  const int16_t* block(int64_t m, int64_t b) const { return numbers + (m * blocks_of(K) + b) * kBlock; }
-
   void round(int64_t m, const float* x) const {
-    const int64_t blocks = blocks_of(K), parts = units / blocks;
-    float *scale_of = scales + m * padded(units), *sum_of = sums + m * padded(units);
     for (int64_t b = 0; b < blocks; ++b) {
       float spare[kBlock] = {};
       const float* from = x + b * kBlock;
@@ -62,22 +110,20 @@ struct Rounded {
         memcpy(spare, from, left * sizeof(float));
         from = spare;
       }
-      Floats most = {}, zeros = {};
+      Ints most = {};  // of the bits without the sign, which are in the order of the sizes
       for (int64_t k = 0; k < kBlock; k += kLanes) {
-        const Floats value = load<kLanes>(from + k), size = same_bits<Floats>(same_bits<Ints>(value) & 0x7fffffff);
-        most = choose(size > most, size, most);
-        zeros += value * 0.0f;  // NaN where one is not finite
+        const Ints size = read<Ints>(from + k) & 0x7fffffff;
+        most = size > most ? size : most;
       }
-      float largest = 0;
-      for (int l = 0; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
-      const float nothing = sum(zeros);
-      const bool some = nothing == 0.0f && largest > 1e-30f;
-      const float scale = nothing != 0.0f ? nothing : some ? largest / kLargest : 0.0f;
-      const float inverse = some ? kLargest / largest : 0.0f;
-      int16_t* to = numbers + (m * blocks + b) * kBlock;
-      for (int64_t part = 0; part < parts; ++part) {
-        Floats total = {};
-        for (int64_t k = part * kBlock / parts; k < (part + 1) * kBlock / parts; k += kLanes) {
+      const float size = same_bits<float>(largest(most));
+      const bool some = size > 1e-30f && size < INFINITY;
+      const int64_t at = m * blocks + b;
+      scales[at] = some ? size * (1 / kLargest) : (size - size) * 0.0f;  // NaN where a number is not finite
+      const float inverse = some ? kLargest / size : 0.0f;
+      int16_t* to = numbers + at * kBlock;
+      for (int part = 0; part < kParts; ++part) {
+        Floats total = {};  // whole numbers below 2^24
+        for (int64_t k = part * kBlock / kParts; k < (part + 1) * kBlock / kParts; k += kLanes) {
           const Floats value = some ? load<kLanes>(from + k) * inverse : Floats{};
           const Floats shifted = value + 12582912.0f;  // 1.5 * 2^23: the integer nearest to it in the lowest bits
           total += shifted - 12582912.0f;
@@ -85,248 +131,173 @@ struct Rounded {
           const Some narrow = __builtin_convertvector(same_bits<Ints>(shifted) - 0x4b400000, Some);
           memcpy(to + k, &narrow, sizeof(narrow));
         }
-        scale_of[b * parts + part] = scale;
-        sum_of[b * parts + part] = -8.0f * sum(total);
+        shifts[at * kParts + part] = -kZero * static_cast<int32_t>(sum(total));
       }
-      if (split) split_block(to);
+      kSplit<W, kParts> ? W::split(to) : W::order(to);
     }
-    for (int64_t u = units; u < padded(units); ++u) scale_of[u] = sum_of[u] = 0;
-  }
-
- private:
-  INLINE static void split_block(int16_t* at) {
-    typedef int16_t Half __attribute__((vector_size(kBlock)));
-    const Half front = read<Half>(at), back = read<Half>(at + kBlock / 2);
-    const Half high = (((front + 128) >> 8) & 255) | (((back + 128) >> 8) << 8), low = (front & 255) | (back << 8);
-    memcpy(at, &high, sizeof(high));
-    memcpy(at + kBlock / 2, &low, sizeof(low));
   }
 };
 
-// sum[r][n] += of a block the products of N rows of weights, whose vectors `weight(n, i)` gives, and of R rows of x.
-template <int N, int R, int kParts, typename Weight, typename Factor>
-INLINE void add_block(const Weight& weight, const int16_t* const* x, const Factor& factor, Floats (*sum)[N]) {
-  constexpr int kSummed = kVectors / kParts;
-  UNROLL for (int u = 0; u < kParts; ++u) {
-    Shorts value[R][kSummed];
-    UNROLL for (int i = 0; i < R * kSummed; ++i)
-      value[i / kSummed][i % kSummed] = read<Shorts>(x[i / kSummed] + (u * kSummed + i % kSummed) * 2 * kLanes);
-    UNROLL for (int n = 0; n < N; ++n) {
-      Ints total[R];
-      UNROLL for (int r = 0; r < R; ++r) total[r] = Ints{};
-      UNROLL for (int i = 0; i < kSummed; ++i) {
-        const Shorts w = weight(n, u * kSummed + i);
-        UNROLL for (int r = 0; r < R; ++r) total[r] = add_products(total[r], w, value[r][i]);
+// total[part][r][v] += of a block the products of vectors v of rows of weights, whose words stand kTile apart, and of R rows of x.
+template <typename W, int R, int V, int kParts>
+INLINE void add_block(const uint32_t* const* words, const int16_t* const* x, Ints (*total)[R][V]) {
+#if defined(__AVX2__)
+  if constexpr (kSplit<W, kParts>) {
+    constexpr int kPlaces = W::kPlaces / 2, kSums = kPlaces < Bytes::kSums ? kPlaces : Bytes::kSums;
+    Bytes high[kSums][R][V], low[kSums][R][V];
+    _Pragma("GCC unroll 1") for (int i = 0; i < W::kWords; ++i) {
+      UNROLL for (int p = 0; p < kPlaces; ++p) {
+        Words weights[V];
+        UNROLL for (int v = 0; v < V; ++v) weights[v] = W::bytes(read<Words>(words[v] + i * kTile), p);
+        UNROLL for (int r = 0; r < R; ++r) {
+          const int16_t* bytes = x[r] + 2 * (W::kWords * p + i);
+          const Ints upper = everywhere(bytes), lower = everywhere(bytes + kBlock / 2);
+          UNROLL for (int v = 0; v < V; ++v) high[p % kSums][r][v].add(weights[v], upper);
+          UNROLL for (int v = 0; v < V; ++v) low[p % kSums][r][v].add(weights[v], lower);
+        }
       }
-      UNROLL for (int r = 0; r < R; ++r) sum[r][n] += __builtin_convertvector(total[r], Floats) * factor(r, n, u);
     }
-  }
-}
-
-// Scales of weights of the units [first, first + count) of a row, whose scales go on to `end` with those of later rows; what
-// stands behind them is finite.
-INLINE void widen_scales(const BFloat16* row, const BFloat16* end, int64_t group, int64_t first, int64_t count, float* out) {
-  if (group > kBlock) {
-    const int64_t each = group / kBlock;  // units, of which `first` is a multiple
-    row += first / each;
-    for (int64_t u = 0; u < kUnits; u += each, ++row) {
-      const float scale = u < count ? widen(*row) : 0.0f;
-      for (int64_t i = 0; i < each; ++i) out[u + i] = scale;
+    UNROLL for (int i = 0; i < kSums * R * V; ++i) {
+      const int r = i / V % R, v = i % V;
+      total[0][r][v] += (high[i / V / R][r][v].whole() << 8) + low[i / V / R][r][v].whole();
     }
     return;
   }
-  row += first;
-  BFloat16 part[kUnits];
-  if (end - row < kUnits) {
-    memset(part, 0, sizeof(part));
-    memcpy(part, row, count * sizeof(BFloat16));
-    row = part;
-  }
-  for (int64_t u = 0; u < count; u += kLanes) write(out + u, load<kLanes>(row + u));
-}
-
-// acc[r][n] += the products of `count` blocks of N rows of weights and R rows of x; `add` is `add_block` of one of them.
-// `scales(n, u)` are those of weights from unit u of the count on; finite numbers may follow.
-template <typename W, int N, int R, int kParts, typename Add, typename Scales>
-INLINE void gather_blocks(const Add& add, const Rounded& x, int64_t m, int64_t first, int64_t count,
-                          const Scales& scales, Floats (*acc)[N]) {
-  const int64_t ld = padded(x.units);
-  const float* own = x.scales + m * ld + first * kParts;
-  Floats sum[R][N];
-  UNROLL for (int i = 0; i < R * N; ++i) sum[i / N][i % N] = acc[i / N][i % N];
-  float factors[R][N][kUnits];
-  if constexpr (W::kGrouped)
-    for (int64_t u = 0; u < count * kParts; u += kLanes)
+#endif
+  _Pragma("GCC unroll 1") for (int i = 0; i < W::kWords; ++i) {
+    UNROLL for (int p = 0; p < W::kPlaces; ++p) {
+      Shorts numbers[V];
+      UNROLL for (int v = 0; v < V; ++v) numbers[v] = W::pairs(read<Words>(words[v] + i * kTile), p);
       UNROLL for (int r = 0; r < R; ++r) {
-        const Floats scale = load<kLanes>(own + r * ld + u), shift = load<kLanes>(x.sums + (m + r) * ld + first * kParts + u);
-        UNROLL for (int n = 0; n < N; ++n) {
-          const Floats product = scale * scales(n, u);
-          write(factors[r][n] + u, product);
-          sum[r][n] += product * shift;
+        const Shorts pair = same_bits<Shorts>(everywhere(x[r] + 2 * W::pair(i, p)));
+        UNROLL for (int v = 0; v < V; ++v) {
+          Ints& sum = total[p * kParts / W::kPlaces][r][v];
+          sum = add_products(sum, numbers[v], pair);
         }
-      }
-  for (int64_t b = 0; b < count; ++b) {
-    const int16_t* at[R];
-    UNROLL for (int r = 0; r < R; ++r) at[r] = x.block(m + r, first + b);
-    add(b, at, [&](int r, int n, int u) INLINE_LAMBDA { return W::kGrouped ? factors[r][n][b * kParts + u] : own[r * ld + b]; },
-        sum);
-  }
-  UNROLL for (int i = 0; i < R * N; ++i) acc[i / N][i % N] = sum[i / N][i % N];
-}
-
-// N rows of weights: their integers, their scales, and where the scales of the last row end.
-template <int N>
-struct Packed {
-  const uint8_t* numbers[N];
-  const void *scales[N], *ends[N];
-
-  INLINE const BFloat16* group(int n) const { return static_cast<const BFloat16*>(scales[n]); }
-
-  // Whether each row's scales, and behind them those of later rows, go on for as many as `units`.
-  INLINE bool go_on(int64_t units) const {
-    bool all = true;
-    UNROLL for (int n = 0; n < N; ++n) all = all && group(n) + units <= static_cast<const BFloat16*>(ends[n]);
-    return all;
-  }
-};
-
-template <typename W, int N, int kParts>
-INLINE void widen_all_scales(const Product& p, const Packed<N>& w, int64_t first, int64_t count, float (*out)[kUnits]) {
-  for (int n = 0; n < N; ++n)
-    widen_scales(w.group(n), static_cast<const BFloat16*>(w.ends[n]), p.group, first * kParts, count * kParts, out[n]);
-}
-
-// Sums of lanes to out[n], times the scales of rows where those have one.
-template <typename W, int N>
-INLINE void finish_sums(const Floats* sum, const Packed<N>& w, float* out) {
-  store_sums<N>(sum, out);
-  if (!W::kGrouped)
-    UNROLL for (int n = 0; n < N; ++n) out[n] *= *static_cast<const float*>(w.scales[n]);
-}
-
-// Whether one row of x is taken in bytes.
-template <typename W, int kParts>
-constexpr bool kSplit = W::kSplits && kParts == 1;
-
-// Outputs of N rows of weights for one row of x.
-template <typename W, int N, int kParts>
-INLINE void integer_dots(const Product& p, const Packed<N>& w, const Rounded& x, float* out) {
-  const int64_t blocks = blocks_of(x.K);
-  Floats acc[1][N];
-  UNROLL for (int n = 0; n < N; ++n) acc[0][n] = Floats{};
-  for (int64_t first = 0; first < blocks; first += kBlocks) {
-    const int64_t count = min(kBlocks, blocks - first);
-    const auto add = [&](int64_t b, const int16_t* const* at, const auto& factor, Floats (*sum)[N]) INLINE_LAMBDA {
-      const auto packed = [&](int n) INLINE_LAMBDA { return w.numbers[n] + (first + b) * W::kBytes; };
-      if constexpr (kSplit<W, kParts>) {
-        UNROLL for (int n = 0; n < N; ++n)
-          sum[0][n] += __builtin_convertvector(W::products(packed(n), at[0]), Floats) * factor(0, n, 0);
-      } else {
-        add_block<N, 1, kParts>([&](int n, int i) INLINE_LAMBDA { return W::unpack(packed(n), i); }, at, factor, sum);
-      }
-    };
-    if constexpr (!W::kGrouped) {
-      gather_blocks<W, N, 1, kParts>(add, x, 0, first, count, [](int, int64_t) INLINE_LAMBDA { return Floats{}; }, acc);
-    } else {
-      if (p.group > kBlock || !w.go_on((first + kBlocks) * kParts)) {
-        float scales[N][kUnits];
-        widen_all_scales<W, N, kParts>(p, w, first, count, scales);
-        gather_blocks<W, N, 1, kParts>(add, x, 0, first, count,
-                                       [&](int n, int64_t u) INLINE_LAMBDA { return load<kLanes>(scales[n] + u); }, acc);
-      } else {
-        gather_blocks<W, N, 1, kParts>(
-            add, x, 0, first, count,
-            [&](int n, int64_t u) INLINE_LAMBDA { return load<kLanes>(w.group(n) + first * kParts + u); }, acc);
       }
     }
   }
-  finish_sums<W, N>(acc[0], w, out);
 }
 
-template <int R>
-struct Rows {
-  constexpr int operator()() const { return R; }
-};
+// sum[r] += the products of blocks [first, last) of the rows of N tiles and of R rows of x from m on.
+template <typename W, int R, int N, int kParts>
+INLINE void gather_blocks(const Tile* tiles, const Rounded<W, kParts>& x, int64_t m, int64_t first, int64_t last, int shift,
+                          Floats (*sum)[N * kVectorsOfTile]) {
+  constexpr int V = N * kVectorsOfTile;
+  for (int64_t b = first; b < last; ++b) {
+    uint32_t spare[N][W::kWords * kTile];
+    BFloat16 own[N][kParts][kTile];
+    const uint32_t* words[V];
+    const BFloat16* scales[V][kParts];
+    UNROLL for (int v = 0; v < V; ++v) {
+      const int n = v / kVectorsOfTile, lane = v % kVectorsOfTile * kLanes;
+      words[v] = tiles[n].block<W>(b, spare[n]) + lane;
+      if constexpr (W::kGrouped)
+        UNROLL for (int part = 0; part < kParts; ++part)
+          scales[v][part] = tiles[n].scales_of(kParts * b + part >> shift, own[n][part]) + lane;
+    }
+    const int16_t* numbers[R];
+    Ints total[kParts][R][V];
+    UNROLL for (int r = 0; r < R; ++r) {
+      const int64_t at = (m + r) * x.blocks + b;
+      numbers[r] = x.numbers + at * kBlock;
+      UNROLL for (int i = 0; i < kParts * V; ++i) total[i / V][r][i % V] = Ints{} + x.shifts[at * kParts + i / V];
+    }
+    add_block<W, R, V, kParts>(words, numbers, total);
+    UNROLL for (int r = 0; r < R; ++r) {
+      const float scale = x.scales[(m + r) * x.blocks + b];
+      UNROLL for (int i = 0; i < kParts * V; ++i) {
+        const Floats product = __builtin_convertvector(total[i / V][r][i % V], Floats);
+        if constexpr (W::kGrouped) sum[r][i % V] += product * (load<kLanes>(scales[i % V][i / V]) * scale);
+        else sum[r][i % V] += product * scale;
+      }
+    }
+  }
+}
 
-// The same for M rows of x: out[m * N + n].
+// A tile's outputs for one row of x, of rows with a scale of their own times that.
+template <typename W>
+INLINE void write_outputs(const Tile& tile, const Floats* sum, float* y) {
+  float out[kTile];
+  float* to = tile.width == kTile ? y : out;
+  if constexpr (!W::kGrouped) {
+    float own[kTile];
+    const float* scales = tile.rows(static_cast<const float*>(tile.scales), own);
+    UNROLL for (int v = 0; v < kVectorsOfTile; ++v) write(to + v * kLanes, sum[v] * load<kLanes>(scales + v * kLanes));
+  } else {
+    UNROLL for (int v = 0; v < kVectorsOfTile; ++v) write(to + v * kLanes, sum[v]);
+  }
+  if (to == out) memcpy(y, out, tile.width * sizeof(float));
+}
+
+// Outputs of N tiles, which are `far` apart, for M rows of x; many go over some blocks after the other.
 template <typename W, int N, int kParts>
-INLINE void many_integer_dots(const Product& p, const Packed<N>& w, const Rounded& x, int64_t M, float* out) {
-  const int64_t blocks = blocks_of(x.K);
-  Floats acc[kManyRows][N];
-  memset(acc, 0, M * sizeof(acc[0]));
-  for (int64_t first = 0; first < blocks; first += kBlocks) {
-    const int64_t count = min(kBlocks, blocks - first);
-    alignas(64) int16_t wide[N][kBlocks * kBlock];  // unpacked once, and not for each row of x
-    for (int n = 0; n < N; ++n)
-      for (int64_t b = 0; b < count; ++b)
-        UNROLL for (int i = 0; i < kVectors; ++i) {
-          const Shorts weight = W::unpack(w.numbers[n] + (first + b) * W::kBytes, i);
-          memcpy(wide[n] + b * kBlock + i * 2 * kLanes, &weight, sizeof(weight));
-        }
-    float wide_scales[N][kUnits];
-    const auto scales = [&](int n, int64_t u) INLINE_LAMBDA { return load<kLanes>(wide_scales[n] + u); };
-    if constexpr (W::kGrouped) widen_all_scales<W, N, kParts>(p, w, first, count, wide_scales);
+INLINE void tile_outputs(const Tile* tiles, const Rounded<W, kParts>& x, int64_t M, int shift, float* y, int64_t far,
+                         int64_t ldy) {
+  constexpr int V = N * kVectorsOfTile;
+  const auto write_row = [&](const Floats* sum, float* to) INLINE_LAMBDA {
+    UNROLL for (int n = 0; n < N; ++n) write_outputs<W>(tiles[n], sum + n * kVectorsOfTile, to + n * far);
+  };
+  if (M == 1) {
+    Floats sum[1][V];
+    UNROLL for (int v = 0; v < V; ++v) sum[0][v] = Floats{};
+    gather_blocks<W, 1, N, kParts>(tiles, x, 0, 0, x.blocks, shift, sum);
+    return write_row(sum[0], y);
+  }
+  Floats sum[kManyRows][V];
+  memset(sum, 0, M * sizeof(sum[0]));
+  for (int64_t first = 0; first < x.blocks; first += kBlocks) {
     const auto gather = [&](auto rows, int64_t m) INLINE_LAMBDA {
-      const auto add = [&](int64_t b, const int16_t* const* at, const auto& factor, Floats (*sum)[N]) INLINE_LAMBDA {
-        add_block<N, rows(), kParts>(
-            [&](int n, int i) INLINE_LAMBDA { return read<Shorts>(wide[n] + b * kBlock + i * 2 * kLanes); }, at, factor, sum);
-      };
-      gather_blocks<W, N, rows(), kParts>(add, x, m, first, count, scales, acc + m);
+      Floats some[rows()][V];
+      memcpy(some, sum[m], sizeof(some));
+      gather_blocks<W, rows(), N, kParts>(tiles, x, m, first, min(x.blocks, first + kBlocks), shift, some);
+      memcpy(sum[m], some, sizeof(some));
     };
     int64_t m = 0;
-    for (; m + kRounded <= M; m += kRounded) gather(Rows<kRounded>(), m);
+    constexpr int R = kRows<W, kParts>;
+    for (; m + R <= M; m += R) gather(Rows<R>(), m);
     for (; m < M; ++m) gather(Rows<1>(), m);
   }
-  for (int64_t m = 0; m < M; ++m) finish_sums<W, N>(acc[m], w, out + m * N);
+  for (int64_t m = 0; m < M; ++m) write_row(sum[m], y + m * ldy);
 }
 
-// As `streams`, for weights in few bits.
-template <typename W, int N, int kParts>
-INLINE void integer_streams(const Product& p, const Rounded& x, int64_t M, int64_t begin, int64_t end, float* y, int64_t ldy) {
-  const int64_t far = (end - begin) / N, bytes = p.row_blocks * W::kBytes;
-  const int64_t scale_bytes = W::kGrouped ? p.row_blocks * kBlock / p.group * 2 : 4;
-  for (int64_t i = begin; i < begin + far; ++i) {
-    Packed<N> w;
-    UNROLL for (int n = 0; n < N; ++n) {
-      const int64_t row = i + n * far, part = p.parts == 1 ? 0 : row / p.outputs, at = row - part * p.outputs;
-      w.numbers[n] = static_cast<const uint8_t*>(p.weight[part]) + at * bytes;
-      w.scales[n] = static_cast<const char*>(p.scales[part]) + at * scale_bytes;
-      w.ends[n] = static_cast<const char*>(p.scales[part]) + p.outputs * scale_bytes;
-    }
-    if (M == 1) {
-      float out[N];
-      integer_dots<W, N, kParts>(p, w, x, out);
-      UNROLL for (int n = 0; n < N; ++n) y[i + n * far] = out[n];
-    } else {
-      float out[kManyRows * N];
-      many_integer_dots<W, N, kParts>(p, w, x, M, out);
-      for (int64_t m = 0; m < M; ++m)
-        UNROLL for (int n = 0; n < N; ++n) y[m * ldy + i + n * far] = out[m * N + n];
-    }
-  }
-  if constexpr (N > 1) integer_streams<W, 1, kParts>(p, x, M, begin + far * N, end, y, ldy);
-}
-
-// One function for all products: compiled once, and not for each of them.
+// Tiles [begin, end) of one of a product's weights. One function for all products: compiled once, and not for each of them.
 template <typename W, int kParts>
-__attribute__((noinline)) void integer_outputs(const Product& p, const Rounded& x, int64_t M, int64_t begin, int64_t end, float* y,
-                                               int64_t ldy) {
-  integer_streams<W, 4, kParts>(p, x, M, begin, end, y, ldy);
+__attribute__((noinline)) void integer_outputs(const Product& p, int64_t part, int64_t begin, int64_t end,
+                                               const Rounded<W, kParts>& x, int64_t M, float* y, int64_t ldy) {
+  const int shift = p.groups < p.row_blocks ? 1 : 0;  // of blocks that share scales, as a power of two
+  int64_t i = begin;
+  if constexpr (kTiles > 1) {  // far apart, which memory serves faster than neighbours
+    const int64_t far = (min(end, p.outputs / kTile) - begin) / kTiles;
+    for (; i < begin + far; ++i) {
+      Tile tiles[kTiles];
+      UNROLL for (int n = 0; n < kTiles; ++n) tiles[n] = tile_of<W>(p, part, i + n * far);
+      tile_outputs<W, kTiles, kParts>(tiles, x, M, shift, y + (i - begin) * kTile, far * kTile, ldy);
+    }
+    i = begin + kTiles * far;
+  }
+  for (; i < end; ++i) {
+    const Tile tile = tile_of<W>(p, part, i);
+    tile_outputs<W, 1, kParts>(&tile, x, M, shift, y + (i - begin) * kTile, 0, ldy);
+  }
 }
 
 // As `product`, for weights in few bits; `space` is for the rows of x in 16 bits.
 template <typename W, int kParts, typename Finish>
 void integer_product(Parallel run, const Product& p, const float* x, int64_t ldx, int64_t M, float* y, int64_t ldy, float* space,
                      const Finish& finish) {
-  const Rounded rows(space, M, p.inputs, kParts, kSplit<W, kParts> && M == 1);
+  const Rounded<W, kParts> rows(space, M, p.inputs);
   parallel(run, M, max(1, kGrain / p.inputs), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) rows.round(m, x + m * ldx);
   });
-  const int64_t N = p.parts * p.outputs, pieces = (N + kColumns - 1) / kColumns;
-  parallel(run, pieces, max(1, kGrain / (kColumns * p.inputs)), [&](int64_t first, int64_t last) {
-    const int64_t begin = first * kColumns, end = min(N, last * kColumns);
-    integer_outputs<W, kParts>(p, rows, M, begin, end, y, ldy);
-    finish(begin, end);
+  const int64_t tiles = (p.outputs + kTile - 1) / kTile;  // of a part
+  parallel(run, p.parts * tiles, max(1, kGrain / (kTile * p.inputs)), [&](int64_t first, int64_t last) {
+    for (int64_t part = first / tiles; part * tiles < last; ++part) {
+      const int64_t begin = max(0, first - part * tiles), end = min(tiles, last - part * tiles);
+      float* to = y + part * p.outputs + begin * kTile;
+      integer_outputs<W, kParts>(p, part, begin, end, rows, M, to, ldy);
+      finish(part * p.outputs + begin * kTile, part * p.outputs + min(p.outputs, end * kTile));
+    }
   });
 }
 
@@ -336,7 +307,7 @@ void any_product(Parallel run, const Product& p, const float* x, int64_t ldx, in
                  const Finish& finish) {
   if (p.number == Number::kInt8) {
     integer_product<Int8, 1>(run, p, x, ldx, M, y, ldy, space, finish);
-  } else if (p.number == Number::kInt4 && p.group < kBlock) {
+  } else if (p.number == Number::kInt4 && p.groups > p.row_blocks) {
     integer_product<Int4, 2>(run, p, x, ldx, M, y, ldy, space, finish);
   } else if (p.number == Number::kInt4) {
     integer_product<Int4, 1>(run, p, x, ldx, M, y, ldy, space, finish);

@@ -216,6 +216,17 @@ INLINE void store_sums(const V* v, float* out) {
   UNROLL for (; n < N; ++n) out[n] = sum(v[n]);
 }
 
+INLINE int32_t largest(Vector<4>::Ints v) {
+  const int32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
+template <typename V>
+INLINE int32_t largest(V v) {
+  typename Vector<sizeof(V) / 8>::Ints half[2];
+  memcpy(half, &v, sizeof(v));
+  return largest(half[0] > half[1] ? half[0] : half[1]);
+}
+
 INLINE Floats choose(Ints where, Floats yes, Floats no) {
   return same_bits<Floats>((where & same_bits<Ints>(yes)) | (~where & same_bits<Ints>(no)));
 }

@@ -35,30 +35,29 @@ struct Scales {
   }
 };
 
-// Part `part` of the weights [rows, columns] of a product, floats or in few bits.
+// Part `part` of the weights [rows, columns] of a product: floats, or words of few bits, whose scales say how many.
 inline void read_weight(const Reader& read, Product& p, int part, const Tensor& t, Scales& scales, int64_t rows, int64_t columns,
                         const char* name) {
-  const bool bytes = t.scalar_type() == ScalarType::Char, nibbles = t.scalar_type() == ScalarType::Byte;
   p.outputs = rows, p.inputs = columns, p.parts = part + 1;
-  if (!bytes && !nibbles) {
+  if (t.scalar_type() != ScalarType::Int) {
     if (part > 0 && p.scales[0]) refuse(name, " is ", shape(t), ", but its neighbours are in few bits");
     p.weight[part] = read(t, rows, columns, name);
     return;
   }
   const Tensor& s = scales.take(name);
-  const Number number = bytes ? Number::kInt8 : Number::kInt4;
-  const int64_t packed = t.dim() == 2 ? t.size(1) * (nibbles ? 2 : 1) : 0, groups = s.dim() == 2 ? s.size(1) : 0;
+  const bool bytes = s.scalar_type() == ScalarType::Float, nibbles = s.scalar_type() == ScalarType::BFloat16;
+  const int64_t packed = t.dim() == 2 ? t.size(1) * (nibbles ? 8 : 4) : 0, groups = s.dim() == 2 ? s.size(1) : 0;
   const bool fits = t.dim() == 2 && t.size(0) == rows && packed >= columns && packed % 64 == 0 && t.is_contiguous() && t.is_cpu();
-  const bool scaled = groups > 0 && s.size(0) == rows && packed % groups == 0 && s.is_contiguous() && s.is_cpu() &&
-                      s.scalar_type() == (bytes ? ScalarType::Float : ScalarType::BFloat16);
+  const bool scaled = groups > 0 && s.size(0) == rows && packed % groups == 0 && s.is_contiguous() && s.is_cpu();
   const int64_t group = scaled ? packed / groups : 0;
-  const bool grouped = bytes ? groups == 1 : group == 32 || group == 64 || group == 128;
+  const bool grouped = bytes ? groups == 1 : nibbles && (group == 32 || group == 64 || group == 128);
   if (!fits || !scaled || !grouped)
-    refuse(name, " is ", shape(t), " with scales ", shape(s), ", but must be contiguous Char or Byte of ", rows, " rows of ",
+    refuse(name, " is ", shape(t), " with scales ", shape(s), ", but must be contiguous Int, words of ", rows, " rows of ",
            columns, " numbers in blocks of 64 on the CPU, with a scale a row or a group");
-  if (part > 0 && (p.number != number || p.group != group || p.row_blocks != packed / 64 || !p.scales[0]))
+  const Number number = bytes ? Number::kInt8 : Number::kInt4;
+  if (part > 0 && (p.number != number || p.groups != groups || p.row_blocks != packed / 64 || !p.scales[0]))
     refuse(name, " is in other bits than its neighbours");
-  p.number = number, p.group = group, p.row_blocks = packed / 64;
+  p.number = number, p.groups = groups, p.row_blocks = packed / 64;
   p.weight[part] = t.const_data_ptr(), p.scales[part] = s.const_data_ptr();
   if (!p.weight[part] || !p.scales[part]) refuse(name, " is ", shape(t), ", without its memory");
 }

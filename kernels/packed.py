@@ -60,7 +60,7 @@ class Packed(NamedTuple):
         return Packed(self.values[first:end], self.scales[first:end], self.K)
 
 
-Weight = Tensor | Packed  # or what has values, scales and shape as a Packed
+Weight = Tensor | Packed  # or a QuantizedWeight
 
 
 def of(op: str, name: str, weight: Any, like: Tensor) -> Weight:
@@ -74,7 +74,8 @@ def of(op: str, name: str, weight: Any, like: Tensor) -> Weight:
     """
     if isinstance(weight, Tensor):
         return weight
-    values, scales, (N, K) = weight.values, weight.scales, weight.shape
+    values, scales = weight[:2] if isinstance(weight, Packed) else weight.row_by_row()
+    N, K = weight.shape
     dtypes = {torch.int8: torch.float32, torch.uint8: torch.bfloat16}
     if values.dtype not in dtypes or scales.dtype != dtypes[values.dtype]:
         raise InputError(

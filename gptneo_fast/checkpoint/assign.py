@@ -126,6 +126,8 @@ def load_into(
     for module in model.modules():
         if isinstance(module, QuantizedEmbedding):
             module.dtype_of = torch.empty_like(module.dtype_of, device=device)
+        if isinstance(module, QuantizedWeight):
+            module.arrange_()
     report.missing_keys = [_path(model, key) for key in report.missing_keys]
     report.mismatched_keys = [(_path(model, key), has, wants) for key, has, wants in report.mismatched_keys]
     if report.mismatched_keys:

@@ -104,7 +104,7 @@ def compensated(weight: Tensor, products: Tensor, how: Format) -> QuantizedWeigh
             w[:, k:last] -= error[:, None] * inverse[k, k:last]
             errors[:, k - first] = error
         w[:, last:] -= errors @ inverse[first:last, last:]
-    return QuantizedWeight(pack(integers.view(N, scales.shape[1], size), how), scales, K, how)
+    return QuantizedWeight(pack(integers.view(N, scales.shape[1], size), how), scales, K, how).arrange_()
 
 
 def _inverse(products: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .. import checkpoint
 from ..errors import InputError, SetupError, UnknownOptionError, warn_once
 from ..generation.config import GenerationConfig
 from ..network import quantized
+from ..ops import quantized as ops
 from . import quantizing
 
 
@@ -60,6 +61,9 @@ def save(
                     f"{name} is a {type(module).__name__} among layers in {how}: such a mixture would not load again"
                 )
         config.quantization_config = quantizing.described(how)
+        for name in [name for name in tensors if name.endswith(".weight.values")]:
+            scales = name.removesuffix("values") + "scales"
+            tensors[name], tensors[scales] = ops.row_by_row(tensors[name], tensors[scales], how)
     texts = {"config.json": config.to_json_string()}
     if (generation := getattr(model, "generation_config", None)) is not None:
         texts["generation_config.json"] = GenerationConfig.like(generation).file_text()

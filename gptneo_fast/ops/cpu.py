@@ -25,7 +25,7 @@ from .reference import embed, layer_norm, sample
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of x, that the extension takes: torch's GEMM is faster with more, and where it has instructions for halves with fewer of them
 ROWS = {dtype: 32 if dtype is torch.float32 or dtype in widened.DTYPES else 16 for dtype in DTYPES}
-_PACKED_ROWS = 64  # the same for weights in few bits; without such instructions there is no end
+_PACKED_ROWS = 64  # the same for weights in few bits, where a CPU multiplies matrices of halves; else there is no end
 
 __all__ = [
     "attention",
@@ -155,8 +155,10 @@ def _takes(x: Tensor, weight: Weight) -> bool:
     if not x.is_contiguous() or not x.numel() or torch.jit.is_tracing():
         return False
     if isinstance(weight, QuantizedWeight):
+        if not weight.is_side_by_side:  # somebody's own in its place
+            return False
         few = x.numel() <= _PACKED_ROWS * weight.shape[1]
-        return _is_ours(x) and (few or x.dtype is torch.float32 or x.dtype in widened.DTYPES)
+        return _is_ours(x) and (few or x.dtype is torch.float32 or x.dtype in widened.DTYPES or not widened.MATRICES)
     return (
         x.dtype is weight.dtype
         and x.dtype in DTYPES
@@ -168,7 +170,7 @@ def _takes(x: Tensor, weight: Weight) -> bool:
 def _copies(weight: Weight, x: Tensor) -> bool:
     """Whether a layer that the extension does not take is computed over copies of the weight, piece by piece."""
     if isinstance(weight, QuantizedWeight):
-        return _is_ours(x)
+        return _is_ours(x) and weight.is_side_by_side
     return x.dtype in widened.DTYPES and weight.dtype is x.dtype
 
 

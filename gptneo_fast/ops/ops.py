@@ -59,7 +59,7 @@ def _taken_apart(overload: Callable, places: tuple[int, ...], names: tuple[str, 
         given = list(args)
         for i, name in zip(places, names, strict=True):
             if i < len(given) and not isinstance(weight := given[i], Tensor):
-                given[i], keywords[name] = weight.values, weight.scales
+                given[i], keywords[name] = weight.row_by_row()
         return overload(*given, **keywords)
 
     return call

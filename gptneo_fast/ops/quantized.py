@@ -8,6 +8,10 @@ gives: the definition that every product is held to. Rows go on with zeros to a 
   64 numbers are 16 little-endian words of 16 bits; word j holds numbers j, 16 + j, 32 + j and 48 + j in four bits each, from
   its lowest up, every one made 8 larger.
 
+So weights lie in files and on GPUs. On a CPU, whose vectors hold numbers of several rows, the same bytes are int32 [N, words]
+of 32 bits, and the words of 16 rows lie side by side: in the place of rows [16, words] stands [words, 16], of fewer rows at the
+end [words, rows]. Their scales lie likewise. The dtype tells which it is.
+
 There are no zero points: they lower the error of normal weights by 5 %, and groups of 32 in place of 64, which cost as many
 bytes, by 10 %.
 """
@@ -27,6 +31,7 @@ from ..errors import InputError, short
 from . import extension
 
 BLOCK = 64  # numbers of a row that lie together
+TILE = 16  # rows whose words lie side by side
 GROUPS = (32, 64, 128)
 _TRIED, _LEAST = 12, 0.6  # scales of a group in 4 bits: as many, from the one that cuts nothing off down to this share of it
 _PIECE = 1 << 18  # numbers that are rounded at one time, in a cache
@@ -83,7 +88,7 @@ class QuantizedWeight(nn.Module):
     """What stands in the place of a weight [N, K]. It is no tensor, so that nothing can change it without a word.
 
     Args:
-        values, scales: as in this module's first lines; may be on the meta device.
+        values, scales: as in this module's first lines, in either order; may be on the meta device.
         K: numbers of a row.
         how: the format.
     """
@@ -104,15 +109,38 @@ class QuantizedWeight(nn.Module):
 
     @staticmethod
     def empty(shape: Sequence[int], how: Format, device: torch.device | str) -> QuantizedWeight:
-        """The memory of a weight [N, K]."""
+        """The memory of a weight [N, K], row by row."""
         N, K = shape
         values, scales = (torch.empty(s, dtype=d, device=device) for s, d in zip(how.shapes(N, K), how.dtypes, strict=True))
         return QuantizedWeight(values, scales, K, how)
 
     def fill(self, weight: Tensor) -> QuantizedWeight:
         """Become the weight [N, K] rounded, see `quantize`; returns itself."""
-        quantize(weight, self.how, (self.values, self.scales))
+        values = self.values.view(self.how.dtypes[0])
+        quantize(weight, self.how, (values, self.scales))
+        self.values = values
+        return self.arrange_()
+
+    def arrange_(self) -> QuantizedWeight:
+        """Bring it into the order that its device multiplies in, in its own memory; returns itself."""
+        side_by_side = self.device.type == "cpu"
+        if self.device.type == "meta" or side_by_side == self.is_side_by_side:
+            return self
+        words, arrange = self.values.view(torch.int32), tiled if side_by_side else untiled
+        for t in (words, self.scales):
+            for part in t.split(max(1, _PIECE // (TILE * max(1, t.shape[1]))) * TILE):
+                part.copy_(arrange(part))
+        self.values = words if side_by_side else words.view(self.how.dtypes[0])
         return self
+
+    @property
+    def is_side_by_side(self) -> bool:
+        """Whether words of 16 rows lie side by side, as a CPU wants them."""
+        return self.values.dtype is torch.int32
+
+    def row_by_row(self) -> tuple[Tensor, Tensor]:
+        """(integers, scales) in the order of files and GPUs; a copy where it lies otherwise."""
+        return row_by_row(self.values, self.scales, self.how)
 
     def __getattr__(self, name: str) -> Any:
         """As torch's, with the way out: libraries ask a weight for `data` to change it."""
@@ -146,7 +174,10 @@ class QuantizedWeight(nn.Module):
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows [..., K] of that, for ids [...]."""
         flat = ids.flatten()
-        values, scales = (t.index_select(0, flat) for t in (self.values, self.scales))  # refuses ids below 0, too
+        if self.is_side_by_side:
+            values, scales = rows_of_tiles(self.values, flat).view(self.how.dtypes[0]), rows_of_tiles(self.scales, flat)
+        else:
+            values, scales = (t.index_select(0, flat) for t in (self.values, self.scales))  # refuses ids below 0, too
         found = dequantize(values, scales, self.shape[1], self.how, dtype)
         return found.view(*ids.shape, -1)
 
@@ -155,8 +186,8 @@ class QuantizedWeight(nn.Module):
         return f"{list(self.shape)}, {self.how}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As torch's, for devices: scales keep their dtype whatever that of the model becomes, since they are half of what the
-        integers mean."""
+        """As torch's, for devices, each of which has its order: scales keep their dtype whatever that of the model becomes,
+        since they are half of what the integers mean."""
         as_int = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
         scales = self.scales
 
@@ -169,7 +200,20 @@ class QuantizedWeight(nn.Module):
                 )
             return moved
 
-        return super()._apply(lambda t: kept(t.view(as_int[t.dtype])).view(t.dtype) if t is scales else kept(t), recurse)
+        super()._apply(lambda t: kept(t.view(as_int[t.dtype])).view(t.dtype) if t is scales else kept(t), recurse)
+        return self.arrange_()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's, from either order."""
+        values, scales = (state_dict.get(f"{prefix}{name}") for name in ("values", "scales"))
+        other = self.how.dtypes[0] if self.is_side_by_side else torch.int32
+        if isinstance(values, Tensor) and isinstance(scales, Tensor) and values.dtype is other and values.shape[-1] % 4 == 0:
+            if self.is_side_by_side:
+                values, scales = tiled(values.contiguous().view(torch.int32)), tiled(scales)
+            else:
+                values, scales = row_by_row(values, scales, self.how)
+            state_dict = state_dict | {f"{prefix}values": values, f"{prefix}scales": scales}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def memory(like: Iterable[Tensor | QuantizedWeight], device: torch.device) -> list[Tensor | QuantizedWeight]:
@@ -291,8 +335,38 @@ def unpack(values: Tensor, how: Format) -> Tensor:
     return words.flatten(1).to(torch.int8) - 8
 
 
+def tiled(rows: Tensor) -> Tensor:
+    """Words or scales [N, W] of 16 rows side by side; of the same shape, a copy."""
+    N, W = rows.shape
+    whole = N // TILE * TILE
+    return torch.cat([rows[:whole].view(-1, TILE, W).mT.reshape(-1, W), rows[whole:].T.reshape(-1, W)])
+
+
+def untiled(t: Tensor) -> Tensor:
+    """The reverse of `tiled`."""
+    N, W = t.shape
+    whole = N // TILE * TILE
+    return torch.cat([t[:whole].view(-1, W, TILE).mT.reshape(-1, W), t[whole:].view(W, -1).T.reshape(-1, W)])
+
+
+def rows_of_tiles(t: Tensor, ids: Tensor) -> Tensor:
+    """Rows [n, W], for ids [n], of what `tiled` gave."""
+    N, W = t.shape
+    whole = N // TILE * TILE
+    first = torch.where(ids < whole, ids // TILE * (TILE * W) + ids % TILE, whole * W + ids - whole)
+    step = torch.where(ids < whole, TILE, N - whole)
+    places = first[:, None] + step[:, None] * torch.arange(W, device=ids.device)
+    return t.flatten().index_select(0, places.flatten()).view(-1, W)  # refuses ids below 0 and from N on
+
+
+def row_by_row(values: Tensor, scales: Tensor, how: Format) -> tuple[Tensor, Tensor]:
+    """Integers and scales of either order in that of files and GPUs."""
+    return (untiled(values).view(how.dtypes[0]), untiled(scales)) if values.dtype is torch.int32 else (values, scales)
+
+
 def dequantize(values: Tensor, scales: Tensor, K: int, how: Format, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] that integers and scales stand for: products in float32, or in float64, rounded once to `dtype`."""
+    values, scales = row_by_row(values, scales, how)
     wide = torch.promote_types(dtype, torch.float32)
     integers = unpack(values, how).unflatten(1, (scales.shape[1], -1))
     return (integers.to(wide) * scales.to(wide)[..., None]).flatten(1)[:, :K].to(dtype)

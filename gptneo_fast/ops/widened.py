@@ -6,6 +6,8 @@ of float32. Weights in few bits become the dtype that is multiplied. No backward
 
 from __future__ import annotations
 
+import platform
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,14 @@ DTYPES = frozenset(
     for dtype, question in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
     if _cannot_multiply(question)
 )
+
+
+def _has_matrices() -> bool:
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return platform.machine().lower() not in ("x86_64", "amd64") or asked is None or asked()
+
+
+MATRICES = _has_matrices()  # whether halves are multiplied in more than vectors, and so faster than integers are
 
 
 def linear(

@@ -60,7 +60,7 @@ def check(name, monkeypatch, args, dtypes=DTYPES, mutates=()):
                 given[i] = kernels.Packed(values, scales, args[i].shape[1])
             return getattr(kernels, name)(*given)
 
-        extra = [t for i in places for t in (args[i].values, args[i].scales)]
+        extra = [t for i in places for t in args[i].row_by_row()]
         inner = watched(on_packed, monkeypatch, mutates)
         sample = Sample("packed", tuple(plain), mutates).to(dtype)
         fault = testing.over_budget(name, lambda *given, inner=inner, extra=extra: inner(*given, *extra), sample)
@@ -87,7 +87,7 @@ def test_products_of_packed_weights(rows, K, N, how, monkeypatch):
 def test_what_takes_packed_weights(rows, ran):
     x, w = torch.randn(rows, 20), weight(24, 20, FORMATS[rows % 4])
     with Launches() as seen:
-        kernels.linear_add(x, kernels.Packed(w.values, w.scales, 20), torch.ones(24), torch.randn(rows, 24))
+        kernels.linear_add(x, kernels.Packed(*w.row_by_row(), 20), torch.ones(24), torch.randn(rows, 24))
     assert [name for name in seen.launches if not name.startswith("aten")] == ran.split()
 
 
@@ -150,20 +150,20 @@ def test_log_probabilities_of_a_packed_head_unpack_a_chunk_of_it_at_a_time(how, 
 
 def test_kernels_refuse_packed_weights_that_they_would_read_wrong():
     x, w = torch.randn(2, 1, 100), weight(16, 100, FORMATS[2])
-    bias, residual = torch.ones(16), torch.randn(2, 1, 16)
-    for values, scales, K, words in [
-        (w.values.to(torch.int16), w.scales, 100, r"values of torch.int16 and scales of torch.bfloat16"),
-        (w.values, w.scales.float(), 100, r"scales keep their dtype"),
-        (w.values[:, ::2], w.scales, 100, r"values of weight must be contiguous"),
-        (w.values, torch.cat([w.scales] * 3, 1), 100, r"has values \[16, 64\] and scales \[16, 6\]"),
-        (w.values, w.scales[:8], 100, r"scales \[8, 2\]"),
-        (w.values, w.scales, 64, r"weight \[16, 64\] has values \[16, 64\]"),
-        (w.values.to("meta"), w.scales, 100, r"values of weight are on meta, expected cpu"),
-        (torch.zeros(16 * 64 + 8, dtype=torch.uint8)[8:].view(16, 64), w.scales, 100, "begin at byte 8"),
-        (w.values, w.scales, 101, r"weight has shape \[16, 101\], expected \[16, 100\]"),
+    (values, scales), bias, residual = w.row_by_row(), torch.ones(16), torch.randn(2, 1, 16)
+    for own, its, K, words in [
+        (values.to(torch.int16), scales, 100, r"values of torch.int16 and scales of torch.bfloat16"),
+        (values, scales.float(), 100, r"scales keep their dtype"),
+        (values[:, ::2], scales, 100, r"values of weight must be contiguous"),
+        (values, torch.cat([scales] * 3, 1), 100, r"has values \[16, 64\] and scales \[16, 6\]"),
+        (values, scales[:8], 100, r"scales \[8, 2\]"),
+        (values, scales, 64, r"weight \[16, 64\] has values \[16, 64\]"),
+        (values.to("meta"), scales, 100, r"values of weight are on meta, expected cpu"),
+        (torch.zeros(16 * 64 + 8, dtype=torch.uint8)[8:].view(16, 64), scales, 100, "begin at byte 8"),
+        (values, scales, 101, r"weight has shape \[16, 101\], expected \[16, 100\]"),
     ]:
         with pytest.raises(errors.InputError, match=words):
-            kernels.linear_add(x, kernels.Packed(values, scales, K), bias, residual)
+            kernels.linear_add(x, kernels.Packed(own, its, K), bias, residual)
 
 
 def calls(how, dtype=torch.float32, device="cpu"):
@@ -208,8 +208,8 @@ def test_an_op_on_packed_weights_is_its_reference_and_tells_tracers_the_shapes(h
 @pytest.mark.parametrize("how", [FORMATS[0], FORMATS[2]], ids=str)
 def test_tracers_take_the_two_halves_of_a_packed_weight(how):
     for name, args in calls(how):
-        halves = [a.values if isinstance(a, QuantizedWeight) else a for a in args]
-        scales = [a.scales for a in args if isinstance(a, QuantizedWeight)]
+        halves = [a.row_by_row()[0] if isinstance(a, QuantizedWeight) else a for a in args]
+        scales = [a.row_by_row()[1] for a in args if isinstance(a, QuantizedWeight)]
         overload = getattr(torch.ops.gptneo_fast, name).default
         names = [a.name for a in overload._schema.arguments if a.name.endswith("scales")]
         if len(names) == len(scales):

@@ -13,8 +13,19 @@ FORMATS = [Format(8), *(Format(4, group) for group in GROUPS)]
 compiled = pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
 
 
-def integer(values, scales, n, k, how):
+def number(values, scales, n, k, how):
     """One number of a weight, by the words of the module's first lines."""
+    if values.dtype is torch.int32:  # words of 16 rows side by side, of the last rows if there are fewer
+        first, width = n // 16 * 16, min(16, len(values) - n // 16 * 16)
+
+        def at(t, w):
+            return t.flatten()[first * t.shape[1] + w * width + n - first]
+
+        word = int(at(values, k // 4 if how.bits == 8 else k // 64 * 8 + k % 16 // 2)) & 0xFFFFFFFF
+        scale = float(at(scales, 0 if how.bits == 8 else k // how.group))
+        if how.bits == 8:
+            return (((word >> 8 * (k % 4) & 255) ^ 128) - 128) * scale
+        return ((word >> 16 * (k % 2) + 4 * (k % 64 // 16) & 15) - 8) * scale
     if how.bits == 8:
         return int(values[n, k]) * float(scales[n, 0])
     block, place = divmod(k, 64)
@@ -25,14 +36,51 @@ def integer(values, scales, n, k, how):
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
-@pytest.mark.parametrize(("N", "K"), [(3, 64), (2, 200), (5, 33), (1, 1)])
+@pytest.mark.parametrize(("N", "K"), [(3, 64), (2, 200), (5, 33), (1, 1), (16, 70), (37, 130)])
 def test_numbers_lie_where_the_words_say(how, N, K):
+    """On a CPU words of 16 rows side by side, elsewhere row by row."""
     weight = QuantizedWeight.of(random(N, K), how)
-    wanted = torch.tensor([[integer(weight.values, weight.scales, n, k, how) for k in range(K)] for n in range(N)])
-    assert torch.equal(weight.dequantize(torch.float32), wanted)
-    assert (tuple(weight.values.shape), tuple(weight.scales.shape)) == how.shapes(N, K)
+    values, scales = weight.row_by_row()
+    assert (tuple(values.shape), tuple(scales.shape)) == how.shapes(N, K) and (values.dtype, scales.dtype) == how.dtypes
+    assert weight.is_side_by_side and weight.values.dtype is torch.int32
     ids = torch.tensor([[0, N - 1], [N // 2, 0]])
-    assert torch.equal(weight.rows(ids, torch.float32), wanted[ids])
+    for one in (weight, QuantizedWeight(values, scales, K, how)):
+        wanted = torch.tensor([[number(one.values, one.scales, n, k, how) for k in range(K)] for n in range(N)])
+        assert torch.equal(one.dequantize(torch.float32), wanted)
+        assert torch.equal(one.rows(ids, torch.float32), one.dequantize(torch.float32)[ids])
+        for wrong in (-1, N):
+            with pytest.raises((IndexError, RuntimeError)):
+                one.rows(torch.tensor([wrong]), torch.float32)
+    assert torch.equal(weight.dequantize(), one.dequantize())
+    back = QuantizedWeight(values.clone(), scales.clone(), K, how).arrange_()
+    assert torch.equal(back.values, weight.values) and torch.equal(back.scales, weight.scales)
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_either_order_is_loaded_into_either(how):
+    """As a state dict of a model on another device has it."""
+    weight, other = (QuantizedWeight.of(random(21, 70, seed=i), how) for i in range(2))
+    rows = QuantizedWeight(*weight.row_by_row(), 70, how)
+    for own in (other, QuantizedWeight(*other.row_by_row(), 70, how)):
+        for given in (weight, rows):
+            own.load_state_dict(given.state_dict())
+            assert torch.equal(own.dequantize(), weight.dequantize())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(QuantizedWeight.of(random(22, 70), how).state_dict())
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_a_device_gets_the_order_that_it_multiplies_in(how, monkeypatch):
+    """Whatever moves it there."""
+    weight = QuantizedWeight.of(random(21, 70), how)
+    before, (values, scales) = [t.clone() for t in weight.buffers()], weight.row_by_row()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(QuantizedWeight, "device", torch.device("cuda"))
+        assert weight.half() is weight and not weight.is_side_by_side
+        assert torch.equal(weight.values, values) and torch.equal(weight.scales, scales)
+    assert weight.to("cpu").is_side_by_side and all(map(torch.equal, before, weight.buffers()))
+    empty = weight.to("meta").to_empty(device="cpu")
+    assert empty.is_side_by_side and (empty.values.shape, empty.values.dtype) == (before[0].shape, torch.int32)
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
@@ -128,6 +176,7 @@ def test_many_rows_are_multiplied_in_halves_where_a_cpu_does_so(dtype, how, monk
     """Over copies of a few rows of the weight; fewer rows of x stay with the integers."""
     rows, K, N = 80, 200, 97
     monkeypatch.setattr(widened, "DTYPES", frozenset())
+    monkeypatch.setattr(widened, "MATRICES", True)
     monkeypatch.setattr(widened, "_PIECE", 10 * K)
     weight, bias = QuantizedWeight.of(random(N, K, seed=1) * K**-0.5, how), random(N, seed=3).to(dtype)
     x, other = random(rows, K, seed=2).to(dtype), random(rows, N, seed=4).to(dtype)
@@ -147,6 +196,8 @@ def test_many_rows_are_multiplied_in_halves_where_a_cpu_does_so(dtype, how, monk
     asked.clear()
     cpu.linear(x[:64].contiguous(), weight)
     cpu.linear(x.float(), weight)
+    monkeypatch.setattr(widened, "MATRICES", False)
+    cpu.linear(x, weight)
     assert asked == []
 
 
@@ -201,23 +252,29 @@ def test_what_is_not_finite_in_x_is_seen_and_stays_in_its_row(value, how, lanes)
 
 @compiled
 @pytest.mark.parametrize("how", FORMATS, ids=str)
-def test_scales_at_the_end_of_memory_are_read_no_further(how):
-    """The last row's scales stand at the end of a page, behind which nothing may be read."""
+@pytest.mark.parametrize("N", [2, 16, 33])
+def test_nothing_is_read_behind_the_end_of_memory(how, N, lanes):  # noqa: F811
+    """The last row's words and scales stand at the end of a page, behind which nothing may be read."""
     import ctypes
     import mmap
 
-    K, N = 96, 2
+    K, page = 96, mmap.PAGESIZE
     weight = QuantizedWeight.of(random(N, K), how)
-    page = mmap.PAGESIZE
-    room = mmap.mmap(-1, 2 * page)
-    size = weight.scales.nbytes
-    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + page), page, 0) == 0
-    there = torch.frombuffer(room, dtype=weight.scales.dtype, offset=page - size, count=weight.scales.numel())
-    there.copy_(weight.scales.flatten())
-    moved = QuantizedWeight(weight.values, there.view_as(weight.scales), K, how)
+
+    def at_the_end(t):
+        room = mmap.mmap(-1, 3 * page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + 2 * page), page, 0) == 0
+        there = torch.frombuffer(room, dtype=t.dtype, offset=2 * page - t.nbytes, count=t.numel())
+        return there.copy_(t.flatten()).view_as(t)
+
+    moved = QuantizedWeight(at_the_end(weight.values), at_the_end(weight.scales), K, how)
     x = random(3, K).float()
     assert torch.equal(cpu.linear(x, moved), cpu.linear(x, weight))
+    assert torch.equal(cpu.linear(x[:1], moved), cpu.linear(x[:1], weight))
+    out = torch.empty(N, K)
+    torch.ops.gptneo_fast_csrc.dequantize.default(moved.values, moved.scales, 0, out, lanes)
+    assert torch.equal(out, weight.dequantize())
 
 
 @compiled
@@ -226,11 +283,13 @@ def test_tensors_that_do_not_fit_are_refused():
     weight = QuantizedWeight.of(torch.ones(4, 70), Format(4, 64))
     for values, scales, message in (
         (weight.values, None, "must be contiguous"),
-        (weight.values[:, :32].contiguous(), weight.scales, "4 rows of 70 numbers in blocks of 64"),
+        (weight.values[:, :8].contiguous(), weight.scales, "4 rows of 70 numbers in blocks of 64"),
         (weight.values, weight.scales.float(), "with a scale a row or a group"),
+        (weight.values, weight.scales.half(), "with a scale a row or a group"),
         (weight.values, weight.scales[:3].contiguous(), "with a scale a row or a group"),
         (weight.values, torch.ones(4, 1).bfloat16().expand(4, 5).contiguous(), "with a scale a row or a group"),
         (weight.values.view(torch.int8), weight.scales, "Char"),
+        (weight.row_by_row()[0], weight.scales, "Byte"),
         (weight.values[:, ::2], weight.scales, "must be contiguous"),
     ):
         with pytest.raises(RuntimeError, match=f"gptneo_fast_csrc: .*{message}"):
@@ -258,4 +317,4 @@ def test_gradients_are_those_of_what_the_weight_stands_for(how):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
         quantized.linear(x.float(), weight)
-    assert set(kept) <= {torch.int8, torch.uint8, torch.bfloat16, torch.float32} and len(kept) == 2
+    assert set(kept) <= {torch.int32, torch.bfloat16, torch.float32} and len(kept) == 2
