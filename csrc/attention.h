@@ -7,13 +7,15 @@
 namespace gptneo_fast {
 namespace {
 
-// Asks memory for N vectors of L numbers that are read later.
+// Asks memory for N vectors of L numbers that are read later, and may not be there: nothing happens then.
 template <int N, int L, typename T>
 INLINE void ask(const T* p) {
-  UNROLL for (int n = 0; n < N * L * static_cast<int>(sizeof(T)); n += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + n, 0, 2);
+  constexpr int kBytes = N * L * sizeof(T);
+  UNROLL for (int n = 0; n < kBytes; n += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + n, 0, 2);
 }
 
-// Scores of `count` keys of N vectors of L numbers, read in the order in which they lie: memory serves that faster.
+// Scores of `count` keys of N vectors of L numbers, read in the order in which they lie: memory serves that faster. What stands
+// at the same distances from `later` is asked for meanwhile, so that memory never waits for the other half of the work.
 template <int N, int L, typename T>
 INLINE void scores_of(const T* keys, const T* later, int64_t stride, const float* q, int64_t count, float* scores) {
   FloatsOf<L> query[N];
@@ -43,9 +45,11 @@ INLINE void scores_of(const T* keys, int64_t stride, const float* q, int64_t D, 
   }
 }
 
-// out[d] += weights . values[:, d] for N vectors of L numbers, in 8 / N chains so that no addition waits for the last.
+// out[d] += weights . values[:, d] for N vectors of L numbers, in 8 / N chains so that no addition waits for the last; `later` as
+// above.
 template <int N, int L, typename T>
-INLINE void weigh(const T* values, const T* later, int64_t stride, const float* weights, int64_t count, FloatsOf<L> (&acc)[8 / N][N]) {
+INLINE void weigh(const T* values, const T* later, int64_t stride, const float* weights, int64_t count,
+                  FloatsOf<L> (&acc)[8 / N][N]) {
   constexpr int kChains = 8 / N;
   int64_t i = 0;
   for (; i + kChains <= count; i += kChains) {
@@ -63,7 +67,8 @@ struct Seen {
 };
 
 template <int N, int L, typename T>
-INLINE void values_of(const T* values, const T* later, int64_t stride, const Seen& seen, const float* weights, float scale, float* out) {
+INLINE void values_of(const T* values, const T* later, int64_t stride, const Seen& seen, const float* weights, float scale,
+                      float* out) {
   FloatsOf<L> acc[8 / N][N];
   UNROLL for (int n = 0; n < 8 / N * N; ++n) acc[n / N][n % N] = FloatsOf<L>{};
   weigh<N, L>(values + seen.first * stride, later + seen.first * stride, stride, weights, seen.count[0], acc);
@@ -96,10 +101,11 @@ struct Width {
   static constexpr int kValue = N;
 };
 
-// softmax(q k^T) v over what is seen, without the factor 1/sqrt(D); zeros where that is nothing.
+// softmax(q k^T) v over what is seen, without the factor 1/sqrt(D); zeros where that is nothing. later: the keys that are read
+// next, or weights.
 template <int L, typename T>
-INLINE void attend(const T* keys, const T* values, const T* later, int64_t stride, const Seen& seen, const float* q, int64_t D, float* scores,
-                   float* out) {
+INLINE void attend(const T* keys, const T* values, const T* later, int64_t stride, const Seen& seen, const float* q, int64_t D,
+                   float* scores, float* out) {
   const int64_t count = seen.count[0] + seen.count[1];
   const auto weights = [&] INLINE_LAMBDA {
     for (int64_t i = count; i < padded(count); ++i) scores[i] = -INFINITY;
@@ -295,9 +301,9 @@ void few_queries(const Attention& a, int64_t b, int64_t h, float* space) {
     const T* from = token_of<T>(a.q, b, h, t);
     for (int64_t d = 0; d < D; ++d) q[d] = widen(from[d]);
     if (D % kLanes == 0) {
-      attend<kLanes>(keys, values, keys, a.keys.token, seen, q, D, scores, y);
+      attend<kLanes>(keys, values, keys + a.keys.head, a.keys.token, seen, q, D, scores, y);
     } else {
-      attend<4>(keys, values, keys, a.keys.token, seen, q, D, scores, y);
+      attend<4>(keys, values, keys + a.keys.head, a.keys.token, seen, q, D, scores, y);
     }
     store(y, out, D);
   }

@@ -145,7 +145,7 @@ INLINE void add_block(const uint32_t* const* words, const int16_t* const* x, Int
   if constexpr (kSplit<W, kParts>) {
     constexpr int kPlaces = W::kPlaces / 2, kSums = kPlaces < Bytes::kSums ? kPlaces : Bytes::kSums;
     Bytes high[kSums][R][V], low[kSums][R][V];
-    _Pragma("GCC unroll 1") for (int i = 0; i < W::kWords; ++i) {
+    ROLL for (int i = 0; i < W::kWords; ++i) {
       UNROLL for (int p = 0; p < kPlaces; ++p) {
         Words weights[V];
         UNROLL for (int v = 0; v < V; ++v) weights[v] = W::bytes(read<Words>(words[v] + i * kTile), p);
@@ -164,7 +164,7 @@ INLINE void add_block(const uint32_t* const* words, const int16_t* const* x, Int
     return;
   }
 #endif
-  _Pragma("GCC unroll 1") for (int i = 0; i < W::kWords; ++i) {
+  ROLL for (int i = 0; i < W::kWords; ++i) {
     UNROLL for (int p = 0; p < W::kPlaces; ++p) {
       Shorts numbers[V];
       UNROLL for (int v = 0; v < V; ++v) numbers[v] = W::pairs(read<Words>(words[v] + i * kTile), p);

@@ -13,6 +13,7 @@
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+#define ROLL _Pragma("GCC unroll 1")  // where the compiler would add what it unrolls in another order, out of registers
 
 namespace gptneo_fast {
 namespace {
