@@ -194,7 +194,7 @@ INLINE void gather_blocks(const Tile* tiles, const Rounded<W, kParts>& x, int64_
       words[v] = tiles[n].block<W>(b, spare[n]) + lane;
       if constexpr (W::kGrouped)
         UNROLL for (int part = 0; part < kParts; ++part)
-          scales[v][part] = tiles[n].scales_of(kParts * b + part >> shift, own[n][part]) + lane;
+          scales[v][part] = tiles[n].scales_of((kParts * b + part) >> shift, own[n][part]) + lane;
     }
     const int16_t* numbers[R];
     Ints total[kParts][R][V];

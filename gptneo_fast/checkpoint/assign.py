@@ -104,7 +104,7 @@ def load_into(
     like = {
         key: QuantizedWeight.empty(tensor.shape, quantize, "meta")
         if quantize and key in few
-        else torch.empty(tensor.shape, dtype=held[key].dtype, device="meta" if key in read else device)
+        else torch.empty(tensor.shape, dtype=plan.held[key].dtype, device="meta" if key in read else device)
         for key, tensor in plan.taken.items()
     }
     new = like | dict(zip(read, memory((like[key] for key in read), device), strict=True))
@@ -169,6 +169,8 @@ class _Plan:
             (self.other_heads if key.startswith(HEADS) else self.surplus).append(tensor.name)
         else:
             self.taken[key] = tensor
+            if key in self.packed and key.endswith(".values") and tensor.dtype is torch.int32:  # of a CPU's state dict
+                self.held[key] = self.held[key].view(torch.int32)
             wanted = self.held[key].dtype
             if key in self.packed or not wanted.is_floating_point:  # taken as they are
                 if tensor.dtype is not wanted:

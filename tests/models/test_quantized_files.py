@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import gptneo_fast
 from gptneo_fast.demo import FOLDER
-from gptneo_fast.errors import CheckpointError, ConfigError
+from gptneo_fast.errors import CheckpointError, ConfigError, GPTNeoFastWarning
 from gptneo_fast.ops.quantized import QuantizedWeight
 from tests.models.test_quantize import name, same  # noqa: F401
 from tests.support.serial import lively
@@ -32,6 +32,18 @@ def test_loading_rounds_as_the_model_does(name, tmp_path):
     assert again.lm_head.weight is again.transformer.wte.weight and again.dtype is torch.bfloat16
     again.save_pretrained(tmp_path / "again")
     same(again, gptneo_fast.load(tmp_path / "again"))
+
+
+def test_a_state_dict_is_a_checkpoint_too(name, tmp_path):
+    model = gptneo_fast.load(FOLDER, quantize=name)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.warns(GPTNeoFastWarning, match="pytorch_model.bin only"):
+        again = gptneo_fast.load(tmp_path)
+    same(model, again)
+    same(model, type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict()))
+    assert again.transformer.h[0].mlp.c_fc.weight.is_side_by_side
 
 
 def test_an_untied_head_is_kept_for_itself(name, tmp_path):
