@@ -214,7 +214,7 @@ Tensor decode(int64_t number, const Tensor& x, std::optional<Tensor> positions, 
   Tensor out = s.head ? torch::stable::new_empty(lengths, {s.B, keep, s.V}, ScalarType::Float)
                       : torch::stable::new_empty(p.keys[0], {s.B, keep, s.C()});
   s.out = out.mutable_data_ptr();
-  lanes_of(lanes(max_lanes)).decode(s, run_parallel, workspace(workspace_floats(s)));
+  lanes_of(max_lanes).decode(s, run_parallel, workspace(workspace_floats(s)));
   return out;
 }
 
@@ -275,7 +275,7 @@ Tensor several(int64_t number, const Tensor& ids, const Tensor& positions, std::
   for (int64_t i = 0; i < s.position_rows; ++i)
     if (s.positions[i] + steps > P) refuse("positions go on from ", s.positions[i], " for ", steps, ", past ", P);
   const Draws how(temperature, top_k, top_p);
-  const Lanes& of = lanes_of(lanes(max_lanes));
+  const Lanes& of = lanes_of(max_lanes);
   std::optional<Twister> numbers, before;
   if (state) numbers.emplace(of, *state);
   const auto* alive = static_cast<const bool*>(running.const_data_ptr());

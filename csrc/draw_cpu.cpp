@@ -270,7 +270,7 @@ Tensor multinomial(const Tensor& probabilities, Tensor state, int64_t max_lanes)
   if (probabilities.dim() != 2 || probabilities.scalar_type() != ScalarType::Float || !probabilities.is_cpu() ||
       !probabilities.is_contiguous() || probabilities.size(1) < 1)
     refuse("probabilities are ", shape(probabilities), ", but must be contiguous float32 [B, V] on the CPU");
-  const Lanes& of = lanes_of(lanes(max_lanes));
+  const Lanes& of = lanes_of(max_lanes);
   Twister numbers(of, state);
   const int64_t B = probabilities.size(0), V = probabilities.size(1);
   Tensor tokens = torch::stable::new_empty(probabilities, {B}, ScalarType::Long);
@@ -287,7 +287,7 @@ Tensor choose(const Tensor& logits, Tensor state, double temperature, int64_t to
       (logits.stride(1) != 1 && logits.size(1) > 1))
     refuse("logits are ", shape(logits), ", but must be float32 [B, V] on the CPU, the last axis dense");
   const Draws how(temperature, top_k, top_p);
-  const Lanes& of = lanes_of(lanes(max_lanes));
+  const Lanes& of = lanes_of(max_lanes);
   Twister numbers(of, state);
   const int64_t B = logits.size(0), V = logits.size(1);
   std::vector<int64_t> found(B);

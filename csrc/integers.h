@@ -13,9 +13,9 @@
 namespace gptneo_fast {
 namespace {
 
-constexpr float kLargest = 32639;    // of x in 16 bits: the higher byte of one that is rounded to 256 is at most 127
-constexpr int64_t kBlocks = 16;      // that many rows of x go over while they are in the first-level cache
-constexpr int kTiles = kLanes == 16 ? 2 : 1;    // that share what is read of x
+constexpr float kLargest = 32639;  // of x in 16 bits: the higher byte of one that is rounded to 256 is at most 127
+constexpr int64_t kBlocks = 16;    // that many rows of x go over while they are in the first-level cache
+constexpr int kTiles = kLanes == 16 ? 2 : 1;  // that share what is read of x
 constexpr int kVectorsOfTile = kTile / kLanes;
 
 inline int64_t blocks_of(int64_t K) { return (K + kBlock - 1) / kBlock; }
@@ -37,7 +37,7 @@ INLINE Ints add_products(Ints acc, Shorts a, Shorts b) {
 }
 
 template <int R>
-struct Rows {
+struct Rows {  // how many, for functions that are given to functions
   constexpr int operator()() const { return R; }
 };
 
@@ -61,7 +61,7 @@ struct Bytes {
 #elif defined(__AVX2__)
 struct Bytes {
   Shorts sum = {};
-  static constexpr int kSums = 2;               // of 16 products of at most 15 * 128
+  static constexpr int kSums = 2;  // of 16 products of at most 15 * 128
   static constexpr bool kTakeInt8 = false;
 
   INLINE void add(Words weights, Ints x) {

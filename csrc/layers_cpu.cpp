@@ -50,7 +50,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
     l.M = std::min(kManyRows, rows - first);
     l.x = from + first * K * size, l.out = to + first * N * size;
     l.residual = beside ? beside + first * N * size : nullptr;
-    lanes_of(lanes(max_lanes)).linear(l, run_parallel, workspace(workspace_floats(l)));
+    lanes_of(max_lanes).linear(l, run_parallel, workspace(workspace_floats(l)));
   }
   return out;
 }
@@ -67,7 +67,7 @@ void dequantize(const Tensor& values, const Tensor& scales, int64_t first, const
   read_weight(read, p, 0, values, of_weight, read.rows_of(values, "weight"), out.size(1), "weight");
   if (!p.scales[0]) refuse("weight is ", shape(values), ", which is not in few bits");
   if (first < 0 || first > p.outputs - out.size(0)) refuse("rows ", first, " to ", first + out.size(0), " are not among ", p.outputs);
-  lanes_of(lanes(max_lanes)).dequantize(p, first, out.size(0), number, out.mutable_data_ptr(), run_parallel);
+  lanes_of(max_lanes).dequantize(p, first, out.size(0), number, out.mutable_data_ptr(), run_parallel);
 }
 
 Tensor likeliest(const Tensor& logits, int64_t max_lanes) {
@@ -76,7 +76,7 @@ Tensor likeliest(const Tensor& logits, int64_t max_lanes) {
     refuse("logits are ", shape(logits), ", but must be float32 [B, V] on the CPU, the last axis dense");
   Tensor best = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
   auto* p = static_cast<int64_t*>(best.mutable_data_ptr());
-  const Lanes& of = lanes_of(lanes(max_lanes));
+  const Lanes& of = lanes_of(max_lanes);
   for (int64_t b = 0; b < logits.size(0); ++b)
     p[b] = of.likeliest(static_cast<const float*>(logits.const_data_ptr()) + b * logits.stride(0), logits.size(1));
   return best;
@@ -122,7 +122,7 @@ Attention attention_of(const Tensor& q, int64_t window, const std::optional<Tens
 Tensor attend(Attention& a, const Tensor& q, int64_t max_lanes) {
   Tensor out = torch::stable::new_empty(q, {a.B, a.T, a.H * a.D});
   a.out = out.mutable_data_ptr();
-  lanes_of(lanes(max_lanes)).attention(a, run_parallel, workspace);
+  lanes_of(max_lanes).attention(a, run_parallel, workspace);
   return out;
 }
 
@@ -143,7 +143,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
 
 void gelu(const Tensor& x, int64_t max_lanes) {
   if (!x.is_contiguous() || !x.is_cpu()) refuse("x is ", shape(x), ", but must be contiguous on the CPU");
-  lanes_of(lanes(max_lanes)).gelu(number_of(x.scalar_type()), x.mutable_data_ptr(), x.numel(), run_parallel);
+  lanes_of(max_lanes).gelu(number_of(x.scalar_type()), x.mutable_data_ptr(), x.numel(), run_parallel);
 }
 
 int64_t most_lanes() { return lanes(0); }
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(std::vector<Tensor> logits
     const int64_t* targets;
     int64_t* rank;
     float *own, *entropy, *variance;
-  } context = {lanes_of(lanes(max_lanes)), logits,
+  } context = {lanes_of(max_lanes), logits,
                numbers(torch::stable::unsqueeze(targets, 0), 1, N, false, V, "targets"),
                static_cast<int64_t*>(rank.mutable_data_ptr()), static_cast<float*>(own.mutable_data_ptr()),
                static_cast<float*>(entropy.mutable_data_ptr()), static_cast<float*>(variance.mutable_data_ptr())};

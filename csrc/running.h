@@ -86,11 +86,13 @@ inline int64_t lanes(int64_t most) {
   return most ? std::min(widest, most) : widest;
 }
 
-inline const Lanes& lanes_of(int64_t lanes) {
+// Those with products of small integers only where there is no limit.
+inline const Lanes& lanes_of(int64_t most) {
 #if defined(__x86_64__)
   static const bool vnni = __builtin_cpu_supports("avx512vnni");
-  if (lanes == 16) return vnni ? lanes_16_vnni : lanes_16;
-  if (lanes == 8) return lanes_8;
+  const int64_t widest = lanes(most);
+  if (widest == 16) return vnni && !most ? lanes_16_vnni : lanes_16;
+  if (widest == 8) return lanes_8;
 #endif
   return lanes_4;
 }

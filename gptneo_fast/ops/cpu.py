@@ -56,7 +56,8 @@ class Plan:
         eps: of ln_1 and ln_2 of each block, then of ln_f.
     """
 
-    max_lanes: ClassVar[int] = 0  # floats of the widest vectors that may compute, 4, 8 or 16; 0 for what the CPU has
+    # Floats of the widest vectors that may compute, 4, 8, or 16 without VNNI; 0 for what the CPU has
+    max_lanes: ClassVar[int] = 0
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """Few rows on the CPU in one call of the extension: the reference's results, whatever the shape; true to what was touched."""
 
+# ruff: noqa: F811 (a fixture)
+
 import os
 import signal
 import threading
@@ -10,17 +12,12 @@ import torch
 from gptneo_fast import GPTNeoConfig, GPTNeoForCausalLM
 from gptneo_fast.network.masks import Rows
 from gptneo_fast.ops import cpu, extension
+from tests.ops.test_cpu import lanes  # noqa: F401 (a fixture)
 from tests.support.peers import SMALL
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=f"no extension: {extension.why_not()}")
-LANES = [n for n in (4, 8, 16) if extension.why_not() is None and n <= torch.ops.gptneo_fast_csrc.lanes()]
 # head_dim, inner width: below the lanes, their multiples and beside them, four vectors at a time and more
 SHAPES = [(8, None), (1, 5), (3, 77), (4, 64), (12, 40), (20, 33), (48, 96), (64, 129), (80, 320)]
-
-
-@pytest.fixture(params=LANES, ids=lambda n: f"{n} lanes")
-def lanes(request, monkeypatch):
-    monkeypatch.setattr(cpu.Plan, "max_lanes", request.param)
 
 
 @pytest.fixture

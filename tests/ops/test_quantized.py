@@ -165,7 +165,7 @@ def test_products_are_those_of_what_the_weight_stands_for(K, N, how, dtype, lane
 def test_the_extension_gives_the_numbers_that_the_words_say(K, dtype, how, lanes):  # noqa: F811
     weight = QuantizedWeight.of(random(11, K), how)
     out = torch.empty(5, K, dtype=dtype)
-    torch.ops.gptneo_fast_csrc.dequantize.default(weight.values, weight.scales, 4, out, lanes)
+    torch.ops.gptneo_fast_csrc.dequantize.default(weight.values, weight.scales, 4, out, cpu.Plan.max_lanes)
     assert torch.equal(out, weight.dequantize(dtype)[4:9])
 
 
@@ -273,7 +273,7 @@ def test_nothing_is_read_behind_the_end_of_memory(how, N, lanes):  # noqa: F811
     assert torch.equal(cpu.linear(x, moved), cpu.linear(x, weight))
     assert torch.equal(cpu.linear(x[:1], moved), cpu.linear(x[:1], weight))
     out = torch.empty(N, K)
-    torch.ops.gptneo_fast_csrc.dequantize.default(moved.values, moved.scales, 0, out, lanes)
+    torch.ops.gptneo_fast_csrc.dequantize.default(moved.values, moved.scales, 0, out, cpu.Plan.max_lanes)
     assert torch.equal(out, weight.dequantize())
 
 
