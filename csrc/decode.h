@@ -10,12 +10,11 @@ enum class Number : int32_t { kFloat32, kBFloat16, kFloat16, kInt8, kInt4 };
 
 // Linear layers of one width that read the same rows: [parts * outputs, inputs], row-major.
 struct Product {
-  const void* weight[3];  // of q, k and v there are three
+  const void* weight[3];  // of q, k and v there are three; in few bits in the order of packed.h
   int64_t parts, outputs, inputs;
   const void* bias;  // [outputs], or null
   Number number;     // in few bits, or as everything else
-  // In few bits: float32 [outputs, 1] or bfloat16 [outputs, groups], in the order of the weights (packed.h); blocks of 64 that a
-  // row is.
+  // In few bits: float32, one a row, or bfloat16, `groups` a row, in the order of the weights; blocks of 64 that a row is.
   const void* scales[3];
   int64_t groups, row_blocks;
 };

@@ -46,9 +46,9 @@ inline void read_weight(const Reader& read, Product& p, int part, const Tensor& 
   }
   const Tensor& s = scales.take(name);
   const bool bytes = s.scalar_type() == ScalarType::Float, nibbles = s.scalar_type() == ScalarType::BFloat16;
-  const int64_t packed = t.dim() == 2 ? t.size(1) * (nibbles ? 8 : 4) : 0, groups = s.dim() == 2 ? s.size(1) : 0;
+  const int64_t packed = t.dim() == 2 ? t.size(1) * (nibbles ? 8 : 4) : 0, groups = s.dim() == 1 ? s.size(0) / rows : 0;
   const bool fits = t.dim() == 2 && t.size(0) == rows && packed >= columns && packed % 64 == 0 && t.is_contiguous() && t.is_cpu();
-  const bool scaled = groups > 0 && s.size(0) == rows && packed % groups == 0 && s.is_contiguous() && s.is_cpu();
+  const bool scaled = groups > 0 && s.size(0) == rows * groups && packed % groups == 0 && s.is_contiguous() && s.is_cpu();
   const int64_t group = scaled ? packed / groups : 0;
   const bool grouped = bytes ? groups == 1 : nibbles && (group == 32 || group == 64 || group == 128);
   if (!fits || !scaled || !grouped)

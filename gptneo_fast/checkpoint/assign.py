@@ -171,6 +171,8 @@ class _Plan:
             self.taken[key] = tensor
             if key in self.packed and key.endswith(".values") and tensor.dtype is torch.int32:  # of a CPU's state dict
                 self.held[key] = self.held[key].view(torch.int32)
+            elif key in self.packed and len(tensor.shape) == 1:
+                self.held[key] = self.held[key].flatten()
             wanted = self.held[key].dtype
             if key in self.packed or not wanted.is_floating_point:  # taken as they are
                 if tensor.dtype is not wanted:

@@ -12,7 +12,7 @@ from .. import checkpoint
 from ..errors import InputError, SetupError, UnknownOptionError, warn_once
 from ..generation.config import GenerationConfig
 from ..network import quantized
-from ..ops import quantized as ops
+from ..ops import tiles
 from . import quantizing
 
 
@@ -63,7 +63,9 @@ def save(
         config.quantization_config = quantizing.described(how)
         for name in [name for name in tensors if name.endswith(".weight.values")]:
             scales = name.removesuffix("values") + "scales"
-            tensors[name], tensors[scales] = ops.row_by_row(tensors[name], tensors[scales], how)
+            if scales not in tensors:
+                raise InputError(f"state_dict has {name}, but not {scales}, without which they mean nothing; give both")
+            tensors[name], tensors[scales] = tiles.row_by_row(tensors[name], tensors[scales], how.dtypes[0])
     texts = {"config.json": config.to_json_string()}
     if (generation := getattr(model, "generation_config", None)) is not None:
         texts["generation_config.json"] = GenerationConfig.like(generation).file_text()

@@ -85,9 +85,9 @@ def _weight(module: nn.Module, scales: list[Any]) -> Any:
     own = module._parameters.get("weight")
     if own is not None:
         return own
-    packed = module._modules["weight"]._buffers  # type: ignore[union-attr]
-    scales.append(packed["scales"])
-    return packed["values"]
+    values, of_values = module._modules["weight"].side_by_side()  # type: ignore[union-attr, operator]
+    scales.append(of_values)
+    return values
 
 
 @dataclass(frozen=True)

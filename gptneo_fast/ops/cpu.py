@@ -156,8 +156,6 @@ def _takes(x: Tensor, weight: Weight) -> bool:
     if not x.is_contiguous() or not x.numel() or torch.jit.is_tracing():
         return False
     if isinstance(weight, QuantizedWeight):
-        if not weight.is_side_by_side:  # somebody's own in its place
-            return False
         few = x.numel() <= _PACKED_ROWS * weight.shape[1]
         return _is_ours(x) and (few or x.dtype is torch.float32 or x.dtype in widened.DTYPES or not widened.MATRICES)
     return (
@@ -171,7 +169,7 @@ def _takes(x: Tensor, weight: Weight) -> bool:
 def _copies(weight: Weight, x: Tensor) -> bool:
     """Whether a layer that the extension does not take is computed over copies of the weight, piece by piece."""
     if isinstance(weight, QuantizedWeight):
-        return _is_ours(x) and weight.is_side_by_side
+        return _is_ours(x)
     return x.dtype in widened.DTYPES and weight.dtype is x.dtype
 
 
@@ -183,7 +181,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Weight, *others: Tensor | float | bool | None) -> Tensor:
-    own, scales = (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
+    own, scales = (weight, None) if isinstance(weight, Tensor) else weight.side_by_side()
     given = [t.contiguous() if isinstance(t, Tensor) else t for t in (own, *others, scales)]  # as parameters are, nearly always
     return torch.ops.gptneo_fast_csrc.linear.default(x, *given, Plan.max_lanes)
 

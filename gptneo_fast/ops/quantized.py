@@ -10,7 +10,7 @@ gives: the definition that every product is held to. Rows go on with zeros to a 
 
 So weights lie in files and on GPUs. On a CPU, whose vectors hold numbers of several rows, the same bytes are int32 [N, words]
 of 32 bits, and the words of 16 rows lie side by side: in the place of rows [16, words] stands [words, 16], of fewer rows at the
-end [words, rows]. Their scales lie likewise. The dtype tells which it is.
+end [words, rows]. Their scales lie likewise, as [N * groups]. `tiles` has that order.
 
 There are no zero points: they lower the error of normal weights by 5 %, and groups of 32 in place of 64, which cost as many
 bytes, by 10 %.
@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from ..config import is_int
 from ..errors import InputError, short
-from . import extension
+from ..forks import new_lock
+from . import extension, tiles
 
 BLOCK = 64  # numbers of a row that lie together
-TILE = 16  # rows whose words lie side by side
 GROUPS = (32, 64, 128)
 _TRIED, _LEAST = 12, 0.6  # scales of a group in 4 bits: as many, from the one that cuts nothing off down to this share of it
 _PIECE = 1 << 18  # numbers that are rounded at one time, in a cache
+_arranging = new_lock()
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ class Format:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of the integers as they lie in memory, and of the scales."""
+        """Of the integers, row by row, and of the scales."""
         return (torch.int8, torch.float32) if self.bits == 8 else (torch.uint8, torch.bfloat16)
 
     def shapes(self, N: int, K: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of the integers as they lie in memory, and of the scales, for a weight [N, K]."""
+        """Of the integers, row by row, and of the scales, for a weight [N, K]."""
         unit = max(BLOCK, self.group or 0)
         padded = -(-K // unit) * unit
         return (N, padded * self.bits // 8), (N, padded // self.group if self.group else 1)
@@ -115,32 +116,36 @@ class QuantizedWeight(nn.Module):
         return QuantizedWeight(values, scales, K, how)
 
     def fill(self, weight: Tensor) -> QuantizedWeight:
-        """Become the weight [N, K] rounded, see `quantize`; returns itself."""
-        values = self.values.view(self.how.dtypes[0])
-        quantize(weight, self.how, (values, self.scales))
-        self.values = values
+        """Become the weight [N, K] rounded, see `quantize`, in its own memory, which lies row by row; returns itself."""
+        quantize(weight, self.how, (self.values, self.scales))
         return self.arrange_()
 
     def arrange_(self) -> QuantizedWeight:
-        """Bring it into the order that its device multiplies in, in its own memory; returns itself."""
-        side_by_side = self.device.type == "cpu"
-        if self.device.type == "meta" or side_by_side == self.is_side_by_side:
-            return self
-        words, arrange = self.values.view(torch.int32), tiled if side_by_side else untiled
-        for t in (words, self.scales):
-            for part in t.split(max(1, _PIECE // (TILE * max(1, t.shape[1]))) * TILE):
-                part.copy_(arrange(part))
-        self.values = words if side_by_side else words.view(self.how.dtypes[0])
+        """Bring it into the CPU's order if it is there, in its own memory, which nobody else may have; returns itself."""
+        if self.device.type == "cpu" and not self.is_side_by_side:
+            self._set(*tiles.side_by_side_(self.values, self.scales))
         return self
 
     @property
     def is_side_by_side(self) -> bool:
-        """Whether words of 16 rows lie side by side, as a CPU wants them."""
-        return self.values.dtype is torch.int32
+        """Whether words of 16 rows lie side by side, as on a CPU."""
+        return tiles.is_side_by_side(self.values)
 
     def row_by_row(self) -> tuple[Tensor, Tensor]:
-        """(integers, scales) in the order of files and GPUs; a copy where it lies otherwise."""
-        return row_by_row(self.values, self.scales, self.how)
+        """(integers, scales) as in files and on GPUs; copies where they lie otherwise."""
+        return tiles.row_by_row(self.values, self.scales, self.how.dtypes[0])
+
+    def side_by_side(self) -> tuple[Tensor, Tensor]:
+        """(words, scales) as a CPU multiplies them; brought into that order, in memory of its own, where it came otherwise."""
+        if not self.is_side_by_side:
+            with _arranging, torch.inference_mode(False):
+                if not self.is_side_by_side:  # another thread may have been here
+                    self._set(*tiles.side_by_side(self.values, self.scales))
+        return self.values, self.scales
+
+    def _set(self, values: Tensor, scales: Tensor) -> None:
+        self.scales = scales  # first, since who sees words looks no further
+        self.values = values
 
     def __getattr__(self, name: str) -> Any:
         """As torch's, with the way out: libraries ask a weight for `data` to change it."""
@@ -175,19 +180,20 @@ class QuantizedWeight(nn.Module):
         """Rows [..., K] of that, for ids [...]."""
         flat = ids.flatten()
         if self.is_side_by_side:
-            values, scales = rows_of_tiles(self.values, flat).view(self.how.dtypes[0]), rows_of_tiles(self.scales, flat)
+            words, scales = (tiles.rows(t, flat, self.shape[0]) for t in (self.values, self.scales))
+            found = _scaled(tiles.integers(words, self.how.bits), scales, self.shape[1], dtype)
         else:
             values, scales = (t.index_select(0, flat) for t in (self.values, self.scales))  # refuses ids below 0, too
-        found = dequantize(values, scales, self.shape[1], self.how, dtype)
-        return found.view(*ids.shape, -1)
+            found = dequantize(values, scales, self.shape[1], self.how, dtype)
+        return found.view(*ids.shape, self.shape[1])
 
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"{list(self.shape)}, {self.how}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As torch's, for devices, each of which has its order: scales keep their dtype whatever that of the model becomes,
-        since they are half of what the integers mean."""
+        """As torch's, for devices, of which the CPU has its own order: scales keep their dtype whatever that of the model
+        becomes, since they are half of what the integers mean."""
         as_int = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
         scales = self.scales
 
@@ -201,17 +207,18 @@ class QuantizedWeight(nn.Module):
             return moved
 
         super()._apply(lambda t: kept(t.view(as_int[t.dtype])).view(t.dtype) if t is scales else kept(t), recurse)
-        return self.arrange_()
+        if self.device.type != "cpu":
+            self._set(*self.row_by_row())
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As torch's, from either order."""
-        values, scales = (state_dict.get(f"{prefix}{name}") for name in ("values", "scales"))
-        other = self.how.dtypes[0] if self.is_side_by_side else torch.int32
-        if isinstance(values, Tensor) and isinstance(scales, Tensor) and values.dtype is other and values.shape[-1] % 4 == 0:
-            if self.is_side_by_side:
-                values, scales = tiled(values.contiguous().view(torch.int32)), tiled(scales)
-            else:
-                values, scales = row_by_row(values, scales, self.how)
+        own, (values, scales) = self.how.dtypes[0], (state_dict.get(f"{prefix}{name}") for name in ("values", "scales"))
+        if isinstance(values, Tensor) and isinstance(scales, Tensor) and values.dim() == 2:
+            if self.is_side_by_side and values.dtype is own and scales.dim() == 2 and values.shape[1] % 4 == 0:
+                values, scales = tiles.side_by_side(values, scales)
+            elif not self.is_side_by_side and tiles.is_side_by_side(values) and scales.numel() % len(values) == 0:
+                values, scales = tiles.row_by_row(values, scales, own)
             state_dict = state_dict | {f"{prefix}values": values, f"{prefix}scales": scales}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -268,7 +275,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def quantize(weight: Tensor, how: Format, out: tuple[Tensor, Tensor]) -> None:
-    """Round a weight [N, K] into `out`, integers as they lie in memory and scales: each group's of the least squared error.
+    """Round a weight [N, K] into `out`, integers row by row and scales: each group's of the least squared error.
 
     Raises:
         InputError: NaN or infinite numbers.
@@ -318,7 +325,7 @@ def rounded(x: Tensor, scale: Tensor, how: Format) -> Tensor:
 
 
 def pack(integers: Tensor, how: Format) -> Tensor:
-    """Integers [N, groups, G] as they lie in memory."""
+    """Integers [N, groups, G] as they lie row by row."""
     flat = integers.flatten(1)
     if how.bits == 8:
         return flat.to(torch.int8)
@@ -330,43 +337,20 @@ def unpack(values: Tensor, how: Format) -> Tensor:
     """int8 [N, K padded] of what `pack` gave."""
     if how.bits == 8:
         return values
-    low, high = values.view(len(values), -1, BLOCK // 4, 2).unbind(-1)
+    low, high = values.reshape(len(values), values.shape[1] * 2 // BLOCK, BLOCK // 4, 2).unbind(-1)
     words = torch.stack([low & 15, low >> 4, high & 15, high >> 4], 2)
     return words.flatten(1).to(torch.int8) - 8
 
 
-def tiled(rows: Tensor) -> Tensor:
-    """Words or scales [N, W] of 16 rows side by side; of the same shape, a copy."""
-    N, W = rows.shape
-    whole = N // TILE * TILE
-    return torch.cat([rows[:whole].view(-1, TILE, W).mT.reshape(-1, W), rows[whole:].T.reshape(-1, W)])
-
-
-def untiled(t: Tensor) -> Tensor:
-    """The reverse of `tiled`."""
-    N, W = t.shape
-    whole = N // TILE * TILE
-    return torch.cat([t[:whole].view(-1, W, TILE).mT.reshape(-1, W), t[whole:].view(W, -1).T.reshape(-1, W)])
-
-
-def rows_of_tiles(t: Tensor, ids: Tensor) -> Tensor:
-    """Rows [n, W], for ids [n], of what `tiled` gave."""
-    N, W = t.shape
-    whole = N // TILE * TILE
-    first = torch.where(ids < whole, ids // TILE * (TILE * W) + ids % TILE, whole * W + ids - whole)
-    step = torch.where(ids < whole, TILE, N - whole)
-    places = first[:, None] + step[:, None] * torch.arange(W, device=ids.device)
-    return t.flatten().index_select(0, places.flatten()).view(-1, W)  # refuses ids below 0 and from N on
-
-
-def row_by_row(values: Tensor, scales: Tensor, how: Format) -> tuple[Tensor, Tensor]:
-    """Integers and scales of either order in that of files and GPUs."""
-    return (untiled(values).view(how.dtypes[0]), untiled(scales)) if values.dtype is torch.int32 else (values, scales)
-
-
 def dequantize(values: Tensor, scales: Tensor, K: int, how: Format, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] that integers and scales stand for: products in float32, or in float64, rounded once to `dtype`."""
-    values, scales = row_by_row(values, scales, how)
+    if tiles.is_side_by_side(values):
+        return _scaled(tiles.all_integers(values, how.bits), tiles.scales_of(scales, len(values)), K, dtype)
+    return _scaled(unpack(values, how), scales, K, dtype)
+
+
+def _scaled(integers: Tensor, scales: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """[n, K] of integers [n, K padded] and scales [n, groups], row by row."""
     wide = torch.promote_types(dtype, torch.float32)
-    integers = unpack(values, how).unflatten(1, (scales.shape[1], -1))
-    return (integers.to(wide) * scales.to(wide)[..., None]).flatten(1)[:, :K].to(dtype)
+    parts = integers.unflatten(1, (scales.shape[1], integers.shape[1] // scales.shape[1]))
+    return (parts.to(wide) * scales.to(wide)[..., None]).flatten(1)[:, :K].to(dtype)

@@ -84,5 +84,5 @@ def _copy(weight: Weight, rows: slice, dtype: torch.dtype) -> Tensor:
         return weight[rows].to(dtype)
     first, last, _ = rows.indices(weight.shape[0])
     out = weight.scales.new_empty(last - first, weight.shape[1], dtype=dtype)
-    torch.ops.gptneo_fast_csrc.dequantize.default(weight.values, weight.scales, first, out)
+    torch.ops.gptneo_fast_csrc.dequantize.default(*weight.side_by_side(), first, out)
     return out

@@ -19,7 +19,7 @@ def number(values, scales, n, k, how):
         first, width = n // 16 * 16, min(16, len(values) - n // 16 * 16)
 
         def at(t, w):
-            return t.flatten()[first * t.shape[1] + w * width + n - first]
+            return t.flatten()[first * (t.numel() // len(values)) + w * width + n - first]
 
         word = int(at(values, k // 4 if how.bits == 8 else k // 64 * 8 + k % 16 // 2)) & 0xFFFFFFFF
         scale = float(at(scales, 0 if how.bits == 8 else k // how.group))
@@ -48,12 +48,16 @@ def test_numbers_lie_where_the_words_say(how, N, K):
         wanted = torch.tensor([[number(one.values, one.scales, n, k, how) for k in range(K)] for n in range(N)])
         assert torch.equal(one.dequantize(torch.float32), wanted)
         assert torch.equal(one.rows(ids, torch.float32), one.dequantize(torch.float32)[ids])
+        assert one.rows(ids[:0], torch.float32).shape == (0, 2, K)
         for wrong in (-1, N):
             with pytest.raises((IndexError, RuntimeError)):
                 one.rows(torch.tensor([wrong]), torch.float32)
     assert torch.equal(weight.dequantize(), one.dequantize())
     back = QuantizedWeight(values.clone(), scales.clone(), K, how).arrange_()
     assert torch.equal(back.values, weight.values) and torch.equal(back.scales, weight.scales)
+    mixed = QuantizedWeight(weight.values, scales, K, how)
+    with pytest.raises(InputError, match="set both"):
+        mixed.dequantize()
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
@@ -67,6 +71,11 @@ def test_either_order_is_loaded_into_either(how):
             assert torch.equal(own.dequantize(), weight.dequantize())
     with pytest.raises(RuntimeError, match="size mismatch"):
         other.load_state_dict(QuantizedWeight.of(random(22, 70), how).state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict({"scales": rows.scales}, strict=False)
+    odd = torch.zeros(rows.values.numel() + 1, dtype=rows.values.dtype)[1:].view_as(rows.values)
+    other.load_state_dict({"values": odd.copy_(rows.values), "scales": rows.scales})
+    assert torch.equal(other.dequantize(), weight.dequantize())
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
@@ -78,9 +87,26 @@ def test_a_device_gets_the_order_that_it_multiplies_in(how, monkeypatch):
         elsewhere.setattr(QuantizedWeight, "device", torch.device("cuda"))
         assert weight.half() is weight and not weight.is_side_by_side
         assert torch.equal(weight.values, values) and torch.equal(weight.scales, scales)
-    assert weight.to("cpu").is_side_by_side and all(map(torch.equal, before, weight.buffers()))
-    empty = weight.to("meta").to_empty(device="cpu")
-    assert empty.is_side_by_side and (empty.values.shape, empty.values.dtype) == (before[0].shape, torch.int32)
+    assert all(map(torch.equal, before, weight.to("cpu").side_by_side()))
+    empty = weight.to("meta")
+    assert (tuple(empty.values.shape), tuple(empty.scales.shape)) == how.shapes(21, 70)  # as files have it
+
+
+@compiled
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_what_came_row_by_row_is_brought_into_order_in_memory_of_its_own(how):
+    """As pickles of a GPU's models come: others may hold the same memory."""
+    weight = QuantizedWeight.of(random(21, 70), how)
+    values, scales = weight.row_by_row()
+    kept = values.clone(), scales.clone()
+    others = [QuantizedWeight(values, scales, 70, how) for _ in range(2)]
+    with torch.inference_mode():
+        assert torch.equal(others[0].dequantize(), weight.dequantize()) and not others[0].is_side_by_side
+    for other in others:
+        x = random(3, 70).float()
+        assert torch.equal(cpu.linear(x, other.float()), cpu.linear(x, weight))
+        assert other.is_side_by_side and not other.values.is_inference()
+        assert torch.equal(values, kept[0]) and torch.equal(scales, kept[1])
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
@@ -287,7 +313,8 @@ def test_tensors_that_do_not_fit_are_refused():
         (weight.values, weight.scales.float(), "with a scale a row or a group"),
         (weight.values, weight.scales.half(), "with a scale a row or a group"),
         (weight.values, weight.scales[:3].contiguous(), "with a scale a row or a group"),
-        (weight.values, torch.ones(4, 1).bfloat16().expand(4, 5).contiguous(), "with a scale a row or a group"),
+        (weight.values, torch.ones(20).bfloat16(), "with a scale a row or a group"),
+        (weight.values, weight.row_by_row()[1], "with a scale a row or a group"),
         (weight.values.view(torch.int8), weight.scales, "Char"),
         (weight.row_by_row()[0], weight.scales, "Byte"),
         (weight.values[:, ::2], weight.scales, "must be contiguous"),
@@ -305,6 +332,25 @@ def test_tensors_that_do_not_fit_are_refused():
     ):
         with pytest.raises(RuntimeError, match=f"gptneo_fast_csrc: .*{message}"):
             dequantize(values, weight.scales, first, out)
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_a_graph_of_it_has_nothing_that_exporters_do_not_know(how):
+    """ONNX has no memory that is looked at as another dtype."""
+    weight = QuantizedWeight.of(random(21, 70), how)
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x, ids):
+            return quantized.linear(x, self.weight), self.weight.rows(ids, x.dtype)
+
+    args = random(3, 70).float(), torch.tensor([0, 20, 16])
+    graph = torch.export.export(Both(), args)
+    assert not [node for node in graph.graph.nodes if "view.dtype" in str(node.target)]
+    assert all(map(torch.equal, graph.module()(*args), Both()(*args)))
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
