@@ -85,9 +85,11 @@ def _weight(module: nn.Module, scales: list[Any]) -> Any:
     own = module._parameters.get("weight")
     if own is not None:
         return own
-    values, of_values = module._modules["weight"].side_by_side()  # type: ignore[union-attr, operator]
-    scales.append(of_values)
-    return values
+    packed: Any = module._modules["weight"]
+    if packed._buffers["values"].dtype is not torch.int32:  # row by row, as it came from elsewhere
+        packed.side_by_side()
+    scales.append(packed._buffers["scales"])
+    return packed._buffers["values"]
 
 
 @dataclass(frozen=True)
