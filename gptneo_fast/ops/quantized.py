@@ -137,11 +137,12 @@ class QuantizedWeight(nn.Module):
 
     def side_by_side(self) -> tuple[Tensor, Tensor]:
         """(words, scales) as a CPU multiplies them; brought into that order, in memory of its own, where it came otherwise."""
-        if not self.is_side_by_side:
+        own: dict[str, Any] = self._buffers  # no attributes of modules, for each layer asks in each call
+        if not tiles.is_side_by_side(own["values"]):
             with _arranging, torch.inference_mode(False):
-                if not self.is_side_by_side:  # another thread may have been here
+                if not tiles.is_side_by_side(own["values"]):  # another thread may have been here
                     self._set(*tiles.side_by_side(self.values, self.scales))
-        return self.values, self.scales
+        return own["values"], own["scales"]
 
     def _set(self, values: Tensor, scales: Tensor) -> None:
         self.scales = scales  # first, since who sees words looks no further
