@@ -1,7 +1,8 @@
 """Linear layers of many rows over copies of the weights in pieces: of halves that a CPU cannot multiply, and of few bits.
 
 Without instructions for a dtype (AMX, AVX512-BF16 and the like) torch multiplies its matrices several times slower than those
-of float32. Weights in few bits become the dtype that is multiplied. No backward.
+of float32. Weights in few bits become the dtype that is multiplied, where a CPU multiplies whole matrices (AMX), faster than
+integers are. No backward.
 """
 
 from __future__ import annotations
