@@ -202,6 +202,10 @@ class _Plan:
             more = f"; so are {len(self.other_bits) - 1} more of another dtype" if len(self.other_bits) > 1 else ""
             asks = "quantization_config in config.json asks for" if self.packed else "the model's buffer is"
             faults.append(f"tensor {stored.name[:200]!r} is {has}, and {asks} {wants}{more}")
+        for key in self.packed:
+            values, scales = self.taken.get(key), self.taken.get(f"{key.removesuffix('values')}scales")
+            if key.endswith(".values") and values and scales and (values.dtype is torch.int32) != (len(scales.shape) == 1):
+                faults.append(f"{values.name[:200]!r} and {scales.name[:200]!r} lie in different orders")
         if fault := check_shapes(self.taken, shapes):
             faults.append(fault)
         if trunk := [k for k in missing if (_RELEASED.fullmatch(k) or k in self.packed) and k not in mismatched]:

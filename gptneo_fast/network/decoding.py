@@ -86,10 +86,9 @@ def _weight(module: nn.Module, scales: list[Any]) -> Any:
     if own is not None:
         return own
     packed: Any = module._modules["weight"]
-    if packed._buffers["values"].dtype is not torch.int32:  # row by row, as it came from elsewhere
-        packed.side_by_side()
-    scales.append(packed._buffers["scales"])
-    return packed._buffers["values"]
+    values, of_values = packed.side_by_side()
+    scales.append(of_values)
+    return values
 
 
 @dataclass(frozen=True)

@@ -347,6 +347,7 @@ def dequantize(values: Tensor, scales: Tensor, K: int, how: Format, dtype: torch
     """The weight [N, K] that integers and scales stand for: products in float32, or in float64, rounded once to `dtype`."""
     if tiles.is_side_by_side(values):
         return _scaled(tiles.all_integers(values, how.bits), tiles.scales_of(scales, len(values)), K, dtype)
+    values, scales = tiles.row_by_row(values, scales, how.dtypes[0])
     return _scaled(unpack(values, how), scales, K, dtype)
 
 

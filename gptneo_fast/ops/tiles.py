@@ -21,6 +21,7 @@ def is_side_by_side(values: Tensor) -> bool:
 
 def side_by_side(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Integers [N, bytes] and scales [N, groups] that lie row by row, in the other order; copies."""
+    _check(scales, 2)
     values = values.contiguous()
     if values.storage_offset() % 4:
         values = values.clone()
@@ -39,14 +40,14 @@ def side_by_side_(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 def row_by_row(values: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Integers [N, bytes] of a dtype and scales [N, groups] of either order, row by row; copies where they lay otherwise."""
     if not is_side_by_side(values):
+        _check(scales, 2)
         return values, scales
     return _turned_back(values).view(dtype), scales_of(scales, len(values))
 
 
 def scales_of(scales: Tensor, N: int) -> Tensor:
     """Scales [N, groups], row by row, of those that lie side by side."""
-    if scales.dim() != 1:
-        raise InputError(f"integers lie side by side, but scales {list(scales.shape)} row by row; set both, or neither")
+    _check(scales, 1)
     return _turned_back(scales.view(N, -1))
 
 
@@ -73,6 +74,12 @@ def rows(t: Tensor, ids: Tensor, N: int) -> Tensor:
     step = torch.where(ids < whole, TILE, N - whole)
     places = first[:, None] + step[:, None] * torch.arange(W, device=ids.device)
     return t.flatten().index_select(0, places.flatten()).view(-1, W)  # refuses ids below 0 and from N on
+
+
+def _check(scales: Tensor, axes: int) -> None:
+    if scales.dim() != axes:
+        lie, others = ("side by side", "row by row")[:: 1 if axes == 1 else -1]
+        raise InputError(f"integers lie {lie}, but scales {list(scales.shape)} {others}; set both, or neither")
 
 
 def _turned(t: Tensor) -> Tensor:

@@ -331,7 +331,7 @@ def test_what_would_be_wrong_in_silence_is_refused(name):
             model.score(given)
 
 
-def test_a_pickle_of_a_gpus_model_generates_as_fast_here(name):
+def test_a_pickle_of_a_gpus_model_is_brought_into_order_by_its_first_step(name):
     """Its weights lie row by row, until they are read."""
     model = lively().quantize_(name)
     other, prompt = copy.deepcopy(model), ids_of(9)

@@ -88,6 +88,7 @@ DAMAGED = {
     ),
     "another width": ({"c_fc__weight__values": lambda t: t[:, :-32].contiguous()}, "c_fc.weight.values' is"),
     "another width, let pass": ({"c_fc__weight__values": lambda t: t[:, :-32].contiguous()}, "c_fc.weight.values' is"),
+    "two orders": ({"c_fc__weight__scales": lambda t: t.flatten()}, "c_fc.weight.scales' lie in different orders"),
     "not finite": ({"c_fc__weight__scales": lambda t: t * float("nan")}, "c_fc.weight.scales' holds nan"),
 }
 

@@ -55,9 +55,10 @@ def test_numbers_lie_where_the_words_say(how, N, K):
     assert torch.equal(weight.dequantize(), one.dequantize())
     back = QuantizedWeight(values.clone(), scales.clone(), K, how).arrange_()
     assert torch.equal(back.values, weight.values) and torch.equal(back.scales, weight.scales)
-    mixed = QuantizedWeight(weight.values, scales, K, how)
-    with pytest.raises(InputError, match="set both"):
-        mixed.dequantize()
+    with pytest.raises(InputError, match=r"side by side, but scales .* row by row; set both"):
+        QuantizedWeight(weight.values, scales, K, how).dequantize()
+    with pytest.raises(InputError, match=r"row by row, but scales .* side by side; set both"):
+        QuantizedWeight(values, weight.scales, K, how).side_by_side()
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
